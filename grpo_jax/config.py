@@ -1,0 +1,299 @@
+"""The configuration: frozen records, strict, checked before anything is loaded or compiled.
+
+Sections name their consumer; a field's name is the keyword of the function that receives it.
+Nothing below floor 3 ever sees one of these records.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from grpo_jax.recipes import RECIPES
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlgorithmConfig:
+    """Which recipe, and what to change in it. None keeps the recipe's own choice.
+
+    Args:
+        name: recipe: one of `grpo`, `dr_grpo`, `dapo`.
+        group_size: G, completions sampled for each prompt; at least 2.
+        num_iterations: mu, optimizer passes over one rollout; at least 1.
+        kl_coef: weight of the KL term to the frozen reference; 0 switches the reference off.
+        kl_estimator: `k1`, `k2` or `k3`.
+        clip_range: PPO clip below 1 (and above it unless clip_range_high is given).
+        clip_range_high: PPO clip above 1.
+        ratio_level: `token`, `sequence` or `sequence_token`.
+        reduction: `sequence`, `token` or `constant`.
+        advantage_scale: what divides the centred rewards: `std` of the group, of the `batch`, or `none`.
+    """
+
+    name: str = "grpo"
+    group_size: int = 8
+    num_iterations: int = 1
+    kl_coef: float | None = None
+    kl_estimator: Literal["k1", "k2", "k3"] | None = None
+    clip_range: float | None = None
+    clip_range_high: float | None = None
+    ratio_level: Literal["token", "sequence", "sequence_token"] | None = None
+    reduction: Literal["sequence", "token", "constant"] | None = None
+    advantage_scale: Literal["std", "batch", "none"] | None = None
+
+    def __post_init__(self):
+        _require(
+            self.name in RECIPES,
+            f"algorithm.name: {self.name!r} is not a recipe; choose one of {', '.join(RECIPES)}",
+        )
+        _require(self.group_size >= 2, f"algorithm.group_size: {self.group_size}; a group needs at least 2")
+        _require(self.num_iterations >= 1, f"algorithm.num_iterations: {self.num_iterations}; at least 1")
+        for name in ("kl_coef", "clip_range", "clip_range_high"):
+            value = getattr(self, name)
+            _require(value is None or value >= 0, f"algorithm.{name}: {value}; must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The language model.
+
+    Args:
+        type: what the model is trained as; `policy` is the one kind there is.
+        hf_model_name: a local directory, a Hugging Face hub id, or `packaged:arithmetic` (ships with us).
+        revision: branch, tag or commit of a hub id.
+        dtype: compute dtype; parameters and optimizer stay float32.
+    """
+
+    type: Literal["policy"] = "policy"
+    hf_model_name: str = "packaged:arithmetic"
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where prompts come from.
+
+    Args:
+        task: a built-in task (`arithmetic`), used when train_file is not given.
+        train_file: JSONL; each line has `prompt` (a string or a list of chat messages), every other
+            column goes to the reward functions.
+        eval_file: JSONL of held-out prompts; without it a file-based run has no evaluation.
+        max_prompt_length: limit in tokens; None: whatever the model's positions leave for the prompt.
+        over_length: what happens to a longer prompt: `error`, or `drop` (counted and printed).
+    """
+
+    task: str = "arithmetic"
+    train_file: str | None = None
+    eval_file: str | None = None
+    max_prompt_length: int | None = None
+    over_length: Literal["error", "drop"] = "error"
+
+    def __post_init__(self):
+        n = self.max_prompt_length
+        _require(n is None or n >= 1, f"data.max_prompt_length: {n}; at least 1 token")
+        _require(
+            self.eval_file is None or self.train_file is not None,
+            "data.eval_file is given without data.train_file; give both, or neither and a task",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """One reward function.
+
+    Args:
+        function: built-in name, `package.module:function`, or `path/file.py:function`.
+        weight: factor of this reward in the sum.
+        arguments: extra keyword arguments of the function.
+    """
+
+    function: str
+    weight: float = 1.0
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How completions are drawn, in training and in sampled evaluation.
+
+    Args:
+        max_new_tokens: T, completion tokens at most.
+        temperature: divides the logits; above 0 (evaluation adds a greedy pass of its own).
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the smallest set of tokens with at least this probability; 1 keeps all.
+        min_p: drop tokens below this fraction of the most likely one; 0 keeps all.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self):
+        _require(self.max_new_tokens >= 1, f"sampling.max_new_tokens: {self.max_new_tokens}; at least 1")
+        _require(
+            self.temperature > 0,
+            f"sampling.temperature: {self.temperature}; training needs a temperature above 0: greedy "
+            "completions of one prompt are all equal and teach nothing",
+        )
+        _require(self.top_k >= 0, f"sampling.top_k: {self.top_k}; 0 (off) or more")
+        _require(0 < self.top_p <= 1, f"sampling.top_p: {self.top_p}; in (0, 1], 1 is off")
+        _require(0 <= self.min_p < 1, f"sampling.min_p: {self.min_p}; in [0, 1), 0 is off")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """The optimizer and the length of the run.
+
+    Args:
+        batch_size: B, *completions* per optimizer step; batch_size / group_size prompts.
+        num_microbatches: slices of the batch whose gradients are summed before the one update.
+        num_epochs: passes over the training prompts.
+        num_steps: optimizer steps; overrides num_epochs.
+        learning_rate: peak learning rate of AdamW.
+        lr_schedule: `constant`, `linear` (to 0) or `cosine` (to 0), after the warmup.
+        warmup_steps: optimizer steps of linear warmup from 0.
+        weight_decay: AdamW's decoupled decay, on matrices only.
+        adam_b1: decay of the first moment.
+        adam_b2: decay of the second moment.
+        max_grad_norm: global-norm clipping; 0 switches it off.
+        seed: the whole run is a function of it.
+    """
+
+    batch_size: int = 32
+    num_microbatches: int = 1
+    num_epochs: float = 1.0
+    num_steps: int | None = None
+    learning_rate: float = 1e-5
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    adam_b1: float = 0.9
+    adam_b2: float = 0.99
+    max_grad_norm: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        _require(self.batch_size >= 1, f"training.batch_size: {self.batch_size}; at least 1")
+        _require(self.num_microbatches >= 1, f"training.num_microbatches: {self.num_microbatches}; at least 1")
+        _require(
+            self.batch_size % self.num_microbatches == 0,
+            f"training.batch_size {self.batch_size} does not divide into training.num_microbatches "
+            f"{self.num_microbatches} equal parts",
+        )
+        _require(self.num_epochs > 0, f"training.num_epochs: {self.num_epochs}; above 0")
+        n = self.num_steps
+        _require(n is None or n >= 1, f"training.num_steps: {n}; at least 1")
+        _require(self.learning_rate >= 0, f"training.learning_rate: {self.learning_rate}; not negative")
+        _require(self.warmup_steps >= 0, f"training.warmup_steps: {self.warmup_steps}; not negative")
+        _require(self.max_grad_norm >= 0, f"training.max_grad_norm: {self.max_grad_norm}; 0 (off) or more")
+        _require(0 <= self.seed < 2**31, f"training.seed: {self.seed}; in [0, 2**31)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Held-out evaluation: greedy accuracy, mean@k and pass@k.
+
+    Args:
+        every: optimizer steps between evaluations; 0: only before the first and after the last.
+        num_prompts: held-out prompts used (the first ones of the evaluation set); 0: no evaluation.
+        num_samples: k, sampled completions per prompt.
+        batch_size: completions decoded at once.
+    """
+
+    every: int = 0
+    num_prompts: int = 256
+    num_samples: int = 4
+    batch_size: int = 256
+
+    def __post_init__(self):
+        _require(self.every >= 0, f"evaluation.every: {self.every}; 0 or more")
+        _require(self.num_prompts >= 0, f"evaluation.num_prompts: {self.num_prompts}; 0 or more")
+        _require(self.num_samples >= 1, f"evaluation.num_samples: {self.num_samples}; at least 1")
+        _require(self.batch_size >= 1, f"evaluation.batch_size: {self.batch_size}; at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Saving and resuming.
+
+    Args:
+        every: optimizer steps between checkpoints; the last step is always saved.
+        keep: checkpoints kept.
+        resume: `auto` (continue the run found in run_dir), `never` (refuse a used run_dir), or the
+            path of another run to continue from.
+    """
+
+    every: int = 50
+    keep: int = 2
+    resume: str = "auto"
+
+    def __post_init__(self):
+        _require(self.every >= 1, f"checkpoints.every: {self.every}; at least 1")
+        _require(self.keep >= 1, f"checkpoints.keep: {self.keep}; at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where metrics go besides metrics.jsonl and the console.
+
+    Args:
+        tensorboard: write event files under run_dir/tensorboard (extra `tensorboard`).
+        wandb: log to Weights & Biases (extra `wandb`); offline when there is no key.
+        wandb_project: W&B project.
+        wandb_name: W&B run name; None: the run directory's name.
+        completions_every: optimizer steps between sample tables and rows of completions.jsonl.
+        num_completions: completions shown and written each time.
+    """
+
+    tensorboard: bool = False
+    wandb: bool = False
+    wandb_project: str = "grpo_jax"
+    wandb_name: str | None = None
+    completions_every: int = 50
+    num_completions: int = 8
+
+    def __post_init__(self):
+        _require(self.completions_every >= 1, f"tracking.completions_every: {self.completions_every}; at least 1")
+        _require(self.num_completions >= 0, f"tracking.num_completions: {self.num_completions}; 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run.
+
+    Args:
+        algorithm: the objective.
+        model: the language model.
+        data: prompts.
+        rewards: reward functions; empty: the task's own.
+        sampling: how completions are drawn.
+        training: the optimizer and the length of the run.
+        evaluation: held-out evaluation.
+        checkpoints: saving and resuming.
+        tracking: where metrics go.
+        run_dir: directory of the run: config.yaml, metrics.jsonl, completions.jsonl, checkpoints/, hf/.
+    """
+
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    rewards: list[RewardConfig] = field(default_factory=list)
+    sampling: SamplingConfig = SamplingConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    run_dir: str = "runs/grpo"
+
+    def __post_init__(self):
+        batch, group = self.training.batch_size, self.algorithm.group_size
+        _require(
+            batch % group == 0,
+            f"training.batch_size {batch} counts completions and must be a multiple of "
+            f"algorithm.group_size {group}: try {max(1, round(batch / group)) * group}",
+        )

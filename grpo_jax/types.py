@@ -1,0 +1,74 @@
+"""The records that flow through a training step.
+
+Shape alphabet, used in every docstring, test and comment of the package:
+
+    N prompts in a step · G completions per prompt · B = N*G sequences, prompt-major (row n*G + g) ·
+    S prompt tokens (left-padded) · T completion tokens (right-padded) · L = S + T · V vocabulary ·
+    D model width · R reward functions · K tokens given to one forward call · ... any leading axes
+
+A mask is bool and is a *length*, never ``ids != pad_id``: a prompt may contain the eos id, and many
+models pad with it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+
+Array = jax.Array
+Params = Any  # a pytree of arrays
+Cache = Any  # a pytree; every leaf with an axis has the batch as axis 0, scalars are shared by all rows
+
+
+@flax.struct.dataclass(kw_only=True)
+class Policy:
+    """A causal language model as a record of pure functions of its parameters.
+
+    A pytree without leaves: it may be passed through ``jax.jit`` and compares by the identity of
+    its functions, so one loaded model means one compilation.
+    """
+
+    # (params, tokens [B,K], mask [B,L], positions [B,K], cache | None) -> (hidden [B,K,D], cache | None)
+    # Without a cache L == K, and mask says which of the K tokens are real. With a cache L is the cache's
+    # max_length, and mask says which slots may be attended to; slots not yet written are never attended.
+    forward: Callable[..., tuple[Array, Cache]] = flax.struct.field(pytree_node=False)
+    # (params, hidden [...,D]) -> logits [...,V], float32
+    unembed: Callable[[Params, Array], Array] = flax.struct.field(pytree_node=False)
+    # (batch, max_length) -> cache
+    init_cache: Callable[[int, int], Cache] = flax.struct.field(pytree_node=False)
+
+
+@flax.struct.dataclass(kw_only=True)
+class Prompts:
+    """Left-padded prompts."""
+
+    tokens: Array  # [N,S] int32
+    mask: Array  # [N,S] bool, False on the left padding
+
+
+@flax.struct.dataclass(kw_only=True)
+class Rollout:
+    """Prompts and the completions that a policy sampled for them."""
+
+    prompt_tokens: Array  # [B,S] int32
+    prompt_mask: Array  # [B,S] bool
+    tokens: Array  # [B,T] int32, 0 after the completion's end
+    mask: Array  # [B,T] bool, True up to and including the first eos
+    log_probs: Array  # [B,T] float32, of the temperature-scaled full distribution; 0 where masked
+    kept_mass: Array  # [B,T] float32, probability left by top-k/top-p/min-p, 1 without them; 0 where masked
+    finished: Array  # [B] bool, the sampler drew an eos (False: cut off at the limit)
+
+
+@flax.struct.dataclass(kw_only=True)
+class Experience:
+    """Everything one optimizer batch needs. All of it is data: no gradient flows into it."""
+
+    prompt_tokens: Array  # [B,S] int32
+    prompt_mask: Array  # [B,S] bool
+    tokens: Array  # [B,T] int32
+    mask: Array  # [B,T] bool
+    advantages: Array  # [B] float32
+    weights: Array  # [B,T] float32, from loss_weights over the whole optimizer batch
+    old_log_probs: Array  # [B,T] float32, under the policy that sampled
+    ref_log_probs: Array | None = None  # [B,T] float32, under the frozen reference; None when kl_coef is 0
