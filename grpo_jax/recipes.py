@@ -1,0 +1,136 @@
+"""Named compositions of the five axes: advantage x ratio level x surrogate x KL estimator x reduction.
+
+A recipe is to `grpo_loss` what `optax.adam` is to its chain: a record of choices with a citation.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+
+import flax.struct
+
+from grpo_jax.advantages import group_advantages
+from grpo_jax.kl import KL_ESTIMATORS, kl_k3
+from grpo_jax.losses import LossMetrics, clipped_surrogate, grpo_loss, loss_weights
+from grpo_jax.types import Array
+
+
+def _static(**kwargs):
+    return flax.struct.field(pytree_node=False, **kwargs)
+
+
+@flax.struct.dataclass(kw_only=True)
+class Recipe:
+    """One objective. Functions and names are static; `clip` and `kl_coef` are numbers and may change
+    between calls of a jitted function without compiling it again.
+    """
+
+    name: str = _static()
+    paper: str = _static()
+    advantage_scale: str = _static(default="std")  # see group_advantages
+    ratio_level: str = _static(default="token")  # see log_ratios
+    surrogate: Callable[..., Array] = _static(default=clipped_surrogate)
+    clip: dict[str, float] = flax.struct.field(default_factory=dict)  # keywords of the surrogate
+    kl_estimator: Callable[[Array, Array], Array] = _static(default=kl_k3)
+    kl_coef: float = 0.0
+    reduction: str = _static(default="sequence")  # see loss_weights
+
+    def advantages(self, rewards: Array, *, valid: Array | None = None) -> Array:
+        """Computes the advantages [N,G] of rewards [N,G]."""
+        return group_advantages(rewards, valid=valid, scale=self.advantage_scale)
+
+    def weights(self, mask: Array, *, max_length: int) -> Array:
+        """Computes the weights [B,T] of the whole optimizer batch's mask [B,T]."""
+        return loss_weights(mask, reduction=self.reduction, max_length=max_length)
+
+    def loss(self, log_probs, old_log_probs, advantages, mask, weights, ref_log_probs=None):
+        """Computes `grpo_loss` with this recipe's choices: (loss [], LossMetrics)."""
+        return grpo_loss(
+            log_probs,
+            old_log_probs,
+            advantages,
+            mask,
+            weights,
+            ref_log_probs=ref_log_probs,
+            ratio_level=self.ratio_level,
+            surrogate=functools.partial(self.surrogate, **self.clip),
+            kl_estimator=self.kl_estimator,
+            kl_coef=self.kl_coef,
+        )
+
+
+grpo = Recipe(
+    name="grpo",
+    paper="Shao et al. 2024, https://arxiv.org/abs/2402.03300, equations 3 and 4",
+    clip={"clip_range": 0.2},
+    kl_coef=0.04,
+)
+
+dr_grpo = Recipe(
+    name="dr_grpo",
+    paper="Liu et al. 2025, https://arxiv.org/abs/2503.20783, section 3.1: no std, no length in the weights",
+    advantage_scale="none",
+    clip={"clip_range": 0.2},
+    reduction="constant",
+)
+
+# The loss half of DAPO: clip-higher and token-level weights. Dynamic sampling and overlong reward
+# shaping belong to the actor.
+dapo = Recipe(
+    name="dapo",
+    paper="Yu et al. 2025, https://arxiv.org/abs/2503.14476, equations 8 to 10",
+    clip={"clip_range": 0.2, "clip_range_high": 0.28},
+    reduction="token",
+)
+
+RECIPES = {recipe.name: recipe for recipe in (grpo, dr_grpo, dapo)}
+
+
+def make_recipe(
+    name: str,
+    *,
+    kl_coef: float | None = None,
+    kl_estimator: str | None = None,
+    ratio_level: str | None = None,
+    reduction: str | None = None,
+    advantage_scale: str | None = None,
+    **clip: float | None,
+) -> Recipe:
+    """Returns the named recipe with some of its choices replaced. None keeps the recipe's own.
+
+    Args:
+        name: a key of `RECIPES`.
+        kl_coef: weight of the KL term.
+        kl_estimator: a key of `KL_ESTIMATORS`.
+        ratio_level: see `log_ratios`.
+        reduction: see `loss_weights`.
+        advantage_scale: see `group_advantages`.
+        **clip: keywords of the recipe's surrogate, such as `clip_range`. Giving `clip_range` alone
+            makes the clip symmetric, whatever the recipe's own upper bound is.
+
+    Raises:
+        ValueError: unknown recipe or estimator, or a clip keyword that the surrogate does not have.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"recipe: {name!r}; choose one of {', '.join(RECIPES)}")
+    if kl_estimator is not None and kl_estimator not in KL_ESTIMATORS:
+        raise ValueError(f"kl_estimator: {kl_estimator!r}; choose one of {', '.join(KL_ESTIMATORS)}")
+    recipe = RECIPES[name]
+    clip = {key: value for key, value in clip.items() if value is not None}
+    keywords = inspect.signature(recipe.surrogate).parameters
+    for key in clip:
+        if key not in keywords or keywords[key].kind is not inspect.Parameter.KEYWORD_ONLY:
+            raise ValueError(f"{key} means nothing to {recipe.surrogate.__name__}, the surrogate of {name!r}")
+    base = {} if "clip_range" in clip else recipe.clip
+    changes = {
+        "kl_coef": kl_coef,
+        "kl_estimator": kl_estimator and KL_ESTIMATORS[kl_estimator],
+        "ratio_level": ratio_level,
+        "reduction": reduction,
+        "advantage_scale": advantage_scale,
+    }
+    changes = {key: value for key, value in changes.items() if value is not None}
+    return recipe.replace(clip={**base, **clip}, **changes)
+
+
+__all__ = ["RECIPES", "LossMetrics", "Recipe", "dapo", "dr_grpo", "grpo", "make_recipe"]

@@ -1,0 +1,148 @@
+"""From logits to one token: temperature, truncation, and the draw. Every setting may be traced."""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.types import Array
+
+_BLOCK = 128  # width of the second level of `draw`
+
+
+def scale_logits(logits: Array, temperature: float | Array) -> Array:
+    """Returns float32 logits / temperature; temperature 0 leaves them as they are.
+
+    Args:
+        logits: [..., V].
+        temperature: [] or 0-d number, not negative.
+
+    Returns:
+        float32 [..., V].
+    """
+    temperature = jnp.asarray(temperature, jnp.float32)
+    return logits.astype(jnp.float32) / jnp.where(temperature > 0, temperature, 1.0)
+
+
+def _keep_largest(logits: Array, enough) -> Array:
+    """Keeps the smallest set of largest entries for which ``enough(keep) -> bool [..., 1]`` holds.
+
+    Bisection on the bits of the float32 logits, whose order is the order of the numbers: 32 passes
+    over V, exact, and never a sort. Entries equal to the smallest kept one are all kept.
+    """
+    bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
+    # Negative floats order backwards as integers; flipping all but the sign bit repairs that.
+    keys = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+    # The largest threshold that keeps enough lies in [low, high]; start with all int32.
+    low = jnp.full((*keys.shape[:-1], 1), jnp.iinfo(jnp.int32).min)
+    high = jnp.full_like(low, jnp.iinfo(jnp.int32).max)
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low | high) - ((low ^ high) >> 1)  # ceil of the mean, without overflow
+        ok = enough(keys >= middle)
+        return jnp.where(ok, middle, low), jnp.where(ok, high, middle - 1)
+
+    low, _ = jax.lax.fori_loop(0, 32, halve, (low, high))
+    return jnp.where(keys >= low, logits, -jnp.inf)
+
+
+def _keep_top_k(logits: Array, top_k: Array) -> Array:
+    return _keep_largest(logits, lambda keep: jnp.sum(keep, axis=-1, keepdims=True) >= top_k)
+
+
+def _keep_top_p(logits: Array, top_p: Array) -> Array:
+    probs = jax.nn.softmax(logits, axis=-1)
+    # Rounding may leave the whole vocabulary a hair below 1: nothing is dropped for that.
+    target = jnp.minimum(top_p, jnp.sum(probs, axis=-1, keepdims=True))
+    return _keep_largest(logits, lambda keep: jnp.sum(probs * keep, axis=-1, keepdims=True) >= target)
+
+
+def _keep_min_p(logits: Array, min_p: Array) -> Array:
+    threshold = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(min_p)
+    return jnp.where(logits >= threshold, logits, -jnp.inf)
+
+
+def process_logits(
+    logits: Array,
+    *,
+    temperature: float | Array = 1.0,
+    top_k: int | Array = 0,
+    top_p: float | Array = 1.0,
+    min_p: float | Array = 0.0,
+) -> Array:
+    """Applies temperature, then top-k, top-p (https://arxiv.org/abs/1904.09751) and min-p
+    (https://arxiv.org/abs/2407.01082), each on what the one before has left.
+
+    All settings may be traced: changing them does not compile again. A filter that is off costs
+    nothing; one that is on costs 32 passes over V instead of a sort.
+
+    Args:
+        logits: [..., V].
+        temperature: not negative; 0 means greedy: only the (first) most likely token is kept.
+        top_k: keeps the k most likely tokens (and ties with the last of them); 0 is off.
+        top_p: keeps the smallest set of most likely tokens with at least this probability; 1 is off.
+        min_p: drops tokens less likely than min_p times the most likely one; 0 is off.
+
+    Returns:
+        float32 [..., V], -inf for dropped tokens; at least one token is kept.
+    """
+    temperature, top_k = jnp.asarray(temperature, jnp.float32), jnp.asarray(top_k, jnp.int32)
+    top_p, min_p = jnp.asarray(top_p, jnp.float32), jnp.asarray(min_p, jnp.float32)
+    chex.assert_rank([temperature, top_k, top_p, min_p], 0)
+    scaled = scale_logits(logits, temperature)
+
+    def only_if(condition, fn, x):
+        return jax.lax.cond(condition, fn, lambda x: x, x)
+
+    def greedy(x):
+        best = jnp.argmax(x, axis=-1, keepdims=True)
+        return jnp.where(jnp.arange(x.shape[-1]) == best, x, -jnp.inf)
+
+    def truncate(x):
+        x = only_if(top_k > 0, lambda x: _keep_top_k(x, top_k), x)
+        x = only_if(top_p < 1, lambda x: _keep_top_p(x, top_p), x)
+        return only_if(min_p > 0, lambda x: _keep_min_p(x, min_p), x)
+
+    on = (top_k > 0) | (top_p < 1) | (min_p > 0)
+    branch = jnp.where(temperature == 0, 2, on.astype(jnp.int32))
+    return jax.lax.switch(branch, [lambda x: x, truncate, greedy], scaled)
+
+
+def _pick(weights: Array, targets: Array) -> tuple[Array, Array]:
+    """Returns (index [...], weight before it [...]): the first place where the running sum of
+    weights [..., K] exceeds targets [...], among positive weights only.
+    """
+    sums = jnp.cumsum(weights, axis=-1)
+    positive = weights > 0
+    hit = positive & (sums > targets[..., None])
+    # The target can reach the total by rounding: then the last token that can be drawn at all.
+    last = weights.shape[-1] - 1 - jnp.argmax(positive[..., ::-1], axis=-1)
+    index = jnp.where(jnp.any(hit, axis=-1), jnp.argmax(hit, axis=-1), last)
+    before = jnp.take_along_axis(sums - weights, index[..., None], axis=-1)[..., 0]
+    return index, before
+
+
+def draw(logits: Array, uniforms: Array) -> Array:
+    """Draws one token per row by inverting the cumulative distribution, in two levels.
+
+    One uniform number per row instead of V Gumbel noises: first a block of 128 tokens by the blocks'
+    sums, then the token inside it.
+
+    Args:
+        logits: float32 [..., V], -inf for tokens that must not be drawn; at least one is finite.
+        uniforms: float32 [...], in [0, 1).
+
+    Returns:
+        int32 [...]; never a token of probability 0.
+    """
+    probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    size = probs.shape[-1]
+    blocks = -(-size // _BLOCK)
+    probs = jnp.pad(probs, [(0, 0)] * (probs.ndim - 1) + [(0, blocks * _BLOCK - size)])
+    probs = probs.reshape(*probs.shape[:-1], blocks, _BLOCK)
+    sums = jnp.sum(probs, axis=-1)
+    targets = uniforms * jnp.sum(sums, axis=-1)
+    block, before = _pick(sums, targets)
+    inside = jnp.take_along_axis(probs, block[..., None, None], axis=-2)[..., 0, :]
+    token, _ = _pick(inside, targets - before)
+    return (block * _BLOCK + token).astype(jnp.int32)
