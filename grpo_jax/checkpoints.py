@@ -1,0 +1,400 @@
+"""Checkpoints: everything a run needs to go on bit for bit after a kill. The only file that imports orbax.
+
+    <directory>/<step>/state        the train state, one array per leaf, named by its path ("params/h/0/w")
+    <directory>/<step>/extra        JSON of the caller, and per leaf its dtype, shape and CRC-32
+    <directory>/<step>/experience   only where the step falls between two passes over one rollout
+    <directory>/reference/0/state   the frozen reference parameters, written once
+    <directory>/corrupted/<step>    a checkpoint that failed its checksums, moved out of the way
+
+A save is written to a temporary directory and renamed when complete, so a process killed at any time
+leaves the previous checkpoint whole. Orbax keeps no checksums of what it stores: ours are verified on
+every restore. One process writes; arrays sharded over its devices are gathered on the host.
+"""
+
+import json
+import logging
+import shutil
+import tempfile
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+PyTree = Any
+Leaves = dict[str, np.ndarray]
+_LEAVES, _CRC = "_leaves", "_crc32"  # our keys in the stored JSON
+
+
+class CorruptedCheckpoint(ValueError):
+    """What is on disk is not what was saved."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, saved in the background.
+
+    Args:
+        directory: where they live; made absolute, created if missing.
+        keep: newest checkpoints kept, at least 1.
+        read_only: look at a directory that another process may be writing to: nothing is created,
+            cleaned up or moved.
+
+    Raises:
+        ValueError: the directory cannot be written (or, read only, does not exist); keep is below 1.
+    """
+
+    def __init__(self, directory: str | Path, *, keep: int = 2, read_only: bool = False):
+        if keep < 1:
+            raise ValueError(f"checkpoints: keep is {keep}; keep at least 1")
+        self.directory = Path(directory).expanduser().absolute()  # orbax refuses relative paths
+        self._read_only = read_only
+        self._keep = keep
+        _check_directory(self.directory, read_only)
+        _quiet_orbax()
+        self._manager = _make_manager(self.directory, keep, read_only)
+        self._saving: int | None = None  # the step being written in the background
+        self._reference: Checkpoints | None = None
+        self._empty_trash()
+
+    def save(self, step: int, state: PyTree, extra: dict[str, Any], experience: PyTree = None) -> None:
+        """Copies everything to the host, starts writing it and returns.
+
+        The caller may donate or overwrite `state` and `experience` as soon as this returns.
+
+        Args:
+            step: optimizer steps done; above every saved step.
+            state: pytree of arrays. A Python scalar is stored as the array `jit` would make of it.
+            extra: JSON: what comes back equals what went in.
+            experience: the rollout in use, if the step falls between two passes over it.
+
+        Raises:
+            ValueError: the step is not new, or a leaf or `extra` cannot be stored faithfully.
+            RuntimeError: the previous save failed in the background, or this one could not start.
+        """
+        if self._read_only:
+            raise ValueError(f"checkpoints {self.directory} were opened read only; nothing can be saved")
+        latest = self.latest_step()  # waits for the previous save, and raises its error
+        if latest is not None and step <= latest:
+            raise ValueError(f"checkpoint step {step} is not after step {latest}, saved in {self.directory}")
+        items = {"state": _to_host(state)}
+        if experience is not None:
+            items["experience"] = _to_host(experience)
+        document = _seal(extra, items)
+        self._saving = step
+        args = {name: ocp.args.PyTreeSave(leaves) for name, leaves in items.items()}
+        try:
+            self._manager.save(
+                step, args=ocp.args.Composite(extra=ocp.args.JsonSave(document), **args), force=True
+            )
+        except Exception as error:
+            self._fail(error)
+
+    def restore(
+        self, step: int, state_template: PyTree, experience_template: PyTree = None
+    ) -> tuple[PyTree, dict[str, Any], PyTree]:
+        """Reads one checkpoint and verifies its checksums.
+
+        Args:
+            step: one of `steps()`.
+            state_template: pytree of arrays or `jax.ShapeDtypeStruct`: structure, shapes and dtypes.
+            experience_template: the same for the experience; without it a stored experience is not read.
+
+        Returns:
+            `(state, extra, experience)`, bit-identical to what was saved: uncommitted arrays on the
+            default device, weakly typed where the template is. experience is None if none was stored.
+
+        Raises:
+            CorruptedCheckpoint: a file is missing, unreadable or fails its checksum.
+            ValueError: there is no such step, or the checkpoint does not fit the templates.
+        """
+        document = self._document(step)
+        saved = document.pop(_LEAVES)
+        templates = {"state": state_template}
+        if experience_template is not None and "experience" in saved:
+            templates["experience"] = experience_template
+        for name, template in templates.items():
+            _check_fits(saved[name], template, self.directory / str(step) / name)
+        restored = {name: self._restore_item(step, name, saved[name], t) for name, t in templates.items()}
+        return restored["state"], document, restored.get("experience")
+
+    def restore_latest(
+        self, state_template: PyTree, experience_template: PyTree = None
+    ) -> tuple[int, PyTree, dict[str, Any], PyTree]:
+        """Restores the newest checkpoint that is whole.
+
+        Corrupted newer ones are warned about and moved to `corrupted/`, so that their steps can be
+        saved again.
+
+        Returns:
+            `(step, state, extra, experience)`; see `restore`.
+
+        Raises:
+            CorruptedCheckpoint: every checkpoint is corrupted.
+            ValueError: there is no checkpoint, or the newest whole one does not fit the templates.
+        """
+        corrupted: dict[int, CorruptedCheckpoint] = {}
+        for step in reversed(self.steps()):
+            try:
+                restored = self.restore(step, state_template, experience_template)
+            except CorruptedCheckpoint as error:
+                corrupted[step] = error
+                continue
+            for bad, error in corrupted.items():
+                warnings.warn(f"{error}; going back to the checkpoint of step {step}", stacklevel=2)
+                self._set_aside(bad)
+            return step, *restored
+        if not corrupted:
+            raise ValueError(f"no checkpoint in {self.directory}")
+        causes = "; ".join(str(error) for error in corrupted.values())
+        raise CorruptedCheckpoint(f"no usable checkpoint in {self.directory}: {causes}")
+
+    def extra(self, step: int) -> dict[str, Any]:
+        """Reads only the JSON that was saved with a step. Raises as `restore` does."""
+        return {key: value for key, value in self._document(step).items() if key != _LEAVES}
+
+    def steps(self) -> list[int]:
+        """Returns the saved steps, oldest first, after waiting for a save under way."""
+        self.wait()
+        return sorted(self._manager.all_steps())
+
+    def latest_step(self) -> int | None:
+        """Returns the newest saved step, None if there is none, after waiting for a save under way."""
+        return max(self.steps(), default=None)
+
+    def save_reference(self, params: PyTree) -> None:
+        """Writes the reference parameters, once, and waits until they are on disk.
+
+        Raises:
+            ValueError: there is a reference already; it must never change during a run.
+            RuntimeError: it could not be written.
+        """
+        if self.has_reference():
+            raise ValueError(f"{self.directory / 'reference'} exists; the reference is saved once")
+        if self._reference is None:
+            self._reference = Checkpoints(self.directory / "reference", keep=1, read_only=self._read_only)
+        self._reference.save(0, params, {})
+        self._reference.wait()
+
+    def has_reference(self) -> bool:
+        """Tells whether a complete reference is on disk."""
+        # Orbax renames a step into place only when it is complete.
+        return (self.directory / "reference" / "0").is_dir()
+
+    def restore_reference(self, template: PyTree) -> PyTree:
+        """Reads the reference parameters; arrays and errors as in `restore`."""
+        if not self.has_reference():
+            raise ValueError(f"no reference in {self.directory}")
+        if self._reference is None:
+            self._reference = Checkpoints(self.directory / "reference", keep=1, read_only=self._read_only)
+        return self._reference.restore(0, template)[0]
+
+    def wait(self) -> None:
+        """Blocks until the save under way is on disk.
+
+        Raises:
+            RuntimeError: it failed. The earlier checkpoints are untouched, and saving may go on.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            self._fail(error)
+        self._saving = None
+        self._empty_trash()
+
+    def close(self) -> None:
+        """Waits, raises as `wait` does, and ends the background threads."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+            if self._reference is not None:
+                self._reference.close()
+
+    def _document(self, step: int) -> dict[str, Any]:
+        if step not in self.steps():
+            raise ValueError(f"no checkpoint of step {step} in {self.directory}; there are {self.steps()}")
+        try:
+            args = ocp.args.Composite(extra=ocp.args.JsonRestore())
+            return _unseal(self._manager.restore(step, args=args)["extra"])
+        except Exception as error:  # whatever orbax makes of a damaged file
+            raise _corrupted(self.directory / str(step) / "extra", error) from error
+
+    def _restore_item(self, step: int, name: str, saved: dict[str, list], template: PyTree) -> PyTree:
+        path = self.directory / str(step) / name
+        restore_args = {leaf: ocp.RestoreArgs(restore_type=np.ndarray) for leaf in saved}
+        args = ocp.args.PyTreeRestore(item=dict.fromkeys(saved, 0), restore_args=restore_args)
+        try:
+            leaves = self._manager.restore(step, args=ocp.args.Composite(**{name: args}))[name]
+        except Exception as error:  # as above
+            raise _corrupted(path, error) from error
+        for leaf, value in leaves.items():
+            if _describe(value) != saved[leaf]:
+                raise _corrupted(path / leaf, "its checksum does not match")
+        structs, treedef = jax.tree.flatten(_abstract(template))
+        arrays = [_to_device(leaves[leaf], s) for leaf, s in zip(_names(template), structs, strict=True)]
+        return treedef.unflatten(arrays)
+
+    def _set_aside(self, step: int) -> None:
+        if self._read_only:
+            return
+        target = self.directory / "corrupted" / str(step)
+        shutil.rmtree(target, ignore_errors=True)
+        target.parent.mkdir(exist_ok=True)
+        (self.directory / str(step)).rename(target)
+        self._manager.reload()
+
+    def _fail(self, error: Exception) -> None:
+        step, self._saving = self._saving, None
+        self._manager.reload()  # orbax counts a step as saved before it is
+        raise RuntimeError(
+            f"the checkpoint of step {step} could not be written to {self.directory}: {_one_line(error)}"
+        ) from error
+
+    def _empty_trash(self) -> None:
+        # A rename is atomic and a deletion is not: orbax renames an old step to trash/, and a step that was
+        # half deleted when the process died can never be taken for a checkpoint. Deleting is left to us.
+        if not self._read_only:
+            shutil.rmtree(self.directory / "trash", ignore_errors=True)
+
+
+def _make_manager(directory: Path, keep: int, read_only: bool) -> ocp.CheckpointManager:
+    if read_only:
+        options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
+    else:
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, todelete_subdir="trash", cleanup_tmp_directories=True
+        )
+
+    # Plain uncompressed files: float weights do not compress, and without OCDBT's database a gigabyte is
+    # written 2 to 5 times as fast, for a few more files.
+    def arrays() -> ocp.PyTreeCheckpointHandler:
+        return ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
+
+    handlers = {"state": arrays(), "experience": arrays(), "extra": ocp.JsonCheckpointHandler()}
+    return ocp.CheckpointManager(directory, item_handlers=handlers, options=options)
+
+
+def _check_directory(directory: Path, read_only: bool) -> None:
+    if read_only:
+        if not directory.is_dir():
+            raise ValueError(f"checkpoint directory {directory} does not exist")
+        return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as probe:
+            probe.write(b"x")
+    except OSError as error:
+        raise ValueError(f"checkpoint directory {directory} cannot be written: {_one_line(error)}") from error
+
+
+class _OrbaxErrorsOnly(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR or "/orbax/checkpoint/" not in record.pathname
+
+
+_FILTER = _OrbaxErrorsOnly()
+
+
+def _quiet_orbax() -> None:
+    # Orbax reports every save in tens of lines through the logger that all users of absl share; what
+    # matters of it is raised. addFilter ignores a filter it has.
+    logging.getLogger("absl").addFilter(_FILTER)
+
+
+def _names(tree: PyTree) -> list[str]:
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    return [jax.tree_util.keystr(path, simple=True, separator="/") or "array" for path in paths]
+
+
+def _abstract(tree: PyTree) -> PyTree:
+    """Shapes, dtypes and weak types as `jit` sees them."""
+    return jax.eval_shape(lambda t: t, tree)
+
+
+def _to_host(tree: PyTree) -> Leaves:
+    """Copies every leaf to the host, refusing what would come back as something else."""
+    leaves: Leaves = {}
+    for name, leaf, struct in zip(
+        _names(tree), jax.tree.leaves(tree), jax.tree.leaves(_abstract(tree)), strict=True
+    ):
+        if jnp.issubdtype(struct.dtype, jax.dtypes.prng_key):
+            raise ValueError(f"checkpoint leaf {name} is a typed PRNG key: store jax.random.key_data(key)")
+        # A copy, not a view: the caller donates its state to the next train_step while we are still
+        # writing, and on CPU np.asarray(jax array) is the very buffer that XLA then overwrites.
+        value = np.array(leaf, dtype=struct.dtype if np.isscalar(leaf) else None, order="C", copy=True)
+        if value.dtype != struct.dtype:
+            raise ValueError(f"checkpoint leaf {name} is {value.dtype}, which jit turns into {struct.dtype}")
+        if struct.weak_type and struct.ndim:
+            raise ValueError(f"checkpoint leaf {name} is a weakly typed array: give it a dtype of its own")
+        if value.size == 0:
+            raise ValueError(f"checkpoint leaf {name} has shape {value.shape}: empty arrays are not stored")
+        if name in leaves:
+            raise ValueError(f"checkpoint leaf {name}: two leaves have this name")
+        leaves[name] = value
+    if not leaves:
+        raise ValueError("checkpoint: the pytree has no leaves")
+    return leaves
+
+
+def _to_device(value: np.ndarray, struct: jax.ShapeDtypeStruct) -> jax.Array:
+    # Only a Python scalar makes a weakly typed array; anything else would compile train_step again.
+    return jnp.array(value.item() if struct.weak_type else value)
+
+
+def _describe(value: np.ndarray) -> list:
+    data = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+    return [str(value.dtype), list(value.shape), zlib.crc32(data)]
+
+
+def _check_fits(saved: dict[str, list], template: PyTree, path: Path) -> None:
+    structs = zip(_names(template), jax.tree.leaves(_abstract(template)), strict=True)
+    expected = {name: f"{struct.dtype}{list(struct.shape)}" for name, struct in structs}
+    found = {name: f"{dtype}{shape}" for name, (dtype, shape, _) in saved.items()}
+    wrong = [
+        f"{name}: found {found.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}"
+        for name in {**expected, **found}
+        if found.get(name) != expected.get(name)
+    ]
+    if wrong:
+        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+        raise ValueError(
+            f"the checkpoint was written by another configuration: {path}: {'; '.join(wrong[:3])}{more}"
+        )
+
+
+def _seal(extra: dict[str, Any], items: dict[str, Leaves]) -> dict[str, Any]:
+    if {_LEAVES, _CRC} & set(extra):
+        raise ValueError(f"checkpoint extra: the keys {_LEAVES!r} and {_CRC!r} are ours")
+    try:
+        faithful = json.loads(json.dumps(extra, allow_nan=False)) == extra
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"checkpoint extra is not JSON: {error}") from error
+    if not faithful:
+        raise ValueError("checkpoint extra changes on its way through JSON: use str keys and lists only")
+    leaves = {item: {name: _describe(value) for name, value in v.items()} for item, v in items.items()}
+    document = {**extra, _LEAVES: leaves}
+    return {**document, _CRC: _crc(document)}
+
+
+def _unseal(document: dict[str, Any]) -> dict[str, Any]:
+    crc = document.pop(_CRC)
+    if crc != _crc(document):
+        raise ValueError("its checksum does not match")
+    return document
+
+
+def _crc(document: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(document, sort_keys=True).encode())
+
+
+def _corrupted(path: Path, cause: Exception | str) -> CorruptedCheckpoint:
+    return CorruptedCheckpoint(f"corrupted checkpoint: {path}: {_one_line(cause)}")
+
+
+def _one_line(error: Exception | str) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
