@@ -1,0 +1,174 @@
+"""Generation: prefill each prompt once, fork its cache to the group, decode until every row is done."""
+
+import functools
+from typing import Any
+
+import chex
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.sampling import draw, process_logits, scale_logits
+from grpo_jax.types import Array, Cache, Params, Policy, Prompts, Rollout
+
+
+def positions_from_mask(mask: Array) -> Array:
+    """Returns int32 positions [...,L] that count real tokens only: left padding shifts nothing."""
+    return jnp.maximum(jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1, 0)
+
+
+def prefill(policy: Policy, params: Params, prompts: Prompts, *, max_length: int) -> tuple[Array, Cache]:
+    """Runs the prompts once and fills a cache.
+
+    Args:
+        policy: the model's functions.
+        params: its parameters.
+        prompts: left-padded, [N,S].
+        max_length: slots of the cache, exactly S plus the tokens to be decoded.
+
+    Returns:
+        (hidden [N,D] at each prompt's last token, cache with N rows).
+    """
+    num_prompts, prompt_length = prompts.tokens.shape
+    room = jnp.ones((num_prompts, max_length - prompt_length), bool)
+    hidden, cache = policy.forward(
+        params,
+        prompts.tokens,
+        jnp.concatenate([prompts.mask, room], axis=1),
+        positions_from_mask(prompts.mask),
+        policy.init_cache(num_prompts, max_length),
+    )
+    return hidden[:, -1], cache
+
+
+def fork(tree: Any, group_size: int) -> Any:
+    """Repeats every row of every array of a pytree group_size times, prompt-major; scalars are shared."""
+    return jax.tree.map(lambda x: jnp.repeat(x, group_size, axis=0) if jnp.ndim(x) else x, tree)
+
+
+def row_keys(key: Array, rows: Array) -> Array:
+    """Returns one key per row: noise belongs to the row's number, however the batch is cut."""
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+
+
+@flax.struct.dataclass
+class _Decode:
+    """What the decoding loop carries."""
+
+    step: Array  # [] completion tokens drawn so far
+    cache: Cache
+    last: Array  # [B] the token drawn last
+    done: Array  # [B] bool
+    tokens: Array  # [B,T], as are the next three
+    mask: Array
+    log_probs: Array
+    kept_mass: Array
+
+
+def _draw_and_record(policy, params, carry: _Decode, hidden, keys, eos_ids, sampling) -> _Decode:
+    """Draws token `carry.step` of every row from hidden [B,D] and writes it into the carry."""
+    logits = policy.unembed(params, hidden)
+    t, live = carry.step, ~carry.done
+    uniforms = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, t)))(keys)
+    processed = process_logits(logits, **sampling)
+    tokens = jnp.where(live, draw(processed, uniforms), 0)
+    scaled = scale_logits(logits, sampling["temperature"])
+    log_normalizer = jax.nn.logsumexp(scaled, axis=-1)
+    log_probs = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0] - log_normalizer
+    kept_mass = jnp.minimum(jnp.exp(jax.nn.logsumexp(processed, axis=-1) - log_normalizer), 1.0)
+    return carry.replace(
+        step=t + 1,
+        last=tokens,
+        done=carry.done | jnp.any(tokens[:, None] == eos_ids, axis=1) & live,
+        tokens=carry.tokens.at[:, t].set(tokens),
+        mask=carry.mask.at[:, t].set(live),
+        log_probs=carry.log_probs.at[:, t].set(jnp.where(live, log_probs, 0)),
+        kept_mass=carry.kept_mass.at[:, t].set(jnp.where(live, kept_mass, 0)),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("group_size", "max_new_tokens"))
+def generate(
+    policy: Policy,
+    params: Params,
+    prompts: Prompts,
+    key: Array,
+    *,
+    group_size: int,
+    max_new_tokens: int,
+    eos_ids: Array,
+    temperature: float | Array = 1.0,
+    top_k: int | Array = 0,
+    top_p: float | Array = 1.0,
+    min_p: float | Array = 0.0,
+    first_row: int | Array = 0,
+) -> Rollout:
+    """Samples group_size completions of each prompt. Compiled once per (N, S, G, T).
+
+    Args:
+        policy: the model's functions.
+        params: its parameters.
+        prompts: left-padded, [N,S].
+        key: PRNG key of this step, not consumed but folded with each row's number and each position:
+            completion g of prompt n is the same in whatever batch it is generated.
+        group_size: G.
+        max_new_tokens: T.
+        eos_ids: int32 [E], ids that end a completion; traced. Empty: every completion has T tokens.
+        temperature: see `process_logits`; traced, as are the next three. 0 is greedy.
+        top_k: see `process_logits`.
+        top_p: see `process_logits`.
+        min_p: see `process_logits`.
+        first_row: number of the first row, when these prompts are a slice of a larger batch.
+
+    Returns:
+        A Rollout of B = N*G rows, prompt-major. Its log-probs are those of the temperature-scaled
+        *full* distribution (at temperature 0, of the unscaled one), whatever the truncation. The first
+        eos is part of the completion; tokens after it are 0.
+    """
+    chex.assert_rank([prompts.tokens, prompts.mask], 2)
+    num_prompts, prompt_length = prompts.tokens.shape
+    batch, length = num_prompts * group_size, prompt_length + max_new_tokens
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    eos_ids = jnp.asarray(eos_ids, jnp.int32).reshape(-1)
+    keys = row_keys(key, first_row + jnp.arange(batch))
+
+    hidden, cache = prefill(policy, params, prompts, max_length=length)
+    prompt_tokens, prompt_mask, hidden, cache = fork(
+        (prompts.tokens, prompts.mask, hidden, cache), group_size
+    )
+    cache_mask = jnp.concatenate([prompt_mask, jnp.ones((batch, max_new_tokens), bool)], axis=1)
+    prompt_sizes = jnp.sum(prompt_mask, axis=1, dtype=jnp.int32)
+
+    sample = functools.partial(
+        _draw_and_record, policy, params, keys=keys, eos_ids=eos_ids, sampling=sampling
+    )
+
+    def step(carry: _Decode) -> _Decode:
+        positions = (prompt_sizes + carry.step - 1)[:, None]
+        hidden, cache = policy.forward(params, carry.last[:, None], cache_mask, positions, carry.cache)
+        return sample(carry.replace(cache=cache), hidden[:, -1])
+
+    empty = jnp.zeros((batch, max_new_tokens))
+    start = _Decode(
+        step=jnp.int32(0),
+        cache=cache,
+        last=jnp.zeros(batch, jnp.int32),
+        done=jnp.zeros(batch, bool),
+        tokens=empty.astype(jnp.int32),
+        mask=empty.astype(bool),
+        log_probs=empty,
+        kept_mass=empty,
+    )
+    # The first token needs no forward of its own (the prefill was it), and after the last none follows.
+    final = jax.lax.while_loop(
+        lambda carry: (carry.step < max_new_tokens) & ~jnp.all(carry.done), step, sample(start, hidden)
+    )
+    return Rollout(
+        prompt_tokens=prompt_tokens,
+        prompt_mask=prompt_mask,
+        tokens=final.tokens,
+        mask=final.mask,
+        log_probs=final.log_probs,
+        kept_mass=final.kept_mass,
+        finished=final.done,
+    )

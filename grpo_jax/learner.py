@@ -1,0 +1,167 @@
+"""The learner: a train state and one jitted optimizer update over an Experience."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from flax.training import train_state
+
+from grpo_jax.log_probs import completion_hidden, split_rows, token_log_probs
+from grpo_jax.losses import LossMetrics
+from grpo_jax.metrics import Metrics, loss_metrics_dict, merge_loss_metrics, token_mean
+from grpo_jax.recipes import Recipe
+from grpo_jax.types import Array, Experience, Params, Policy
+
+
+class TrainState(train_state.TrainState):
+    """A flax TrainState that knows the policy's functions and counts skipped updates.
+
+    `step` counts calls of `train_step`, skipped ones included: it is the clock of the run, from which
+    noise and data order follow. It holds no key.
+    """
+
+    policy: Policy
+    skipped: Array  # [] int32, updates skipped since the start
+    skipped_in_a_row: Array  # [] int32, since the last good one
+
+
+def init_train_state(policy: Policy, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """Makes the state of a fresh run. `params` are copied, since `train_step` donates its state.
+
+    Args:
+        policy: the model's functions.
+        params: float32 parameters; lower precision would swallow small updates.
+        optimizer: an optax transformation, see `make_optimizer`.
+
+    Raises:
+        ValueError: a parameter that is not float32.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if leaf.dtype != jnp.float32:
+            name = jax.tree_util.keystr(path)
+            raise ValueError(
+                f"parameter {name} is {leaf.dtype}; training needs float32 parameters "
+                "(cast them; compute in bfloat16 is a setting of the policy)"
+            )
+    params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
+    # Each counter its own buffer: one buffer cannot be donated twice.
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        apply_fn=policy.forward,
+        params=params,
+        tx=optimizer,
+        opt_state=optimizer.init(params),
+        policy=policy,
+        skipped=jnp.zeros((), jnp.int32),
+        skipped_in_a_row=jnp.zeros((), jnp.int32),
+    )
+
+
+def experience_loss(
+    params: Params, policy: Policy, experience: Experience, *, recipe: Recipe, temperature, chunk_size: int
+) -> tuple[Array, tuple[LossMetrics, Array]]:
+    """Computes the recipe's loss of params: (loss [], (LossMetrics, sum of token entropies [])).
+
+    Args:
+        params: the parameters being trained.
+        policy: the model's functions.
+        experience: B rows, or a slice of them (weights are those of the whole batch).
+        recipe: the objective.
+        temperature: the sampling temperature.
+        chunk_size: see `token_log_probs`.
+    """
+    hidden = completion_hidden(policy, params, experience)
+    log_probs, entropies = token_log_probs(
+        policy, params, hidden, experience.tokens, temperature=temperature, chunk_size=chunk_size
+    )
+    loss, metrics = recipe.loss(
+        log_probs,
+        experience.old_log_probs,
+        experience.advantages,
+        experience.mask,
+        experience.weights,
+        experience.ref_log_probs,
+    )
+    entropy = jax.lax.stop_gradient(token_mean(entropies, experience.mask))
+    return loss, (metrics, entropy)
+
+
+def _gradients(state, experience, num_microbatches, loss_fn):
+    """Returns (gradients, loss, LossMetrics, entropy) of the whole batch, one slice at a time."""
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+    if num_microbatches == 1:
+        (loss, (metrics, entropy)), grads = value_and_grad(state.params, state.policy, experience)
+        return grads, loss, metrics, entropy
+
+    def add_slice(total, part):
+        (loss, aux), grads = value_and_grad(state.params, state.policy, part)
+        return jax.tree.map(jnp.add, total, grads), (loss, aux)
+
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    parts = split_rows(experience, num_microbatches)
+    grads, (losses, (metrics, entropies)) = jax.lax.scan(add_slice, zeros, parts)
+    share = metrics.num_tokens / jnp.maximum(jnp.sum(metrics.num_tokens), 1)
+    return grads, jnp.sum(losses), merge_loss_metrics(metrics), jnp.sum(share * entropies)
+
+
+@functools.partial(jax.jit, static_argnames=("num_microbatches", "chunk_size"), donate_argnames="state")
+def train_step(
+    state: TrainState,
+    experience: Experience,
+    *,
+    recipe: Recipe,
+    num_microbatches: int = 1,
+    temperature: float | Array = 1.0,
+    chunk_size: int = 1024,
+) -> tuple[TrainState, Metrics]:
+    """Makes one optimizer update from one batch of experience. Compiled once per shape.
+
+    The gradient is that of `grpo_loss` over the whole batch; micro-batches only bound memory. If the
+    loss or any gradient is not finite, parameters and optimizer stay as they are and the update is
+    counted as skipped.
+
+    Args:
+        state: donated: do not use it afterwards.
+        experience: B rows.
+        recipe: the objective. Its kl_coef and clip values are traced; the rest is static.
+        num_microbatches: slices of the batch, a divisor of B.
+        temperature: the temperature the rollout was sampled with.
+        chunk_size: see `token_log_probs`.
+
+    Returns:
+        (new state, metrics: scalars by their logged names, see `grpo_jax.metrics`).
+
+    Raises:
+        ValueError: num_microbatches does not divide B.
+    """
+    chex.assert_rank([experience.tokens, experience.mask, experience.weights], 2)
+    chex.assert_equal_shape([experience.tokens, experience.weights, experience.old_log_probs])
+    loss_fn = functools.partial(
+        experience_loss, recipe=recipe, temperature=temperature, chunk_size=chunk_size
+    )
+    grads, loss, loss_metrics, entropy = _gradients(state, experience, num_microbatches, loss_fn)
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    updates, opt_state = state.tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+    )
+    state = state.replace(
+        step=state.step + 1,
+        params=params,
+        opt_state=opt_state,
+        skipped=state.skipped + ~finite,
+        skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+    )
+    metrics = {
+        "loss": loss,
+        **loss_metrics_dict(loss_metrics),
+        "entropy": entropy,
+        "grad_norm": grad_norm,
+        "skipped_updates": state.skipped,
+        "skipped_updates_in_a_row": state.skipped_in_a_row,
+    }
+    return state, metrics
