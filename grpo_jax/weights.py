@@ -1,0 +1,171 @@
+"""Checkpoint files, strictly: every tensor is there, has the right shape, and none is left over.
+
+Reads safetensors (PyTorch or Flax names; one file or shards) and Flax msgpack, writes safetensors with
+PyTorch names. Nothing here unpickles, and nothing needs torch.
+"""
+
+import functools
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from grpo_jax.types import Params
+
+SAFETENSORS, MSGPACK = "model.safetensors", "flax_model.msgpack"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+_FLAX_LEAVES = {"kernel", "embedding", "scale"}
+_FLOATS = [np.dtype(t) for t in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)]
+
+Read = Callable[[], np.ndarray]
+
+
+def read_params(
+    directory: Path, shapes: Params, *, embedding: tuple[str, ...], buffers: tuple[str, ...]
+) -> Params:
+    """Reads a checkpoint directory into float32 parameters.
+
+    Args:
+        directory: holds model.safetensors or flax_model.msgpack, or shards with their index.
+        shapes: the parameters' pytree, as shapes.
+        embedding: path of the token embedding; its first part is the base model's prefix, which the
+            files may leave out.
+        buffers: patterns of constants that PyTorch files may hold besides the parameters.
+    Returns: the pytree of `shapes`, float32 whatever the file's dtype.
+    Raises: FileNotFoundError without weights; ValueError for a broken file, or missing, unexpected or
+        wrongly shaped tensors, naming them.
+    """
+    tensors = _open(directory)
+    expected = flatten_dict(shapes)
+    is_flax = any(name.rsplit(".", 1)[-1] in _FLAX_LEAVES for name in tensors)
+    names = {(".".join(path) if is_flax else torch_name(path)): path for path in expected}
+    prefix = embedding[0] + "."
+    if not any(name.startswith(prefix) for name in tensors):  # saved from the base model
+        names = {name.removeprefix(prefix): path for name, path in names.items()}
+
+    if missing := [name for name in names if name not in tensors]:
+        raise ValueError(f"{directory}: missing {_listed(missing)}")
+    unexpected = [
+        name for name in tensors if name not in names and not any(re.search(b, name) for b in buffers)
+    ]
+    tied_name = "lm_head.kernel" if is_flax else "lm_head.weight"
+    if ("lm_head", "kernel") not in expected and tied_name in unexpected:
+        unexpected.remove(tied_name)
+        head = tensors[tied_name]()
+        table = tensors[next(name for name, path in names.items() if path == embedding)]()
+        if not np.array_equal(head.T if is_flax else head, table):
+            raise ValueError(
+                f"{directory}: {tied_name} differs from the embedding it is tied to in config.json"
+            )
+    if unexpected:
+        raise ValueError(f"{directory}: unexpected {_listed(unexpected)}")
+
+    params = {}
+    for name, path in names.items():
+        params[path] = _convert(
+            name, tensors[name](), expected[path].shape, not is_flax and path[-1] == "kernel"
+        )
+    return unflatten_dict(params)
+
+
+def write_params(path: Path, params: Params) -> None:
+    """Writes parameters as a safetensors file with PyTorch names and layouts.
+
+    Args:
+        path: the file; an existing one is replaced only when the new one is complete.
+        params: pytree of float32 arrays.
+    """
+    tensors = {}
+    for key, value in flatten_dict(params).items():
+        value = np.asarray(jax.device_get(value))
+        tensors[torch_name(key)] = np.ascontiguousarray(value.T if key[-1] == "kernel" else value)
+    unfinished = path.with_name(path.name + ".unfinished")
+    save_file(tensors, unfinished, metadata={"format": "pt"})
+    os.replace(unfinished, path)
+
+
+def torch_name(path: tuple[str, ...]) -> str:
+    """Returns the PyTorch name of a Flax parameter: the same path, but leaves are `weight` and `bias`."""
+    return ".".join((*path[:-1], "weight" if path[-1] in _FLAX_LEAVES else path[-1]))
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"tensor{'s' if len(names) > 1 else ''} {', '.join(sorted(names)[:5])}{more}"
+
+
+def _convert(name: str, value: np.ndarray, shape: tuple[int, ...], transpose: bool) -> jax.Array:
+    if value.dtype not in _FLOATS:
+        raise ValueError(
+            f"tensor {name} is {value.dtype}; weights must be float32, float16, bfloat16 or float64"
+        )
+    wanted = shape[::-1] if transpose else shape
+    if value.shape != wanted:
+        raise ValueError(f"tensor {name} has shape {value.shape}, the configuration says {wanted}")
+    # A copy that JAX owns: the parameters will be donated to the update.
+    return jnp.array(value.T if transpose else value, jnp.float32)
+
+
+def _open(directory: Path) -> Mapping[str, Read]:
+    """Returns every tensor in the checkpoint as a function that reads it."""
+    for file, read in ((SAFETENSORS, _open_safetensors), (MSGPACK, _open_msgpack)):
+        if (directory / file).is_file():
+            return read(directory / file)
+        index = directory / f"{file}.index.json"
+        if index.is_file():
+            return _open_shards(index, read)
+    pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
+    if pickles:
+        raise ValueError(
+            f"{directory}: {pickles[0]} is a pickle, which can run any code when loaded: never read here; "
+            f"convert it to {SAFETENSORS} (in PyTorch: model.save_pretrained(path, safe_serialization=True))"
+        )
+    raise FileNotFoundError(
+        f"{directory}: no weights: neither {SAFETENSORS} nor {MSGPACK}, nor an index of shards"
+    )
+
+
+def _open_shards(index: Path, read: Callable[[Path], Mapping[str, Read]]) -> Mapping[str, Read]:
+    try:
+        weight_map = {name: str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise ValueError(f"{index}: not an index of shards (no `weight_map`)") from None
+    tensors = {}
+    for file in sorted(set(weight_map.values())):
+        if Path(file).name != file:
+            raise ValueError(f"{index}: shard {file!r} is outside the directory")
+        if not (index.parent / file).is_file():
+            raise FileNotFoundError(f"{index.parent}: shard {file} is missing; {index.name} names it")
+        shard = read(index.parent / file)
+        if twice := [name for name in shard if name in tensors]:
+            raise ValueError(f"{index.parent}: {_listed(twice)} in more than one shard")
+        tensors |= shard
+    if absent := [name for name in weight_map if name.replace("/", ".") not in tensors]:
+        raise ValueError(f"{index.parent}: {_listed(absent)} named by {index.name} but in no shard")
+    return tensors
+
+
+def _open_safetensors(path: Path) -> Mapping[str, Read]:
+    try:
+        file = safe_open(path, framework="np")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file ({error})") from None
+    return {name: functools.partial(file.get_tensor, name) for name in file.keys()}  # noqa: SIM118
+
+
+def _open_msgpack(path: Path) -> Mapping[str, Read]:
+    try:
+        tree = flatten_dict(flax.serialization.msgpack_restore(path.read_bytes()), sep="/")
+    except Exception as error:  # msgpack raises a dozen unrelated types
+        raise ValueError(f"{path}: not a Flax msgpack file ({error})") from None
+    return {name.replace("/", "."): functools.partial(np.asarray, value) for name, value in tree.items()}
