@@ -179,11 +179,12 @@ class TrainingConfig:
 
     def __post_init__(self):
         _require(self.batch_size >= 1, f"training.batch_size: {self.batch_size}; at least 1")
-        _require(self.num_microbatches >= 1, f"training.num_microbatches: {self.num_microbatches}; at least 1")
+        parts = self.num_microbatches
+        _require(parts >= 1, f"training.num_microbatches: {parts}; at least 1")
         _require(
-            self.batch_size % self.num_microbatches == 0,
+            self.batch_size % parts == 0,
             f"training.batch_size {self.batch_size} does not divide into training.num_microbatches "
-            f"{self.num_microbatches} equal parts",
+            f"{parts} equal parts",
         )
         _require(self.num_epochs > 0, f"training.num_epochs: {self.num_epochs}; above 0")
         n = self.num_steps
@@ -258,7 +259,8 @@ class TrackingConfig:
     num_completions: int = 8
 
     def __post_init__(self):
-        _require(self.completions_every >= 1, f"tracking.completions_every: {self.completions_every}; at least 1")
+        every = self.completions_every
+        _require(every >= 1, f"tracking.completions_every: {every}; at least 1")
         _require(self.num_completions >= 0, f"tracking.num_completions: {self.num_completions}; 0 or more")
 
 

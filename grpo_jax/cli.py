@@ -1,0 +1,117 @@
+"""What the commands share: typed command lines from records, one-line errors, the compilation cache."""
+
+import difflib
+import os
+import re
+import sys
+import typing
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jsonargparse
+
+
+def parse_record(
+    record: type, argv: list[str] | None, *, command: str, description: str, config_option: bool = True
+) -> Any:
+    """Parses a command line (and YAML files given with --config) into a frozen record.
+
+    Fields are options, nested ones with dots: ``--algorithm.kl_coef 0.05``. What stands further right
+    wins, so overrides go after --config. Values are coerced by the field's type.
+
+    Args:
+        record: a dataclass, whose docstring documents the options.
+        argv: arguments; None: those of the process.
+        command: shown in --help, such as `python -m grpo_jax.train`.
+        description: shown in --help.
+        config_option: whether --config reads YAML files of the same keys.
+
+    Raises:
+        ValueError: an unknown key (the message suggests the nearest), or a value of the wrong type.
+    """
+    parser = jsonargparse.ArgumentParser(prog=command, description=description, exit_on_error=False)
+    if config_option:
+        parser.add_argument("--config", action="config", help="YAML file with any of the options below")
+    parser.add_class_arguments(record)
+    keys = [action.dest for action in parser._actions]
+    try:
+        parsed = parser.parse_args(argv)
+    except (jsonargparse.ArgumentError, TypeError, OSError) as error:
+        raise ValueError(_explain(str(error), keys, record)) from error
+    values = parser.instantiate_classes(parsed).as_dict()
+    if config_option:
+        values.pop("config")
+    return record(**values)
+
+
+# How jsonargparse says that a key is unknown, on the command line, in a section, at the top, in a list item.
+_UNKNOWN = (
+    (r"Unrecognized arguments: --([\w.]+)", ""),
+    (r"Key ['\"]?([\w.]+)['\"]? is not expected", ""),
+    (r"Group '(?P<section>[\w.]+)' does not accept option '([\w.]+)'", "section"),
+    (r"Parser key \"(?P<section>[\w.]+)\": .*Option '([\w.]+)' is not accepted", "section"),
+    (r"Option '([\w.]+)' is not accepted", ""),
+)
+
+
+def _explain(message: str, keys: list[str], record: type) -> str:
+    """Shortens a message of jsonargparse to one line, and names the key that was probably meant."""
+    message = re.sub(r"\s*\n\s*", " ", message).strip()
+    for pattern, section in _UNKNOWN:
+        if found := re.search(pattern, message, re.IGNORECASE):
+            key = found[found.re.groups]
+            if section:
+                key = f"{found['section']}.{key}"
+                keys = [*keys, *_item_keys(record, found["section"])]
+            nearest = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+            return f"unknown key {key!r}" + (
+                f"; did you mean {nearest[0]!r}?" if nearest else "; --help lists the keys"
+            )
+    message = re.sub(r'^Parser key "config":\s*', "--config: ", message)
+    message = re.sub(r'^Parser key "([\w.]+)":\s*', r"\1: ", message)
+    message = message.replace("a typing.Literal", "one of ")
+    return re.sub(r"[Ee]xpected a <class '(\w+)'>", r"expected a value of type \1", message)
+
+
+def _item_keys(record: type, name: str) -> list[str]:
+    """Returns the keys inside a list-of-records field, as `field.key`; none for any other field."""
+    items = typing.get_args(typing.get_type_hints(record).get(name))
+    return [f"{name}.{f.name}" for item in items if is_dataclass(item) for f in fields(item)]
+
+
+def enable_compilation_cache() -> Path:
+    """Keeps compiled programs between processes, in the user's cache directory.
+
+    JAX_COMPILATION_CACHE_DIR overrides the place.
+    """
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grpo_jax" / "xla"
+    directory = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or default)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return directory  # a read-only home costs compile time, nothing else
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    return directory
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Runs a command and exits: errors in what the user gave become one line and exit code 2.
+
+    GRPO_JAX_TRACEBACK=1 shows the traceback instead.
+    """
+    try:
+        code = main() or 0
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if os.environ.get("GRPO_JAX_TRACEBACK"):
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        if not isinstance(error, (ValueError, ImportError)):
+            text = f"{type(error).__name__}: {text}"
+        print(f"error: {text}", file=sys.stderr)
+        code = 2
+    sys.stdout.flush()
+    sys.exit(code)

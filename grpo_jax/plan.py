@@ -1,0 +1,171 @@
+"""What a config will do, before it does it: derived sizes, memory, compilations.
+
+python -m grpo_jax.plan --config configs/grpo_config.yaml
+"""
+
+import functools
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.actor import bucket_length
+from grpo_jax.cli import parse_record, run_command
+from grpo_jax.config import Config
+from grpo_jax.log_probs import completion_hidden
+from grpo_jax.runs import Parts, build
+from grpo_jax.types import Rollout
+
+_CHUNK = 1024  # tokens whose logits exist at a time, the default of `token_log_probs`
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The derived numbers of a run; `text()` is what is printed."""
+
+    title: str
+    num_prompts: int  # N
+    group_size: int  # G
+    batch_size: int  # B
+    num_microbatches: int
+    num_iterations: int
+    num_steps: int
+    num_examples: int
+    num_dropped: int
+    num_evaluation: int
+    prompt_length: int  # S
+    max_new_tokens: int  # T
+    generate_shapes: tuple[int, ...]  # prompt buckets that generation may be compiled for
+    num_compilations: int  # of training: generation and scoring per bucket, one train_step
+    num_evaluation_compilations: int
+    memory: dict[str, int]  # bytes by purpose
+
+    @property
+    def total_memory(self) -> int:
+        """Bytes at the peak: what stays, plus the larger of generation and update."""
+        transient = max(self.memory["generation"], self.memory["update"])
+        return sum(self.memory.values()) - self.memory["generation"] - self.memory["update"] + transient
+
+    def text(self) -> str:
+        """Returns the plan in a few lines."""
+        epochs = self.num_steps * self.num_prompts / self.num_iterations / self.num_examples
+        passes = f", {self.num_iterations} updates per rollout" if self.num_iterations > 1 else ""
+        slices = f" in {self.num_microbatches} micro-batches" if self.num_microbatches > 1 else ""
+        dropped = f" ({self.num_dropped:,} dropped: too long)" if self.num_dropped else ""
+        evaluation = f" + {self.num_evaluation_compilations} for evaluation"
+        parts = ", ".join(f"{name} {_megabytes(size)}" for name, size in self.memory.items() if size)
+        return "\n".join(
+            [
+                self.title,
+                f"  {self.num_prompts} prompts × {self.group_size} completions = {self.batch_size} per update"
+                f"{slices}{passes}, {self.num_steps:,} updates = {epochs:.2f} epochs of "
+                f"{self.num_examples:,} prompts{dropped}",
+                f"  prompts up to {self.prompt_length} tokens + completions up to {self.max_new_tokens} = "
+                f"{self.prompt_length + self.max_new_tokens}; {self.num_evaluation:,} held-out prompts",
+                f"  {self.num_compilations} compilations{evaluation if self.num_evaluation else ''}, "
+                f"about {_megabytes(self.total_memory)} MB ({parts})",
+            ]
+        )
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.0f}" if size >= 1e7 else f"{size / 1e6:.1f}"
+
+
+def _bytes(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _activation_bytes(parts: Parts, rows: int) -> int:
+    """Counts what the backward pass of one micro-batch keeps, by abstract evaluation: nothing runs."""
+    length, new_tokens, policy = parts.prompt_length, parts.config.sampling.max_new_tokens, parts.model.policy
+    int_, bool_ = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32), jax.ShapeDtypeStruct
+    rollout = Rollout(
+        prompt_tokens=int_((rows, length)),
+        prompt_mask=bool_((rows, length), jnp.bool_),
+        tokens=int_((rows, new_tokens)),
+        mask=bool_((rows, new_tokens), jnp.bool_),
+        log_probs=None,
+        kept_mass=None,
+        finished=None,
+    )
+
+    def residuals(params, rollout):
+        return jax.vjp(lambda params: completion_hidden(policy, params, rollout), params)
+
+    kept = jax.eval_shape(residuals, parts.model.params, rollout)
+    # The residuals hold the weight matrices too; those are counted with the parameters.
+    return max(0, _bytes(kept) - _bytes(parts.model.params))
+
+
+def _memory(parts: Parts) -> dict[str, int]:
+    """Estimates bytes by purpose; XLA's fusion usually needs less for the update."""
+    config, policy, params = parts.config, parts.model.policy, parts.model.params
+    size, state = _bytes(params), _bytes(jax.eval_shape(parts.optimizer.init, params))
+    batch, length = config.training.batch_size, parts.prompt_length + config.sampling.max_new_tokens
+    rows = batch // config.training.num_microbatches
+    hidden = jax.eval_shape(
+        policy.forward,
+        params,
+        *(jax.ShapeDtypeStruct((1, 1), dtype) for dtype in (jnp.int32, jnp.bool_, jnp.int32)),
+    )[0]
+    vocabulary = jax.eval_shape(policy.unembed, params, hidden).shape[-1]
+    cache = _bytes(jax.eval_shape(lambda: policy.init_cache(batch, length)))
+    fork = _bytes(jax.eval_shape(lambda: policy.init_cache(parts.num_prompts, length)))
+    logits = 4 * vocabulary * min(_CHUNK, rows * config.sampling.max_new_tokens)
+    return {
+        "parameters": size,
+        "reference": size if parts.recipe.kl_coef > 0 else 0,
+        "optimizer": state,
+        "gradients": size * (2 if config.training.num_microbatches > 1 else 1),
+        # The loop's cache and the one being written; logits, their probabilities and running sums.
+        "generation": 2 * cache + fork + 4 * 4 * vocabulary * batch,
+        "update": _activation_bytes(parts, rows) + 3 * logits,
+    }
+
+
+def make_plan(parts: Parts) -> Plan:
+    """Derives everything from the parts of a run. Compiles and runs nothing."""
+    config = parts.config
+    count = sum(x.size for x in jax.tree.leaves(parts.model.params))
+    limit = parts.prompt_length
+    buckets = tuple(sorted({bucket_length(length, limit) for length in parts.prompt_lengths}))
+    devices = jax.devices()
+    return Plan(
+        title=f"{parts.recipe.name} on {parts.model.source} ({count / 1e6:,.1f} M parameters, "
+        f"{config.model.dtype}) with {', '.join(reward.name for reward in parts.rewards)}, "
+        f"{len(devices)} × {devices[0].device_kind}",
+        num_prompts=parts.num_prompts,
+        group_size=config.algorithm.group_size,
+        batch_size=config.training.batch_size,
+        num_microbatches=config.training.num_microbatches,
+        num_iterations=config.algorithm.num_iterations,
+        num_steps=parts.num_steps,
+        num_examples=len(parts.task.train),
+        num_dropped=parts.num_dropped,
+        num_evaluation=len(parts.task.evaluation),
+        prompt_length=parts.prompt_length,
+        max_new_tokens=config.sampling.max_new_tokens,
+        generate_shapes=buckets,
+        num_compilations=2 * len(buckets) + 1,
+        num_evaluation_compilations=2,
+        memory=_memory(parts),
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command."""
+    config = parse_record(
+        Config,
+        argv,
+        command="python -m grpo_jax.plan",
+        description="Show what a config will do, without doing it.",
+    )
+    print(make_plan(build(config)).text())
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(sys.argv[1:]))
