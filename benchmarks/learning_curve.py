@@ -1,0 +1,97 @@
+"""The claim of learning: the main job for several seeds, its end points as a table, its curve as a picture.
+
+    python benchmarks/learning_curve.py --seeds 0 1 2 --out benchmarks/learning_curve.png
+
+Every run is the README's command with another seed, in a process of its own, timed from start to exit.
+Needs the `notebooks` extra (matplotlib).
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+def run(config: str, seed: int, run_dir: Path, cold: bool, overrides: list[str]) -> tuple[list[dict], float]:
+    """Trains once; returns (rows of metrics.jsonl, seconds from command to exit)."""
+    environment = dict(os.environ)
+    if cold:  # an empty compilation cache: what a fresh machine does
+        environment["JAX_COMPILATION_CACHE_DIR"] = str(run_dir / "xla")
+    command = [sys.executable, "-m", "grpo_jax.train", "--config", config, "--run_dir", str(run_dir)]
+    started = time.perf_counter()
+    seeded = [*command, "--training.seed", str(seed), *overrides]
+    subprocess.run(seeded, check=True, env=environment, stdout=subprocess.DEVNULL)
+    seconds = time.perf_counter() - started
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return rows, seconds
+
+
+def table(results: dict[int, tuple[list[dict], float]]) -> str:
+    """Returns the end points as Markdown."""
+    lines = [
+        "| seed | greedy before | sampled before | greedy after | sampled after | KL at the end | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for seed, (rows, seconds) in results.items():
+        evaluations = [row for row in rows if "eval/greedy_accuracy" in row]
+        sampled = next(name for name in evaluations[0] if name.startswith("eval/mean@"))
+        first, last = evaluations[0], evaluations[-1]
+        kl = [row["kl"] for row in rows if "kl" in row][-1]
+        lines.append(
+            f"| {seed} | {first['eval/greedy_accuracy']:.1%} | {first[sampled]:.1%} "
+            f"| {last['eval/greedy_accuracy']:.1%} | {last[sampled]:.1%} | {kl:.3f} | {seconds:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(results: dict[int, tuple[list[dict], float]], path: Path) -> None:
+    """Draws training reward and held-out accuracy against the update."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
+    for seed, (rows, _) in results.items():
+        rewards = [(row["step"], row["reward"]) for row in rows if "reward" in row]
+        left.plot(*zip(*rewards, strict=True), linewidth=0.8, label=f"seed {seed}")
+        evaluations = [row for row in rows if "eval/greedy_accuracy" in row]
+        sampled = next(name for name in evaluations[0] if name.startswith("eval/mean@"))
+        steps = [row["step"] for row in evaluations]
+        line = right.plot(steps, [row[sampled] for row in evaluations], "o-", label=f"sampled, seed {seed}")
+        greedy = [row["eval/greedy_accuracy"] for row in evaluations]
+        right.plot(steps, greedy, "s--", color=line[0].get_color(), alpha=0.5, label=f"greedy, seed {seed}")
+    left.set(title="reward of training rollouts", xlabel="update", ylim=(0, 1.02))
+    right.set(title="accuracy on held-out problems", xlabel="update")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--config", default="configs/grpo_config.yaml")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--runs", type=Path, default=Path("runs/learning_curve"), help="must not exist yet")
+    parser.add_argument("--out", type=Path, help="PNG to write")
+    parser.add_argument("--cold", action="store_true", help="start each run with an empty compilation cache")
+    arguments, overrides = parser.parse_known_args()
+    arguments.runs.mkdir(parents=True)
+    results = {}
+    for seed in arguments.seeds:
+        results[seed] = run(
+            arguments.config, seed, arguments.runs / f"seed_{seed}", arguments.cold, overrides
+        )
+        print(table(results), flush=True)
+    if arguments.out:
+        draw(results, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
