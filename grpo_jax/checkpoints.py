@@ -33,6 +33,9 @@ _LEAVES, _CRC = "_leaves", "_crc32"  # our keys in the stored JSON
 class CorruptedCheckpoint(ValueError):
     """What is on disk is not what was saved."""
 
+    def __init__(self, path: Path, cause: Exception | str):
+        super().__init__(f"corrupted checkpoint: {path}: {_one_line(cause)}")
+
 
 class Checkpoints:
     """The checkpoints of one run, saved in the background.
@@ -40,8 +43,8 @@ class Checkpoints:
     Args:
         directory: where they live; made absolute, created if missing.
         keep: newest checkpoints kept, at least 1.
-        read_only: look at a directory that another process may be writing to: nothing is created,
-            cleaned up or moved.
+        read_only: look at a directory that another process may be writing to, as it is now: nothing is
+            created, cleaned up or moved. (A second writer would delete the first one's unfinished save.)
 
     Raises:
         ValueError: the directory cannot be written (or, read only, does not exist); keep is below 1.
@@ -52,13 +55,12 @@ class Checkpoints:
             raise ValueError(f"checkpoints: keep is {keep}; keep at least 1")
         self.directory = Path(directory).expanduser().absolute()  # orbax refuses relative paths
         self._read_only = read_only
-        self._keep = keep
         _check_directory(self.directory, read_only)
-        _quiet_orbax()
+        logging.getLogger("absl").addFilter(_WITHOUT_ORBAX)  # a second time does nothing
+        self._clean_up("trash", "*.orbax-checkpoint-tmp*")
         self._manager = _make_manager(self.directory, keep, read_only)
         self._saving: int | None = None  # the step being written in the background
         self._reference: Checkpoints | None = None
-        self._empty_trash()
 
     def save(self, step: int, state: PyTree, extra: dict[str, Any], experience: PyTree = None) -> None:
         """Copies everything to the host, starts writing it and returns.
@@ -149,8 +151,8 @@ class Checkpoints:
             return step, *restored
         if not corrupted:
             raise ValueError(f"no checkpoint in {self.directory}")
-        causes = "; ".join(str(error) for error in corrupted.values())
-        raise CorruptedCheckpoint(f"no usable checkpoint in {self.directory}: {causes}")
+        causes = "; ".join(map(str, corrupted.values()))
+        raise CorruptedCheckpoint(self.directory, f"no step is whole: {causes}")
 
     def extra(self, step: int) -> dict[str, Any]:
         """Reads only the JSON that was saved with a step. Raises as `restore` does."""
@@ -174,23 +176,19 @@ class Checkpoints:
         """
         if self.has_reference():
             raise ValueError(f"{self.directory / 'reference'} exists; the reference is saved once")
-        if self._reference is None:
-            self._reference = Checkpoints(self.directory / "reference", keep=1, read_only=self._read_only)
-        self._reference.save(0, params, {})
-        self._reference.wait()
+        reference = self._open_reference()
+        reference.save(0, params, {})
+        reference.wait()
 
     def has_reference(self) -> bool:
         """Tells whether a complete reference is on disk."""
-        # Orbax renames a step into place only when it is complete.
         return (self.directory / "reference" / "0").is_dir()
 
     def restore_reference(self, template: PyTree) -> PyTree:
         """Reads the reference parameters; arrays and errors as in `restore`."""
         if not self.has_reference():
             raise ValueError(f"no reference in {self.directory}")
-        if self._reference is None:
-            self._reference = Checkpoints(self.directory / "reference", keep=1, read_only=self._read_only)
-        return self._reference.restore(0, template)[0]
+        return self._open_reference().restore(0, template)[0]
 
     def wait(self) -> None:
         """Blocks until the save under way is on disk.
@@ -203,7 +201,7 @@ class Checkpoints:
         except Exception as error:
             self._fail(error)
         self._saving = None
-        self._empty_trash()
+        self._clean_up("trash")
 
     def close(self) -> None:
         """Waits, raises as `wait` does, and ends the background threads."""
@@ -214,14 +212,22 @@ class Checkpoints:
             if self._reference is not None:
                 self._reference.close()
 
+    def _open_reference(self) -> "Checkpoints":
+        if self._reference is None:  # a checkpoint with one step
+            self._reference = Checkpoints(self.directory / "reference", keep=1, read_only=self._read_only)
+        return self._reference
+
     def _document(self, step: int) -> dict[str, Any]:
         if step not in self.steps():
             raise ValueError(f"no checkpoint of step {step} in {self.directory}; there are {self.steps()}")
         try:
             args = ocp.args.Composite(extra=ocp.args.JsonRestore())
-            return _unseal(self._manager.restore(step, args=args)["extra"])
+            document = self._manager.restore(step, args=args)["extra"]
+            if document.pop(_CRC) != _crc(document):
+                raise ValueError("its checksum does not match")
+            return document
         except Exception as error:  # whatever orbax makes of a damaged file
-            raise _corrupted(self.directory / str(step) / "extra", error) from error
+            raise CorruptedCheckpoint(self.directory / str(step) / "extra", error) from error
 
     def _restore_item(self, step: int, name: str, saved: dict[str, list], template: PyTree) -> PyTree:
         path = self.directory / str(step) / name
@@ -230,13 +236,12 @@ class Checkpoints:
         try:
             leaves = self._manager.restore(step, args=ocp.args.Composite(**{name: args}))[name]
         except Exception as error:  # as above
-            raise _corrupted(path, error) from error
-        for leaf, value in leaves.items():
-            if _describe(value) != saved[leaf]:
-                raise _corrupted(path / leaf, "its checksum does not match")
-        structs, treedef = jax.tree.flatten(_abstract(template))
-        arrays = [_to_device(leaves[leaf], s) for leaf, s in zip(_names(template), structs, strict=True)]
-        return treedef.unflatten(arrays)
+            raise CorruptedCheckpoint(path, error) from error
+        for leaf, description in saved.items():
+            if _describe(leaves[leaf]) != description:
+                raise CorruptedCheckpoint(path / leaf, "its checksum does not match")
+        arrays = [_to_device(leaves[leaf], struct) for leaf, _, struct in _named(template)]
+        return jax.tree.structure(template).unflatten(arrays)
 
     def _set_aside(self, step: int) -> None:
         if self._read_only:
@@ -250,31 +255,28 @@ class Checkpoints:
     def _fail(self, error: Exception) -> None:
         step, self._saving = self._saving, None
         self._manager.reload()  # orbax counts a step as saved before it is
+        self._clean_up("*.orbax-checkpoint-tmp*")  # on a full disk its space is needed
         raise RuntimeError(
             f"the checkpoint of step {step} could not be written to {self.directory}: {_one_line(error)}"
         ) from error
 
-    def _empty_trash(self) -> None:
-        # A rename is atomic and a deletion is not: orbax renames an old step to trash/, and a step that was
-        # half deleted when the process died can never be taken for a checkpoint. Deleting is left to us.
+    def _clean_up(self, *patterns: str) -> None:
+        # A rename is atomic, a deletion is not: orbax renames old steps to trash/ and leaves the deletion to
+        # us, so that a half-deleted step is never taken for a checkpoint. Its own clean-up of temporary
+        # directories comes only before the next save, and never after a failed one.
         if not self._read_only:
-            shutil.rmtree(self.directory / "trash", ignore_errors=True)
+            for path in (path for pattern in patterns for path in self.directory.glob(pattern)):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _make_manager(directory: Path, keep: int, read_only: bool) -> ocp.CheckpointManager:
     if read_only:
         options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
     else:
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, todelete_subdir="trash", cleanup_tmp_directories=True
-        )
-
-    # Plain uncompressed files: float weights do not compress, and without OCDBT's database a gigabyte is
-    # written 2 to 5 times as fast, for a few more files.
-    def arrays() -> ocp.PyTreeCheckpointHandler:
-        return ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
-
-    handlers = {"state": arrays(), "experience": arrays(), "extra": ocp.JsonCheckpointHandler()}
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, todelete_subdir="trash")
+    # Plain files: without OCDBT's database a gigabyte is written about twice as fast, as more files.
+    state, experience = (ocp.PyTreeCheckpointHandler(use_ocdbt=False) for _ in range(2))
+    handlers = {"state": state, "experience": experience, "extra": ocp.JsonCheckpointHandler()}
     return ocp.CheckpointManager(directory, item_handlers=handlers, options=options)
 
 
@@ -291,36 +293,28 @@ def _check_directory(directory: Path, read_only: bool) -> None:
         raise ValueError(f"checkpoint directory {directory} cannot be written: {_one_line(error)}") from error
 
 
-class _OrbaxErrorsOnly(logging.Filter):
+class _WithoutOrbax(logging.Filter):
+    # Orbax reports every save in tens of lines, and every error in a traceback, through the logger that all
+    # users of absl share. What matters of it is raised.
     def filter(self, record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.ERROR or "/orbax/checkpoint/" not in record.pathname
+        return "/orbax/checkpoint/" not in record.pathname
 
 
-_FILTER = _OrbaxErrorsOnly()
+_WITHOUT_ORBAX = _WithoutOrbax()
 
 
-def _quiet_orbax() -> None:
-    # Orbax reports every save in tens of lines through the logger that all users of absl share; what
-    # matters of it is raised. addFilter ignores a filter it has.
-    logging.getLogger("absl").addFilter(_FILTER)
-
-
-def _names(tree: PyTree) -> list[str]:
-    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
-    return [jax.tree_util.keystr(path, simple=True, separator="/") or "array" for path in paths]
-
-
-def _abstract(tree: PyTree) -> PyTree:
-    """Shapes, dtypes and weak types as `jit` sees them."""
-    return jax.eval_shape(lambda t: t, tree)
+def _named(tree: PyTree) -> list[tuple[str, Any, jax.ShapeDtypeStruct]]:
+    """Lists the leaves: name, value, and shape, dtype and weak type as `jit` sees them."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    structs = jax.tree.leaves(jax.eval_shape(lambda t: t, tree))
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") or "array" for path, _ in leaves]
+    return [(name, leaf, s) for name, (_, leaf), s in zip(names, leaves, structs, strict=True)]
 
 
 def _to_host(tree: PyTree) -> Leaves:
     """Copies every leaf to the host, refusing what would come back as something else."""
     leaves: Leaves = {}
-    for name, leaf, struct in zip(
-        _names(tree), jax.tree.leaves(tree), jax.tree.leaves(_abstract(tree)), strict=True
-    ):
+    for name, leaf, struct in _named(tree):
         if jnp.issubdtype(struct.dtype, jax.dtypes.prng_key):
             raise ValueError(f"checkpoint leaf {name} is a typed PRNG key: store jax.random.key_data(key)")
         # A copy, not a view: the caller donates its state to the next train_step while we are still
@@ -342,7 +336,7 @@ def _to_host(tree: PyTree) -> Leaves:
 
 def _to_device(value: np.ndarray, struct: jax.ShapeDtypeStruct) -> jax.Array:
     # Only a Python scalar makes a weakly typed array; anything else would compile train_step again.
-    return jnp.array(value.item() if struct.weak_type else value)
+    return jnp.array(value if not struct.weak_type or value.ndim else value.item())
 
 
 def _describe(value: np.ndarray) -> list:
@@ -351,8 +345,7 @@ def _describe(value: np.ndarray) -> list:
 
 
 def _check_fits(saved: dict[str, list], template: PyTree, path: Path) -> None:
-    structs = zip(_names(template), jax.tree.leaves(_abstract(template)), strict=True)
-    expected = {name: f"{struct.dtype}{list(struct.shape)}" for name, struct in structs}
+    expected = {name: f"{struct.dtype}{list(struct.shape)}" for name, _, struct in _named(template)}
     found = {name: f"{dtype}{shape}" for name, (dtype, shape, _) in saved.items()}
     wrong = [
         f"{name}: found {found.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}"
@@ -374,25 +367,14 @@ def _seal(extra: dict[str, Any], items: dict[str, Leaves]) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         raise ValueError(f"checkpoint extra is not JSON: {error}") from error
     if not faithful:
-        raise ValueError("checkpoint extra changes on its way through JSON: use str keys and lists only")
+        raise ValueError("checkpoint extra changes on its way through JSON: use str keys and lists")
     leaves = {item: {name: _describe(value) for name, value in v.items()} for item, v in items.items()}
     document = {**extra, _LEAVES: leaves}
     return {**document, _CRC: _crc(document)}
 
 
-def _unseal(document: dict[str, Any]) -> dict[str, Any]:
-    crc = document.pop(_CRC)
-    if crc != _crc(document):
-        raise ValueError("its checksum does not match")
-    return document
-
-
 def _crc(document: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(document, sort_keys=True).encode())
-
-
-def _corrupted(path: Path, cause: Exception | str) -> CorruptedCheckpoint:
-    return CorruptedCheckpoint(f"corrupted checkpoint: {path}: {_one_line(cause)}")
 
 
 def _one_line(error: Exception | str) -> str:
