@@ -254,7 +254,7 @@ class Checkpoints:
 
     def _fail(self, error: Exception) -> None:
         step, self._saving = self._saving, None
-        self._manager.reload()  # orbax counts a step as saved before it is
+        self._manager.reload()  # orbax forgets the steps that this one was to replace before it is written
         self._clean_up("*.orbax-checkpoint-tmp*")  # on a full disk its space is needed
         raise RuntimeError(
             f"the checkpoint of step {step} could not be written to {self.directory}: {_one_line(error)}"
