@@ -31,7 +31,7 @@ Config = Any  # a transformers PretrainedConfig
 Problems = Iterator[str]  # reasons why a configuration is refused
 
 # Keys of config.json that begin with `_` and select no code.
-_HARMLESS_KEYS = {"_name_or_path", "_commit_hash", "_num_labels", "_attn_implementation_autoset"}
+HARMLESS_KEYS = {"_name_or_path", "_commit_hash", "_num_labels", "_attn_implementation_autoset"}
 
 # The two spellings of the tanh approximation.
 _TANH_GELU = {"gelu_new", "gelu_pytorch_tanh"}
@@ -141,22 +141,22 @@ def _gemma(config: Config, raw: dict) -> Problems:
         yield "use_bidirectional_attention=true is ignored by the Flax class"
 
 
-_GPT_BUFFERS = (r"\.attn\.(masked_)?bias$", r"\.attn\.attention\.(masked_)?bias$")
-_ROPE_BUFFERS = (r"\.rotary_emb\.inv_freq$",)
-
+_rotary = functools.partial(
+    Family,
+    embedding=("model", "embed_tokens", "embedding"),
+    activation="hidden_act",
+    computed_tables=True,
+    buffers=(r"\.rotary_emb\.inv_freq$",),
+)
+_gpt = functools.partial(
+    Family,
+    embedding=("transformer", "wte", "embedding"),
+    buffers=(r"\.attn\.(masked_)?bias$", r"\.attn\.attention\.(masked_)?bias$"),
+)
 FAMILIES: dict[str, Family] = {
-    "gpt2": Family(embedding=("transformer", "wte", "embedding"), problems=_gpt2, buffers=_GPT_BUFFERS),
-    "gpt_neo": Family(
-        embedding=("transformer", "wte", "embedding"),
-        problems=lambda config, raw: iter(()),
-        buffers=_GPT_BUFFERS,
-    ),
-    "gptj": Family(
-        embedding=("transformer", "wte", "embedding"),
-        problems=_gptj,
-        computed_tables=True,
-        buffers=_GPT_BUFFERS,
-    ),
+    "gpt2": _gpt(problems=_gpt2),
+    "gpt_neo": _gpt(),
+    "gptj": _gpt(problems=_gptj, computed_tables=True),
     "opt": Family(embedding=("model", "decoder", "embed_tokens", "embedding"), problems=_opt),
     "bloom": Family(
         embedding=("transformer", "word_embeddings", "embedding"),
@@ -169,27 +169,9 @@ FAMILIES: dict[str, Family] = {
         problems=_xglm,
         buffers=(r"(^|\.)embed_positions\.weights$",),
     ),
-    "gemma": Family(
-        embedding=("model", "embed_tokens", "embedding"),
-        problems=_gemma,
-        activation="hidden_act",
-        computed_tables=True,
-        buffers=_ROPE_BUFFERS,
-    ),
-    "llama": Family(
-        embedding=("model", "embed_tokens", "embedding"),
-        problems=_llama,
-        activation="hidden_act",
-        computed_tables=True,
-        buffers=_ROPE_BUFFERS,
-    ),
-    "mistral": Family(
-        embedding=("model", "embed_tokens", "embedding"),
-        problems=_mistral,
-        activation="hidden_act",
-        computed_tables=True,
-        buffers=_ROPE_BUFFERS,
-    ),
+    "gemma": _rotary(problems=_gemma),
+    "llama": _rotary(problems=_llama),
+    "mistral": _rotary(problems=_mistral),
 }
 
 
@@ -213,7 +195,7 @@ def check_config(raw: dict, source: str) -> Config:
             f"{source}: model type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}"
         )
     # Both implementations know this key (old fine-tuned OPT checkpoints have it).
-    harmless = _HARMLESS_KEYS | ({"_remove_final_layer_norm"} if model_type == "opt" else set())
+    harmless = HARMLESS_KEYS | ({"_remove_final_layer_norm"} if model_type == "opt" else set())
     hidden_keys = sorted(key for key in raw if key.startswith("_") and key not in harmless)
     if hidden_keys:
         raise ValueError(
@@ -321,6 +303,9 @@ def make_policy(config: Config, shapes: Params, *, dtype: Any) -> Policy:
         variables = {"params": params[base]}
         inputs = _inputs(config, tokens, mask, positions)
         length = mask.shape[1]
+        slots = {leaf.shape[1] for leaf in jax.tree.leaves(cache) if leaf.ndim > 1} or {tokens.shape[1]}
+        if slots != {length}:
+            raise ValueError(f"the mask covers {length} tokens, tokens and cache have room for {slots.pop()}")
         if cache is None:
             return module(length).apply(variables, **inputs)[0], None
         outputs, updates = module(length).apply(variables | {"cache": cache}, **inputs, mutable=["cache"])

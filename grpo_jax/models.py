@@ -129,9 +129,11 @@ def save_model(model: Model, params: Params, directory: str | os.PathLike) -> No
         "architectures": [families.torch_class_name(model.config)],
         "torch_dtype": "float32",
     }
-    config = {key: value for key, value in config.items() if key != "dtype" and not key.startswith("_name")}
     generation_config = model.generation_config | {"eos_token_id": list(model.eos_ids)}
     for name, content in (("config.json", config), ("generation_config.json", generation_config)):
+        # Notes of the library to itself, and a second name of torch_dtype.
+        for key in ("dtype", "_from_model_config", *families.HARMLESS_KEYS):
+            content.pop(key, None)
         (directory / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     model.tokenizer.save_pretrained(directory)
 
