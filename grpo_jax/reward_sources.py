@@ -1,0 +1,112 @@
+"""From `package.module:function` or `path/file.py:function` to the function; every failure in one line."""
+
+import ast
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+def find_function(spec: str, *, built_in: Sequence[str] = ()) -> tuple[str, Callable[..., Any], str]:
+    """Imports the module or file of a spec and takes the function from it.
+
+    A file is looked up from the working directory; it may import its neighbours, and is executed once
+    (again after it was edited).
+
+    Args:
+        spec: `package.module:function` or `path/file.py:function`.
+        built_in: names that need no colon, to suggest the nearest.
+
+    Returns:
+        (the function's name, the function, where it comes from).
+
+    Raises:
+        ValueError: names the spec and what is wrong with it, with file and line where there are some.
+    """
+    where, colon, name = spec.rpartition(":")
+    if not colon or not where or not name:
+        near = difflib.get_close_matches(spec, built_in, n=1)
+        hint = f"did you mean `{near[0]}`?" if near else f"built in are {', '.join(built_in)}."
+        raise ValueError(
+            f"reward function {spec!r} is unknown; {hint} Your own is package.module:function or "
+            "path/file.py:function"
+        )
+    module = _load_file(Path(where).expanduser()) if where.endswith(".py") else _import(where)
+    lines = _definitions(module)
+    if name not in vars(module):
+        near = difflib.get_close_matches(name, lines, n=1)
+        hint = f"did you mean `{near[0]}` (line {lines[near[0]]})?" if near else "it defines "
+        hint += "" if near else (", ".join(lines) or "nothing")
+        raise ValueError(f"reward function {spec!r}: {where} has no `{name}`; {hint}")
+    function = vars(module)[name]
+    line = f"{where}:{lines[name]}" if name in lines else where
+    if inspect.isclass(function) or not callable(function):
+        kind = "class" if inspect.isclass(function) else type(function).__name__
+        raise ValueError(f"reward function {spec!r}: `{name}` at {line} is a {kind}, not a function")
+    return name, function, line
+
+
+def _load_file(path: Path) -> ModuleType:
+    path = path.resolve() if path.is_absolute() else (Path.cwd() / path).resolve()
+    if not path.is_file():
+        raise ValueError(f"reward file {path} does not exist")
+    # One module per file, however many of its functions are used: they share the file's state.
+    digest = hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()
+    name = f"grpo_jax_rewards_{path.stem}_{digest[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise ValueError(_at_import(path, error)) from error
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+def _import(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and (name + ".").startswith(f"{error.name}."):
+            raise ValueError(
+                f"reward module {name!r}: no module named {error.name!r}; install it, run where it lies, "
+                "or name a file as path/file.py:function"
+            ) from None
+        raise ValueError(_at_import(name, error)) from error
+
+
+def _at_import(module: Path | str, error: BaseException) -> str:
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}: {type(error).__name__}: {error.msg}"
+    # the last line of the module itself; deeper frames belong to what it called
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = [f for f in frames if f.filename == str(module)] or frames
+    return f"{inside[-1].filename}:{inside[-1].lineno}: importing it raised {error!r}"
+
+
+def _definitions(module: ModuleType) -> dict[str, int]:
+    """Returns the line of every name that the module's source defines at its top level."""
+    try:
+        tree = ast.parse(inspect.getsource(module))
+    except (OSError, TypeError, SyntaxError):  # no source: a compiled module
+        return {}
+    lines = {}
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            lines[node.name] = node.lineno
+        elif isinstance(node, ast.Assign):
+            lines |= {target.id: node.lineno for target in node.targets if isinstance(target, ast.Name)}
+    return lines

@@ -1,0 +1,314 @@
+"""Reward functions on strings: loading them, calling them, adding them up.
+
+A reward function has the signature that users of TRL know, ``f(prompts, completions, **columns) ->
+list[float | None]``. Everything is passed by keyword as a list with one entry per completion; a function
+without ``**columns`` gets only what it names. Completions are strings where the prompt is a string, and
+``[{"role": "assistant", "content": text}]`` where the prompt is a list of messages. None means that there
+is no reward for that completion, which is not the same as 0.
+"""
+
+import difflib
+import inspect
+import math
+import numbers
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from grpo_jax.reward_functions import REWARDS, Completion, completion_text
+from grpo_jax.reward_sources import find_function
+
+if TYPE_CHECKING:
+    from grpo_jax.config import RewardConfig
+
+Prompt = str | list[dict[str, Any]]
+
+
+class RewardError(ValueError):
+    """A reward function failed or returned what is no reward; the message names function and row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reward:
+    """One reward function of a run.
+
+    Args:
+        name: unique in the run; metrics are called `rewards/<name>/...`.
+        function: f(prompts, completions, **columns) -> list of B numbers or None.
+        weight: factor in the sum.
+        arguments: fixed keyword arguments of the function.
+        source: where the function comes from, for messages.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    weight: float = 1.0
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    source: str = "built in"
+
+
+def load_rewards(specs: "Sequence[RewardConfig]") -> tuple[Reward, ...]:
+    """Loads the reward functions of a config.
+
+    Args:
+        specs: function (a name in REWARDS, `package.module:function` or `path/file.py:function`), weight
+            and arguments of each. A name that comes twice gets `_2`, `_3`, ...
+
+    Returns:
+        R rewards in the order given.
+
+    Raises:
+        ValueError: a function that cannot be loaded, or arguments that it does not take, in one line.
+    """
+    rewards: list[Reward] = []
+    for spec in specs:
+        if spec.function in REWARDS:
+            name, function, source = spec.function, REWARDS[spec.function], "built in"
+        else:
+            name, function, source = find_function(spec.function, built_in=tuple(REWARDS))
+        taken = {reward.name for reward in rewards}
+        unique = next(n for n in (name, *(f"{name}_{i}" for i in range(2, len(specs) + 2))) if n not in taken)
+        reward = Reward(
+            name=unique,
+            function=function,
+            weight=float(spec.weight),
+            arguments=dict(spec.arguments),
+            source=source,
+        )
+        _check_reward(reward)
+        rewards.append(reward)
+    return tuple(rewards)
+
+
+def _named(reward: Reward) -> str:
+    return f"reward `{reward.name}` ({reward.source})"
+
+
+def _parameters(reward: Reward) -> tuple[dict[str, inspect.Parameter], bool]:
+    """Returns (parameters by name, whether it takes any keyword)."""
+    parameters = inspect.signature(reward.function).parameters.values()
+    keywords = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return (
+        {p.name: p for p in parameters if p.kind in keywords},
+        any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters),
+    )
+
+
+def _check_reward(reward: Reward) -> None:
+    who, arguments = _named(reward), reward.arguments
+    if not math.isfinite(reward.weight):
+        raise ValueError(f"{who}: weight {reward.weight} is not a finite number")
+    try:
+        parameters, takes_any = _parameters(reward)
+    except (ValueError, TypeError):
+        raise ValueError(f"{who}: its signature cannot be read; wrap it in a Python function") from None
+    if inspect.iscoroutinefunction(reward.function):
+        raise ValueError(f"{who} is async; a reward function is called, not awaited")
+    if "completions" not in parameters and not takes_any:
+        raise ValueError(
+            f"{who} has no parameter `completions`; the signature is f(prompts, completions, **columns)"
+        )
+    for name in arguments:
+        if name in ("prompts", "completions"):
+            raise ValueError(f"{who}: `{name}` cannot be given in its arguments")
+        if name not in parameters and not takes_any:
+            known = [p for p in parameters if p not in ("prompts", "completions")]
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean `{near[0]}`?" if near else f"it takes {', '.join(known) or 'none'}"
+            raise ValueError(f"{who} takes no argument `{name}`; {hint}")
+    if reward.source == "built in":
+        _try_arguments(reward, parameters)
+
+
+def _try_arguments(reward: Reward, parameters: Mapping[str, inspect.Parameter]) -> None:
+    """Checks the arguments of a built-in: its columns are positional, its arguments keyword-only."""
+    who = _named(reward)
+    own = {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    for name, parameter in own.items():
+        if parameter.default is inspect.Parameter.empty and name not in reward.arguments:
+            raise ValueError(f"{who} needs the argument `{name}`: add arguments: {{{name}: ...}}")
+    for name in reward.arguments:
+        if name not in own:
+            raise ValueError(f"{who}: `{name}` is a column of the data, not an argument")
+    columns = {name: [] for name in parameters if name not in own}
+    try:  # a batch of no rows checks the values
+        reward.function(**columns, **reward.arguments)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{who}: {error}") from None
+
+
+def check_columns(rewards: Sequence[Reward], columns: Iterable[str]) -> None:
+    """Checks that the data has the columns that the reward functions need, before anything runs.
+
+    Args:
+        rewards: R reward functions.
+        columns: names of the data's columns, without `prompt`.
+
+    Raises:
+        ValueError: names the function, the missing column and the columns there are.
+    """
+    columns = list(columns)
+    there = ", ".join(f"`{column}`" for column in columns) or "none"
+    for name in ("prompts", "completions"):
+        if name in columns:
+            raise ValueError(f"the data has a column `{name}`, which is what reward functions get; rename it")
+    for reward in rewards:
+        parameters, takes_any = _parameters(reward)
+        for name, parameter in parameters.items():
+            given = name in ("prompts", "completions") or name in columns or name in reward.arguments
+            if parameter.default is inspect.Parameter.empty and not given:
+                raise ValueError(
+                    f"{_named(reward)} needs `{name}`, which is neither a column of the data nor in its "
+                    f"arguments; columns: {there}"
+                )
+        for name in reward.arguments:
+            if name in columns and (name in parameters or takes_any):
+                raise ValueError(
+                    f"{_named(reward)}: its argument `{name}` hides the column `{name}`; drop one"
+                )
+
+
+def score(
+    rewards: Sequence[Reward],
+    prompts: Sequence[Prompt],
+    completions: Sequence[Completion],
+    columns: Mapping[str, Sequence[Any]],
+) -> np.ndarray:
+    """Calls every reward function on a batch.
+
+    Args:
+        rewards: R reward functions.
+        prompts: B strings or lists of messages.
+        completions: B completions; a string under a prompt of messages is handed over as a message.
+        columns: the data's other columns, each with B entries.
+
+    Returns:
+        [B, R] float32, NaN where a function returned None.
+
+    Raises:
+        RewardError: a function raised, or returned the wrong length, type, or a value that is not finite.
+        ValueError: prompts, completions and columns differ in length.
+    """
+    size = len(prompts)
+    for name, values in {"completions": completions, **columns}.items():
+        if len(values) != size:
+            raise ValueError(f"{size} prompts, but `{name}` has {len(values)} entries")
+    completions = [
+        [{"role": "assistant", "content": completion}]
+        if isinstance(completion, str) and not isinstance(prompt, str)
+        else completion
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    batch = {**columns, "prompts": prompts, "completions": completions}
+    scores = np.full((size, len(rewards)), np.nan, np.float32)
+    for r, reward in enumerate(rewards):
+        try:
+            values = _call(reward, batch)
+        except Exception as error:
+            raise _explain(reward, batch, size, error) from error
+        scores[:, r] = _checked(reward, values, completions)
+    return scores
+
+
+def _call(reward: Reward, batch: Mapping[str, Sequence[Any]]) -> Any:
+    parameters, takes_any = _parameters(reward)
+    # A list of its own for every function: one that sorts or pops must not hurt the next.
+    passed = {name: list(values) for name, values in batch.items() if takes_any or name in parameters}
+    return reward.function(**{**passed, **reward.arguments})
+
+
+def _explain(reward: Reward, batch: Mapping[str, Sequence[Any]], size: int, error: Exception) -> RewardError:
+    """Finds the first row that makes a function raise, by calling it on single rows."""
+    told = f"{_named(reward)} raised {error!r}{_place(error)} on a batch of {size} rows"
+    for row in range(size):
+        try:
+            _call(reward, {name: values[row : row + 1] for name, values in batch.items()})
+        except Exception as alone:
+            again = "" if repr(alone) == repr(error) else f" alone raises {alone!r}{_place(alone)};"
+            return RewardError(f"{told}; row {row}{again} {_shown(batch['completions'][row])}")
+    return RewardError(f"{told}; no single row does so alone")
+
+
+def _place(error: Exception) -> str:
+    frames = traceback.extract_tb(error.__traceback__)[2:]  # beyond `score` (or `_explain`) and `_call`
+    return f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+
+
+def _shown(completion: Completion) -> str:
+    text = repr(completion if isinstance(completion, str) else completion_text(completion))
+    return f"(completion {text if len(text) <= 80 else text[:77] + '...'})"
+
+
+def _checked(reward: Reward, values: Any, completions: Sequence[Completion]) -> list[float]:
+    """Turns what a function returned into B floats, NaN for None."""
+    who, size = _named(reward), len(completions)
+    is_list = isinstance(values, Iterable) and isinstance(values, Sized)
+    if not is_list or isinstance(values, (str, bytes, Mapping, set, frozenset)):
+        raise RewardError(f"{who} returned {type(values).__name__}, not a list of {size} numbers")
+    if len(values) != size:
+        raise RewardError(f"{who} returned {len(values)} values for {size} completions")
+    floats = []
+    for row, value in enumerate(values):
+        if value is None:
+            floats.append(math.nan)
+            continue
+        if not _is_number(value):
+            raise RewardError(
+                f"{who} returned {_short(value)} of type {type(value).__name__} for row {row}, not a number "
+                f"or None {_shown(completions[row])}"
+            )
+        if not _is_finite(value):
+            raise RewardError(
+                f"{who} returned {_short(value)} for row {row}; a reward is a finite float32, and a missing "
+                f"one is None {_shown(completions[row])}"
+            )
+        floats.append(float(value))
+    return floats
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, numbers.Real):
+        return True
+    try:  # scalars of NumPy and of whatever it understands
+        array = np.asarray(value)
+    except Exception:  # whatever the foreign type raises: no number
+        return False
+    return array.ndim == 0 and array.dtype.kind in "biuf"
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return abs(float(value)) <= float(np.finfo(np.float32).max)
+    except OverflowError:
+        return False
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def combine(scores: np.ndarray, weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Adds up the rewards of every completion.
+
+    Args:
+        scores: [B, R], NaN where a function gave none.
+        weights: R factors.
+
+    Returns:
+        (rewards [B] float32, the weighted sum over the functions that gave a value; valid [B] bool, False
+        with reward 0 where none did).
+    """
+    scores = np.asarray(scores, np.float64)
+    if scores.ndim != 2 or scores.shape[1] != len(weights):
+        raise ValueError(f"scores have the shape {scores.shape}, weights are {len(weights)}")
+    there = ~np.isnan(scores)
+    total = np.zeros(len(scores))
+    # Column by column: the same order of additions in every row, so equal scores give equal rewards.
+    for column, given, weight in zip(scores.T, there.T, weights, strict=True):
+        total += np.where(given, column, 0.0) * weight
+    return total.astype(np.float32), there.any(axis=1)
