@@ -136,13 +136,19 @@ def train_step(
     Raises:
         ValueError: num_microbatches does not divide B.
     """
-    chex.assert_rank([experience.tokens, experience.mask, experience.weights], 2)
-    chex.assert_equal_shape([experience.tokens, experience.weights, experience.old_log_probs])
+    e = experience
+    chex.assert_rank([e.prompt_tokens, e.tokens], 2)
+    chex.assert_equal_shape([e.prompt_tokens, e.prompt_mask])
+    chex.assert_equal_shape([e.tokens, e.mask, e.weights, e.old_log_probs])
+    chex.assert_shape(e.advantages, (e.tokens.shape[0],))
+    chex.assert_equal_shape_prefix([e.prompt_tokens, e.tokens], 1)
+    if e.ref_log_probs is not None:
+        chex.assert_equal_shape([e.tokens, e.ref_log_probs])
     loss_fn = functools.partial(
         experience_loss, recipe=recipe, temperature=temperature, chunk_size=chunk_size
     )
     grads, loss, loss_metrics, entropy = _gradients(state, experience, num_microbatches, loss_fn)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = state.tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)

@@ -1,0 +1,343 @@
+"""The train step: one literal update, and everything that must not change it."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from toy import VOCAB, make_toy_policy
+
+from grpo_jax.decoding import generate
+from grpo_jax.learner import init_train_state, train_step
+from grpo_jax.log_probs import completion_log_probs
+from grpo_jax.losses import loss_weights
+from grpo_jax.optimizers import make_optimizer
+from grpo_jax.recipes import RECIPES, grpo, make_recipe
+from grpo_jax.types import Experience, Prompts
+
+N, G, S, T = 2, 4, 4, 6
+B = N * G
+# Adam's first step is the sign of the gradient, which hides its size: sgd shows it.
+SGD = optax.sgd(0.1)
+ADAM = make_optimizer(0.01, weight_decay=0.0, max_grad_norm=0.5)
+
+
+@pytest.fixture(scope="module")
+def experience(toy_policy) -> Experience:
+    """Off-policy experience: old and reference log-probs lie around the policy's own."""
+    rng = np.random.default_rng(0)
+    mask = np.arange(T) < np.array([[6, 2, 1, 5, 6, 3, 0, 4]]).T
+    rollout = Experience(
+        prompt_tokens=jnp.asarray(rng.integers(0, VOCAB, (B, S)), jnp.int32),
+        prompt_mask=jnp.asarray(np.arange(S) >= S - rng.integers(1, S + 1, (B, 1))),
+        tokens=jnp.asarray(rng.integers(0, VOCAB, (B, T)), jnp.int32),
+        mask=jnp.asarray(mask),
+        advantages=jnp.asarray(rng.normal(size=B), jnp.float32),
+        weights=loss_weights(jnp.asarray(mask)),
+        old_log_probs=jnp.zeros((B, T)),
+    )
+    log_probs, _ = completion_log_probs(*toy_policy, rollout, temperature=1.0)
+    noise = 0.3 * rng.normal(size=(2, B, T)).astype(np.float32)
+    return rollout.replace(old_log_probs=log_probs + noise[0], ref_log_probs=log_probs + noise[1])
+
+
+def step(toy_policy, experience, *, optimizer=SGD, recipe=grpo, temperature=1.0, **settings):
+    """Makes one update from the initial parameters: (state, metrics)."""
+    state = init_train_state(*toy_policy, optimizer)
+    return train_step(state, experience, recipe=recipe, temperature=temperature, **settings)
+
+
+def take(experience, order):
+    return jax.tree.map(lambda x: x[order], experience)
+
+
+def literal_loss(policy, params, experience, *, temperature, clip, kl_coef):
+    """The objective of GRPO, equation 3, from full logits, as few lines as it takes."""
+    e = experience
+    tokens = jnp.concatenate([e.prompt_tokens, e.tokens], axis=1)
+    mask = jnp.concatenate([e.prompt_mask, e.mask], axis=1)
+    positions = jnp.clip(jnp.cumsum(mask, axis=1) - 1, 0)
+    hidden, _ = policy.forward(params, tokens, mask, positions, None)
+    log_probs = jax.nn.log_softmax(policy.unembed(params, hidden) / temperature)[:, S - 1 : -1]
+    log_probs = jnp.sum(log_probs * jax.nn.one_hot(e.tokens, VOCAB), axis=-1)
+    ratios = jnp.exp(log_probs - e.old_log_probs)
+    advantages = e.advantages[:, None]
+    objective = jnp.minimum(ratios * advantages, jnp.clip(ratios, 1 - clip, 1 + clip) * advantages)
+    difference = e.ref_log_probs - log_probs
+    kl = jnp.exp(difference) - difference - 1
+    per_token = jnp.where(e.mask, -objective + kl_coef * kl, 0)
+    return jnp.mean(jnp.sum(per_token, axis=1) / jnp.maximum(jnp.sum(e.mask, axis=1), 1))
+
+
+@pytest.mark.parametrize("optimizer", [SGD, ADAM], ids=["sgd", "adam"])
+def test_one_step_is_the_literal_loss_and_an_optax_update(toy_policy, experience, optimizer):
+    policy, params = toy_policy
+    temperature = 0.8
+    state, metrics = step(toy_policy, experience, optimizer=optimizer, temperature=temperature)
+    loss, grads = jax.value_and_grad(literal_loss, argnums=1)(
+        policy, params, experience, temperature=temperature, clip=0.2, kl_coef=0.04
+    )
+    updates, opt_state = optimizer.update(grads, optimizer.init(params), params)
+    chex.assert_trees_all_close(state.params, optax.apply_updates(params, updates), atol=1e-5, rtol=1e-4)
+    chex.assert_trees_all_close(state.opt_state, opt_state, atol=1e-5, rtol=1e-4)
+    np.testing.assert_allclose(metrics["loss"], loss, atol=1e-6)
+    # Before clipping to 0.5.
+    assert metrics["grad_norm"] > 0.5
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-5)
+    assert state.step == 1 and state.skipped == 0 and metrics["skipped_updates"] == 0
+
+
+def test_metrics_are_scalars_with_their_definitions(toy_policy, experience):
+    _, metrics = step(toy_policy, experience)
+    log_probs, entropies = completion_log_probs(*toy_policy, experience, temperature=1.0)
+    mask = np.asarray(experience.mask)
+    ratios = np.exp(log_probs - experience.old_log_probs)[mask]
+    positive = np.broadcast_to(experience.advantages[:, None] > 0, mask.shape)[mask]
+    difference = np.asarray(experience.ref_log_probs - log_probs)[mask]
+    expected = {
+        "entropy": np.mean(np.asarray(entropies)[mask]),
+        "ratio/mean": np.mean(ratios),
+        "ratio/max": np.max(ratios),
+        "clip_ratio/high_mean": np.mean((ratios > 1.2) & positive),
+        "clip_ratio/low_mean": np.mean((ratios < 0.8) & ~positive),
+        "clip_ratio/region_mean": np.mean(np.where(positive, ratios > 1.2, ratios < 0.8)),
+        "kl": np.mean(np.exp(difference) - difference - 1),
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)
+    assert min(expected["clip_ratio/high_mean"], expected["clip_ratio/low_mean"]) > 0
+    kl = np.zeros(mask.shape)
+    kl[mask] = np.exp(difference) - difference - 1
+    np.testing.assert_allclose(
+        metrics["loss"] - metrics["policy_loss"], 0.04 * np.sum(experience.weights * kl), atol=1e-6
+    )
+    chex.assert_shape(list(metrics.values()), ())
+
+
+# What must change nothing
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+@pytest.mark.parametrize("num_microbatches", [2, 4, 8])
+def test_microbatches_change_nothing(toy_policy, experience, recipe, num_microbatches):
+    experience = experience.replace(weights=recipe.weights(experience.mask, max_length=T))
+    state, metrics = step(toy_policy, experience, recipe=recipe)
+    sliced, sliced_metrics = step(
+        toy_policy, experience, recipe=recipe, num_microbatches=num_microbatches, chunk_size=5
+    )
+    chex.assert_trees_all_close(sliced.params, state.params, atol=1e-5, rtol=1e-5)
+    chex.assert_trees_all_close(sliced_metrics, metrics, atol=1e-5, rtol=1e-5)
+
+
+def assert_same_update(actual, expected):
+    chex.assert_trees_all_close(actual[0].params, expected[0].params, atol=1e-5, rtol=1e-5)
+    chex.assert_trees_all_close(actual[1], expected[1], atol=1e-5, rtol=1e-5)
+
+
+def test_padding_rows_and_columns_change_nothing(toy_policy, experience):
+    e = experience
+    # As many rows again, 3 columns of left padding, 2 of right padding.
+    padded = e.replace(
+        prompt_tokens=jnp.pad(e.prompt_tokens, [(0, B), (3, 0)], constant_values=5),
+        prompt_mask=jnp.pad(e.prompt_mask, [(0, B), (3, 0)]),
+        tokens=jnp.pad(e.tokens, [(0, B), (0, 2)], constant_values=7),
+        mask=jnp.pad(e.mask, [(0, B), (0, 2)]),
+        advantages=jnp.pad(e.advantages, (0, B)),
+        weights=jnp.pad(e.weights, [(0, B), (0, 2)]),
+        old_log_probs=jnp.pad(e.old_log_probs, [(0, B), (0, 2)], constant_values=-1e4),
+        ref_log_probs=jnp.pad(e.ref_log_probs, [(0, B), (0, 2)], constant_values=1e4),
+    )
+    expected = step(toy_policy, experience)
+    assert_same_update(step(toy_policy, padded), expected)
+    # The second slice is padding only.
+    assert_same_update(step(toy_policy, padded, num_microbatches=2), expected)
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 4])
+def test_row_order_changes_nothing(toy_policy, experience, num_microbatches):
+    order = np.random.default_rng(1).permutation(B)
+    permuted = step(toy_policy, take(experience, order), num_microbatches=num_microbatches)
+    assert_same_update(permuted, step(toy_policy, experience))
+
+
+def test_what_stands_at_masked_positions_changes_nothing(toy_policy, experience):
+    e = experience
+    junk = e.replace(
+        tokens=jnp.where(e.mask, e.tokens, 3),
+        prompt_tokens=jnp.where(e.prompt_mask, e.prompt_tokens, 3),
+        old_log_probs=jnp.where(e.mask, e.old_log_probs, -jnp.inf),
+        ref_log_probs=jnp.where(e.mask, e.ref_log_probs, jnp.nan),
+    )
+    assert_same_update(step(toy_policy, junk), step(toy_policy, experience))
+
+
+def test_without_a_reference_equals_kl_coef_zero(toy_policy, experience):
+    recipe = grpo.replace(kl_coef=0.0)
+    without, metrics = step(toy_policy, experience.replace(ref_log_probs=None), recipe=recipe)
+    given, given_metrics = step(toy_policy, experience, recipe=recipe)
+    chex.assert_trees_all_close(without.params, given.params, atol=1e-6)
+    assert metrics["kl"] == 0 and given_metrics["kl"] > 0  # still watched
+    np.testing.assert_allclose(metrics["loss"], given_metrics["loss"], atol=1e-6)
+    with_kl, _ = step(toy_policy, experience, recipe=grpo.replace(kl_coef=1.0))
+    assert optax.tree.norm(jax.tree.map(jnp.subtract, with_kl.params, given.params)) > 1e-3
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 2])
+def test_equal_rewards_leave_the_parameters_bit_identical(toy_policy, experience, num_microbatches):
+    recipe = grpo.replace(kl_coef=0.0)
+    advantages = recipe.advantages(jnp.full((N, G), 0.35)).reshape(B)
+    np.testing.assert_array_equal(advantages, 0)
+    state, metrics = step(
+        toy_policy,
+        experience.replace(advantages=advantages),
+        optimizer=ADAM,
+        recipe=recipe,
+        num_microbatches=num_microbatches,
+    )
+    chex.assert_trees_all_equal(state.params, toy_policy[1])
+    assert metrics["loss"] == 0 and metrics["grad_norm"] == 0 and state.skipped == 0
+
+
+# Updates that are skipped
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("num_microbatches", [1, 4])
+def test_a_non_finite_update_is_skipped_and_counted(toy_policy, experience, bad, num_microbatches):
+    settings = {"recipe": grpo, "num_microbatches": num_microbatches}
+    broken = experience.replace(advantages=experience.advantages.at[3].set(bad))
+    state, _ = step(toy_policy, experience, optimizer=ADAM, num_microbatches=num_microbatches)
+    before = jax.device_get((state.params, state.opt_state))
+    for count in (1, 2):
+        state, metrics = train_step(state, broken, **settings, temperature=1.0)
+        chex.assert_trees_all_equal(jax.device_get((state.params, state.opt_state)), before)
+        assert not np.isfinite(metrics["grad_norm"]) or not np.isfinite(metrics["loss"])
+        assert metrics["skipped_updates"] == metrics["skipped_updates_in_a_row"] == count
+        assert state.skipped == state.skipped_in_a_row == count and state.step == 1 + count
+    state, metrics = train_step(state, experience, **settings, temperature=1.0)
+    assert metrics["skipped_updates"] == 2 and metrics["skipped_updates_in_a_row"] == 0
+    assert state.step == 4
+    assert not np.array_equal(state.params["head"], before[0]["head"])
+    # As if the broken batches had never been there.
+    clean, _ = step(toy_policy, experience, optimizer=ADAM, num_microbatches=num_microbatches)
+    clean, _ = train_step(clean, experience, **settings, temperature=1.0)
+    chex.assert_trees_all_equal((clean.params, clean.opt_state), (state.params, state.opt_state))
+
+
+def test_parameters_that_overflow_are_left_alone(toy_policy, experience):
+    policy, params = toy_policy
+    params = {**params, "head": params["head"].at[0, 0].set(jnp.inf)}
+    state, metrics = step((policy, params), experience)
+    chex.assert_trees_all_equal(state.params, params)
+    assert metrics["skipped_updates"] == 1
+
+
+# State
+
+
+def test_parameters_in_low_precision_are_refused(toy_policy):
+    policy, params = toy_policy
+    params = {**params, "up": params["up"].astype(jnp.bfloat16)}
+    with pytest.raises(ValueError, match=r"\['up'\] is bfloat16"):
+        init_train_state(policy, params, SGD)
+
+
+def test_the_state_is_donated_and_the_callers_parameters_are_not(toy_policy, experience):
+    old = init_train_state(*toy_policy, ADAM)
+    arrays = jax.tree.leaves(old)
+    new, _ = train_step(old, experience, recipe=grpo, temperature=1.0)
+    assert all(x.is_deleted() for x in arrays)
+    assert not any(x.is_deleted() for x in jax.tree.leaves((new, toy_policy[1], experience)))
+
+
+def test_steps_compile_once_whatever_the_numbers(toy_policy, experience):
+    state = init_train_state(*toy_policy, ADAM)
+    state, _ = train_step(state, experience, recipe=make_recipe("dapo", kl_coef=0.0), temperature=1.0)
+    compiled = train_step._cache_size()
+    for n in range(1, 4):
+        recipe = make_recipe("dapo", kl_coef=0.1 * n, clip_range=0.1 * n, clip_range_high=0.2 * n)
+        state, _ = train_step(state, experience, recipe=recipe, temperature=0.5 * n)
+    assert train_step._cache_size() == compiled
+    assert state.step == 4
+
+
+def test_clip_values_take_effect_in_a_compiled_function(toy_policy, experience):
+    _, narrow = step(toy_policy, experience, recipe=make_recipe("grpo", clip_range=0.01))
+    _, wide = step(toy_policy, experience, recipe=make_recipe("grpo", clip_range=0.9))
+    assert narrow["clip_ratio/region_mean"] > 0.3 and wide["clip_ratio/region_mean"] < 0.05
+
+
+def test_later_passes_over_one_experience_are_off_policy(toy_policy, experience):
+    log_probs, _ = completion_log_probs(*toy_policy, experience, temperature=1.0)
+    on_policy = experience.replace(old_log_probs=log_probs, ref_log_probs=log_probs)
+    state, first = step(toy_policy, on_policy, optimizer=make_optimizer(0.05))
+    np.testing.assert_allclose([first["ratio/mean"], first["ratio/max"]], 1, atol=1e-5)
+    np.testing.assert_allclose(first["kl"], 0, atol=1e-6)
+    assert first["clip_ratio/region_mean"] == 0 and first["grad_norm"] > 0
+    _, second = train_step(state, on_policy, recipe=grpo, temperature=1.0)
+    assert second["ratio/max"] > 1.2 and second["clip_ratio/region_mean"] > 0 and second["kl"] > 1e-3
+    assert second["policy_loss"] < first["policy_loss"]
+
+
+# Contracts
+
+
+def test_wrong_shapes_raise(toy_policy, experience):
+    e = experience
+    for wrong in (
+        e.replace(weights=e.weights[:, :-1]),
+        e.replace(old_log_probs=e.old_log_probs[:, :-1]),
+        e.replace(ref_log_probs=e.ref_log_probs[:, :-1]),
+        e.replace(mask=e.mask[:, :-1]),
+        e.replace(mask=e.mask[0]),
+        e.replace(prompt_mask=e.prompt_mask[:, :-1]),
+        e.replace(prompt_tokens=e.prompt_tokens[:-1], prompt_mask=e.prompt_mask[:-1]),
+        e.replace(advantages=e.advantages[:, None]),
+        e.replace(advantages=e.advantages[:-1]),
+    ):
+        with pytest.raises(AssertionError):
+            step(toy_policy, wrong)
+    with pytest.raises(ValueError, match="8 rows do not divide into 3"):
+        step(toy_policy, e, num_microbatches=3)
+
+
+def test_eager_equals_jitted(toy_policy, experience):
+    with jax.disable_jit():
+        eager = step(toy_policy, experience)
+    assert_same_update(eager, step(toy_policy, experience))
+
+
+# The whole, once
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_policy_learns_to_say_seven(name):
+    policy, params = make_toy_policy(seed=3)
+    recipe, prompts_count, group_size, length = RECIPES[name], 4, 8, 4
+    prompts = Prompts(
+        tokens=jnp.arange(prompts_count * 2, dtype=jnp.int32).reshape(prompts_count, 2),
+        mask=jnp.ones((prompts_count, 2), bool),
+    )
+    state, history = init_train_state(policy, params, make_optimizer(0.01)), []
+    sampling = {"group_size": group_size, "max_new_tokens": length, "eos_ids": jnp.array([0])}
+    for number in range(100):
+        key = jax.random.fold_in(jax.random.key(0), number)
+        rollout = generate(policy, state.params, prompts, key, **sampling)
+        rewards = jnp.sum((rollout.tokens == 7) & rollout.mask, axis=1).astype(jnp.float32)
+        reference, _ = completion_log_probs(policy, params, rollout)
+        experience = Experience(
+            prompt_tokens=rollout.prompt_tokens,
+            prompt_mask=rollout.prompt_mask,
+            tokens=rollout.tokens,
+            mask=rollout.mask,
+            advantages=recipe.advantages(rewards.reshape(prompts_count, group_size)).reshape(-1),
+            weights=recipe.weights(rollout.mask, max_length=length),
+            old_log_probs=rollout.log_probs,
+            ref_log_probs=reference,
+        )
+        state, metrics = train_step(state, experience, recipe=recipe)
+        np.testing.assert_allclose(metrics["ratio/max"], 1, atol=1e-4)
+        history.append(float(jnp.mean(rewards)))
+    assert np.mean(history[:5]) < 1.0 and np.mean(history[-5:]) > 3.0, history[::10]
+    assert state.skipped == 0
