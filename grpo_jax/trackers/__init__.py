@@ -1,0 +1,161 @@
+"""Where metrics go: JSONL always, the console, TensorBoard and Weights & Biases behind one `log`.
+
+The JSONL files are the record of a run (see jsonl.py). The others are views of it: when one of them
+fails, the run says so once and carries on.
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from grpo_jax.trackers.console import ConsoleTracker, one_line
+from grpo_jax.trackers.jsonl import JsonlTracker, Metrics, Row
+from grpo_jax.trackers.redaction import redact
+from grpo_jax.trackers.tensorboard import TensorBoardTracker
+from grpo_jax.trackers.wandb import WandbTracker
+
+if TYPE_CHECKING:
+    from grpo_jax.config import TrackingConfig
+
+__all__ = [
+    "ConsoleTracker",
+    "JsonlTracker",
+    "TensorBoardTracker",
+    "Tracker",
+    "Trackers",
+    "WandbTracker",
+    "is_timing",
+    "make_trackers",
+    "redact",
+]
+
+
+class Tracker(Protocol):
+    """A place where metrics go."""
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Takes the metrics of a step; may be called again for the same step with other names."""
+
+    def log_completions(self, step: int, rows: Sequence[Row]) -> None:
+        """Takes samples: prompt, completion, reward, advantage, rewards/<name>."""
+
+    def close(self) -> None:
+        """Writes what is left."""
+
+
+def is_timing(name: str) -> bool:
+    """Says whether a metric measures time, so that it differs between two equal runs."""
+    return name.startswith("time/") or name == "step_time"
+
+
+class Trackers:
+    """Several trackers as one; a context manager that closes them.
+
+    An error of the first, the JSONL record that a resumed run relies on, goes through. One of the others
+    is printed once, in one line, and the run carries on.
+
+    Args:
+        record: the JSONL tracker.
+        console: prints the messages.
+        others: TensorBoard, W&B.
+        num_completions: rows of a `log_completions` that are kept.
+    """
+
+    def __init__(
+        self,
+        record: JsonlTracker,
+        console: ConsoleTracker,
+        others: Sequence[Tracker] = (),
+        *,
+        num_completions: int,
+    ):
+        self._record, self._console, self._others = record, console, list(others)
+        self._num_completions = num_completions
+        self._failed: set[str] = set()
+
+    def __enter__(self) -> "Trackers":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Hands the metrics of a step to every tracker; nothing happens without metrics."""
+        if metrics:
+            self._record.log(step, metrics)
+            for tracker in (self._console, *self._others):
+                self._guard(tracker, tracker.log, step, metrics)
+
+    def log_completions(self, step: int, rows: Sequence[Row]) -> None:
+        """Hands the first num_completions rows to every tracker."""
+        rows = list(rows)[: self._num_completions]
+        if rows:
+            self._record.log_completions(step, rows)
+            for tracker in (self._console, *self._others):
+                self._guard(tracker, tracker.log_completions, step, rows)
+
+    def message(self, text: str) -> None:
+        """Prints a notice without breaking the progress bar."""
+        self._guard(self._console, self._console.message, text)
+
+    def close(self) -> None:
+        """Closes every tracker, the console last: the others may have something to say."""
+        self._record.close()
+        for tracker in (*self._others, self._console):
+            self._guard(tracker, tracker.close)
+
+    def _guard(self, tracker: Tracker, method: Callable[..., None], *arguments: Any) -> None:
+        try:
+            method(*arguments)
+        except Exception as error:
+            name = type(tracker).__name__
+            if name in self._failed:
+                return
+            self._failed.add(name)
+            line = f"{name} failed, the run goes on without it: {one_line(error)}"
+            if tracker is self._console:
+                print(line, file=sys.stderr)
+            else:
+                self.message(line)
+
+
+def make_trackers(
+    tracking: "TrackingConfig",
+    *,
+    run_dir: str | Path,
+    config: Mapping[str, Any],
+    total_steps: int,
+    resume_step: int | None = None,
+) -> Trackers:
+    """Opens the trackers that a config asks for.
+
+    Args:
+        tracking: which ones.
+        run_dir: directory of the run.
+        config: the resolved config, logged without secrets.
+        total_steps: of the whole run.
+        resume_step: step of the checkpoint the run continues from: later rows of an earlier attempt are
+            dropped. None: a fresh run, the files start empty.
+
+    Raises:
+        ImportError: an option is on whose package is missing; the message says what to install.
+    """
+    console = ConsoleTracker(total_steps, resume_step)
+    others: list[Tracker] = []
+    if tracking.tensorboard:
+        others.append(TensorBoardTracker(run_dir, config, resume_step))
+    if tracking.wandb:
+        others.append(
+            WandbTracker(
+                run_dir,
+                config,
+                project=tracking.wandb_project,
+                name=tracking.wandb_name,
+                resume_step=resume_step,
+                message=console.message,
+            )
+        )
+    # last, as opening it rewinds the files: a missing package must not cost anybody's record
+    record = JsonlTracker(run_dir, resume_step)
+    return Trackers(record, console, others, num_completions=tracking.num_completions)

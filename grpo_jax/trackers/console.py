@@ -1,0 +1,166 @@
+"""A progress bar on a terminal, plain lines anywhere else, and a table of samples."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from grpo_jax.trackers.jsonl import Metrics, Row, plain
+
+
+def printable(value: Any) -> str:
+    """Makes a text of a model safe for a terminal: control and invisible characters become escapes."""
+    text = value if isinstance(value, str) else json.dumps(plain(value), ensure_ascii=False)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(error: Exception) -> str:
+    """Describes an error in one short line."""
+    text = printable(" ".join(str(error).split()))
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
+def _figure(value: float | None, spec: str = ".4g") -> str:
+    return "-" if value is None else format(float(value), spec)
+
+
+_SHOWN_CHARACTERS = 160  # of a prompt (its end) and of a completion (its start)
+
+
+def _samples_table(step: int, rows: Sequence[Row]) -> Table:
+    table = Table(title=f"step {step}: completions", title_justify="left")
+    names = [name for name in rows[0] if name.startswith("rewards/")] if rows else []
+    for heading in ("prompt", "completion"):
+        table.add_column(heading, overflow="fold", ratio=1)
+    for heading in ("reward", *(n.removeprefix("rewards/") for n in names if len(names) > 1), "advantage"):
+        table.add_column(Text(printable(heading)), justify="right", overflow="fold")
+    for row in rows:
+        prompt, completion = printable(row["prompt"]), printable(row["completion"])
+        prompt = prompt if len(prompt) <= _SHOWN_CHARACTERS else "…" + prompt[-_SHOWN_CHARACTERS:]
+        more = len(completion) > _SHOWN_CHARACTERS
+        completion = completion[:_SHOWN_CHARACTERS] + ("…" if more else "")
+        figures = ["reward", *(names if len(names) > 1 else []), "advantage"]
+        cells = [prompt, completion, *(_figure(row.get(name), ".3g") for name in figures)]
+        table.add_row(*map(Text, cells))
+    return table
+
+
+class ConsoleTracker:
+    """Shows a progress bar on a terminal, now and then a line of plain text anywhere else.
+
+    Tokens per second are those of the last step: the growth of `num_tokens` over `step_time`.
+
+    Args:
+        total_steps: of the whole run.
+        resume_step: steps done before.
+        stream: where to; None: standard output.
+        clock: seconds, for the time left and the pace of lines.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        resume_step: int | None = None,
+        *,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._stream = sys.stdout if stream is None else stream
+        self._total, self._first = total_steps, resume_step or 0
+        self._tokens: float | None = None if resume_step else 0
+        self._every = max(1, math.ceil(total_steps / 40))
+        self._clock = clock
+        self._began: tuple[int, float] | None = None  # step and time of the first training metrics
+        self._line = (self._first - self._every, -math.inf)  # step and time of the last line
+        terminal = self._stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+        # Said outright: FORCE_COLOR in a CI job would make rich take its log for a terminal.
+        self._console = Console(
+            file=self._stream,
+            force_terminal=terminal,
+            color_system="auto" if terminal else None,
+            width=None if terminal else 120,
+        )
+        self._progress = self._bar() if terminal else None
+
+    def _bar(self) -> Progress:
+        progress = Progress(
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[figures]}", markup=False),
+            TimeRemainingColumn(),
+            console=self._console,
+            refresh_per_second=4,
+        )
+        self._task = progress.add_task("", total=self._total, completed=self._first, figures="")
+        return progress
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        evaluation = {name: value for name, value in metrics.items() if name.startswith("eval/")}
+        if evaluation:
+            figures = "  ".join(f"{n.removeprefix('eval/')} {_figure(v)}" for n, v in evaluation.items())
+            self.message(f"step {step}/{self._total}  evaluation: {figures}")
+        if len(evaluation) < len(metrics):
+            self._log_training(step, metrics)
+
+    def _log_training(self, step: int, metrics: Metrics) -> None:
+        length = metrics.get("completions/mean_length")
+        figures = (
+            f"reward {_figure(metrics.get('reward'), '.3f')}  kl {_figure(metrics.get('kl'), '.4f')}  "
+            f"length {_figure(length, '.1f')}  {self._speed(metrics)} tokens/s"
+        )
+        if self._progress is not None:
+            self._progress.start()  # does nothing once started
+            self._progress.update(self._task, completed=step, figures=figures)
+            return
+        now = self._clock()
+        line_step, line_time = self._line
+        if step - line_step >= self._every or now - line_time >= 10 or step == self._total:
+            self._line = (step, now)
+            self.message(f"step {step}/{self._total}  {figures}  {self._time_left(step, now)} left")
+
+    def _time_left(self, step: int, now: float) -> str:
+        if self._began is None:  # the first step compiles: it says nothing about the others
+            self._began = (step, now)
+            return "-"
+        first, started = self._began
+        minutes, seconds = divmod(round((now - started) / (step - first) * (self._total - step)), 60)
+        return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+    def _speed(self, metrics: Metrics) -> str:
+        tokens, before, seconds = metrics.get("num_tokens"), self._tokens, metrics.get("step_time")
+        self._tokens = tokens
+        return "-" if None in (tokens, before) or not seconds else f"{(tokens - before) / seconds:.0f}"
+
+    def log_completions(self, step: int, rows: Sequence[Row]) -> None:
+        if rows:
+            self._print(_samples_table(step, rows))
+
+    def message(self, text: str) -> None:
+        """Prints a text, above the bar if there is one."""
+        self._print("\n".join(printable(line) for line in text.split("\n")))
+
+    def _print(self, what: str | Table) -> None:
+        if self._progress is not None:
+            # soft_wrap: a command that a message shows must stay one line
+            is_text = isinstance(what, str)
+            self._console.print(Text(what) if is_text else what, soft_wrap=is_text)
+            return
+        if not isinstance(what, str):
+            with self._console.capture() as capture:
+                self._console.print(what)
+            what = capture.get().rstrip("\n")
+        encoding = self._stream.encoding or "utf-8"  # a log in ASCII shows other characters as escapes
+        self._stream.write(what.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()

@@ -1,0 +1,51 @@
+"""Keep secrets out of what is logged."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_SECRET = {"secret", "password", "passwd", "passphrase", "credential", "auth", "apikey", "env", "environ"}
+_SECRET_UNLESS_NUMBER = {"key", "token"}  # max_new_tokens is none
+_SECRET_TEXT = re.compile(
+    r"\b(?:hf_|ghp_|github_pat_|sk-|wandb_v1_|AKIA)[A-Za-z0-9_-]{16,}|(?<=://)[^/@\s]+(?=@)"
+)
+_REDACTED = "[redacted]"
+
+
+def _is_secret(name: str, value: Any = "") -> bool:
+    words = re.findall(r"[a-z0-9]+", re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).lower())
+    words = {word.removesuffix("s") for word in words}
+    if value is None or isinstance(value, bool):
+        return False
+    return bool(words & _SECRET) or (
+        bool(words & _SECRET_UNLESS_NUMBER) and not isinstance(value, (int, float))
+    )
+
+
+def redact(config: Any) -> Any:
+    """Returns a config without secrets.
+
+    Hidden are values under a name with a word such as key, token, secret, password or env (a number under
+    a key or token stays: `max_new_tokens` is none), credentials in URLs, tokens of known
+    form, and the values of environment variables with such a name wherever they stand in a text.
+
+    >>> redact({"api_key": "abc", "max_new_tokens": 64, "url": "https://me:pw@host/x"})
+    {'api_key': '[redacted]', 'max_new_tokens': 64, 'url': 'https://[redacted]@host/x'}
+    """
+    values = {v for k, v in os.environ.items() if _is_secret(k) and len(v) >= 8}
+    return _redact(config, sorted(values, key=len, reverse=True))
+
+
+def _redact(value: Any, secrets: Sequence[str]) -> Any:
+    if isinstance(value, Mapping):
+        return {
+            name: _REDACTED if _is_secret(str(name), v) else _redact(v, secrets) for name, v in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [_redact(v, secrets) for v in value]
+    if isinstance(value, str):
+        for secret in secrets:
+            value = value.replace(secret, _REDACTED)
+        return _SECRET_TEXT.sub(_REDACTED, value)
+    return value

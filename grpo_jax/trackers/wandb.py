@@ -1,0 +1,131 @@
+"""Weights & Biases (an extra): online with a key, offline without."""
+
+import configparser
+import json
+import netrc
+import os
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from grpo_jax.trackers.console import one_line
+from grpo_jax.trackers.jsonl import Metrics, Row, plain
+from grpo_jax.trackers.redaction import redact
+
+
+def has_wandb_key() -> bool:
+    """Says whether W&B credentials are there: in the environment, in netrc, or in its settings file."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
+    named = os.environ.get("NETRC")
+    for path in [Path(named)] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]:
+        try:
+            if netrc.netrc(str(path.expanduser())).authenticators(host):
+                return True
+        except (OSError, netrc.NetrcParseError):
+            continue
+    settings = configparser.ConfigParser(interpolation=None)
+    directory = Path(os.environ.get("WANDB_CONFIG_DIR") or Path.home() / ".config" / "wandb")
+    try:
+        settings.read(directory / "settings")
+    except (configparser.Error, UnicodeDecodeError):
+        return False
+    return settings.has_option("default", "api_key")
+
+
+class WandbTracker:
+    """Logs to Weights & Biases: online with a key, else offline into run_dir/wandb.
+
+    WANDB_MODE decides if it is set. What cannot be opened online is opened offline. On
+    resume the same W&B run goes on; steps it has already are equal to the repeated ones, and W&B ignores
+    those.
+
+    Args:
+        run_dir: of the run; its `wandb_id` keeps the id.
+        config: of the run, logged without secrets.
+        project: W&B project.
+        name: W&B run name; None: the run directory's.
+        resume_step: None: a new W&B run.
+        message: prints a line.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        config: Mapping[str, Any],
+        *,
+        project: str,
+        name: str | None = None,
+        resume_step: int | None = None,
+        message: Callable[[str], None] = print,
+    ):
+        try:
+            import wandb
+        except ImportError:
+            raise ImportError('tracking.wandb needs wandb: pip install "grpo-jax[wandb]"') from None
+        self._wandb, self._message, self._run_dir = wandb, message, Path(run_dir).resolve()
+        mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
+        if mode == "online" and not has_wandb_key():
+            message("wandb: WANDB_MODE is online but there is no key; writing offline")
+            mode = "offline"  # wandb would wait at a prompt
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        options = {
+            "project": project,
+            "name": name or self._run_dir.name,
+            "id": self._run_id(resume_step),
+            "config": redact(config),
+        }
+        try:
+            self._run = self._open(mode, options)
+        except Exception as error:
+            if mode == "offline":
+                raise
+            message(f"wandb: cannot be opened ({one_line(error)}); writing offline")
+            self._run = self._open("offline", options)
+        self._offline = self._run.settings.mode == "offline"
+
+    def _run_id(self, resume_step: int | None) -> str:
+        path = self._run_dir / "wandb_id"
+        if resume_step is None or not path.exists():
+            path.write_text(uuid.uuid4().hex[:8])
+        return path.read_text().strip()
+
+    def _open(self, mode: str, options: Mapping[str, Any]):
+        settings = self._wandb.Settings(
+            silent=True,
+            console="off",  # the console may show a secret of somebody's reward function
+            disable_git=True,
+            disable_code=True,
+            init_timeout=30,
+            finish_timeout=120,
+        )
+        return self._wandb.init(
+            mode=mode,
+            dir=str(self._run_dir),
+            resume="allow",
+            reinit="create_new",
+            settings=settings,
+            **options,
+        )
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        self._run.log({name: value for name, value in metrics.items() if value is not None}, step=step)
+
+    def log_completions(self, step: int, rows: Sequence[Row]) -> None:
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        cells = [[_cell(row.get(name)) for name in columns] for row in rows]
+        self._run.log({"completions": self._wandb.Table(columns=columns, data=cells)}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+        if self._offline:
+            runs = sorted(self._run_dir.glob(f"wandb/offline-run-*-{self._run.id}"))
+            new = [str(path) for path in runs if not list(path.glob("*.synced"))]
+            self._message(f"wandb: offline; to upload: wandb sync {' '.join(new)}")
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(plain(value)) if isinstance(value, (list, dict)) else value
