@@ -90,7 +90,9 @@ def group_advantages(
         total = jnp.sum(count)
         mean = jnp.sum(rewards) / jnp.maximum(total, 1)
         std = _std(jnp.where(valid, rewards - mean, 0), total, ddof, axis=None)
-    return centered / (std + epsilon)
+    divisor = std + epsilon
+    # Without epsilon the std of a dead group is 0, and its zeros must not become 0 / 0.
+    return centered / jnp.where(divisor > 0, divisor, 1)
 
 
 def leave_one_out_advantages(rewards: Array, *, valid: Array | None = None) -> Array:

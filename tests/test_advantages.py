@@ -1,0 +1,169 @@
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from grpo_jax.advantages import group_advantages, informative_groups, leave_one_out_advantages
+
+FAST = settings(max_examples=150, deadline=None, derandomize=True)
+SCALES = ("std", "batch", "none", "leave_one_out")
+N, G = 3, 5
+
+
+def function_of(scale, **kwargs):
+    if scale == "leave_one_out":
+        return leave_one_out_advantages
+    return functools.partial(group_advantages, scale=scale, **kwargs)
+
+
+def weighted_sum(rewards, valid, scale):
+    """A sum with weights, so that a gradient is not zero by symmetry."""
+    weights = jnp.arange(1.0, 1 + rewards.size).reshape(rewards.shape)
+    return jnp.sum(function_of(scale)(rewards, valid=valid) * weights)
+
+
+JITTED = {scale: jax.jit(lambda r, v, s=scale: function_of(s)(r, valid=v)) for scale in SCALES}
+GRADIENTS = {scale: jax.jit(jax.grad(functools.partial(weighted_sum, scale=scale))) for scale in SCALES}
+
+# Rewards as verifiers give them (few distinct values, so whole groups are equal) and as models give them,
+# in steps of 1/64: groups that differ by rounding only are noise by nature, and no loop agrees on noise.
+REWARDS = st.one_of(
+    hnp.arrays(np.float32, (N, G), elements=st.sampled_from([0.0, 1.0, 0.35, 0.95, 0.1, -0.5])),
+    hnp.arrays(np.float32, (N, G), elements=st.integers(-640, 640).map(lambda i: i / 64)),
+)
+VALID = hnp.arrays(bool, (N, G))
+
+
+@FAST
+@given(REWARDS, VALID, st.sampled_from(SCALES))
+def test_matches_the_loop(rewards, valid, scale):
+    result = JITTED[scale](rewards, valid)
+    chex.assert_shape(result, (N, G))
+    expected = oracle.advantages(rewards, valid, scale=scale)
+    np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-5)
+    assert (np.asarray(result)[~valid] == 0).all()
+
+
+@FAST
+@given(REWARDS, VALID, st.sampled_from(SCALES))
+def test_gradients_are_finite(rewards, valid, scale):
+    assert np.isfinite(GRADIENTS[scale](rewards, valid)).all()
+
+
+@FAST
+@given(REWARDS, VALID, st.sampled_from(SCALES), st.randoms(use_true_random=False))
+def test_order_of_rows_and_groups_does_not_matter(rewards, valid, scale, random):
+    rows, columns = random.sample(range(N), N), random.sample(range(G), G)
+    index = np.ix_(rows, columns)
+    np.testing.assert_allclose(
+        JITTED[scale](rewards[index], valid[index]),
+        np.asarray(JITTED[scale](rewards, valid))[index],
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("size", [3, 8, 1000])
+def test_equal_rewards_give_exactly_zero(dtype, size):
+    values = np.array([0.35, 0.95, 0.1, 1 / 3, -0.7, 1e-20, 1e8, 0.0], dtype)
+    with jax.enable_x64(dtype == np.float64):
+        rewards = jnp.asarray(np.repeat(values[:, None], size, axis=1))
+        assert rewards.dtype == dtype
+        for scale in SCALES:
+            result = JITTED[scale](rewards, None)
+            assert result.dtype == dtype
+            assert (np.asarray(result) == 0).all()
+            gradient = GRADIENTS[scale](rewards, None)
+            assert np.isfinite(gradient).all()
+        assert not np.asarray(informative_groups(rewards)).any()
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_equal_rewards_of_one_group_stay_zero_beside_live_groups(scale):
+    rewards = jnp.array([[0.35] * 8, [0.0, 1.0] * 4, [0.95] * 8])
+    result = np.asarray(function_of(scale)(rewards))
+    assert (result[[0, 2]] == 0).all() and (result[1] != 0).all()
+    chex.assert_tree_all_finite(jax.grad(lambda r: jnp.sum(function_of(scale)(r)[..., 0]))(rewards))
+
+
+@pytest.mark.parametrize("scale", ["std", "batch"])
+def test_equal_rewards_without_epsilon(scale):
+    rewards = jnp.array([[0.5, 0.5], [0.5, 0.5]])
+    loss = lambda r: jnp.sum(group_advantages(r, scale=scale, epsilon=0.0) * jnp.arange(4.0).reshape(2, 2))  # noqa: E731
+    value, gradient = jax.value_and_grad(loss)(rewards)
+    assert value == 0 and np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_invalid_rewards_have_no_influence(scale):
+    rewards = np.array([[1.0, 2.0, 4.0, 0.0], [0.3, 0.3, 7.0, 0.3], [5.0, 1.0, 1.0, 1.0]], np.float32)
+    valid = np.array([[1, 1, 1, 0], [1, 1, 0, 1], [1, 0, 0, 0]], bool)
+    clean = JITTED[scale](rewards, valid)
+    for junk in (np.nan, np.inf, -np.inf, 1e30):
+        dirty = np.where(valid, rewards, np.float32(junk))
+        np.testing.assert_array_equal(JITTED[scale](dirty, valid), clean)
+        gradient = np.asarray(GRADIENTS[scale](dirty, valid))
+        assert np.isfinite(gradient).all() and (gradient[~valid] == 0).all()
+    # A group that is equal among its valid rewards, or has one only, is dead.
+    assert (np.asarray(clean)[1:] == 0).all() and (np.asarray(clean)[0, :3] != 0).any()
+    np.testing.assert_array_equal(informative_groups(rewards, valid=valid), [True, False, False])
+
+
+def test_nothing_valid():
+    rewards, valid = np.full((N, G), np.nan, np.float32), np.zeros((N, G), bool)
+    for scale in SCALES:
+        assert (np.asarray(JITTED[scale](rewards, valid)) == 0).all()
+        assert np.isfinite(GRADIENTS[scale](rewards, valid)).all()
+    assert not np.asarray(informative_groups(rewards, valid=valid)).any()
+
+
+@pytest.mark.parametrize("ddof", [0, 1])
+@pytest.mark.parametrize("scale", ["std", "batch"])
+def test_ddof_and_epsilon(scale, ddof):
+    rewards = np.array([[0.0, 1.0, 3.0], [2.0, 2.0, 5.0]], np.float32)
+    for epsilon in (1e-4, 0.5):
+        result = group_advantages(rewards, scale=scale, ddof=ddof, epsilon=epsilon)
+        np.testing.assert_allclose(
+            result, oracle.advantages(rewards, scale=scale, ddof=ddof, epsilon=epsilon), rtol=1e-6
+        )
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4), (3, 1)])
+def test_shapes(shape):
+    rewards = jax.random.normal(jax.random.key(0), shape)
+    for scale in SCALES:
+        eager, jitted = function_of(scale)(rewards), jax.jit(function_of(scale))(rewards)
+        chex.assert_shape([eager, jitted], shape)
+        np.testing.assert_allclose(eager, jitted, rtol=1e-6, atol=1e-6)
+        if shape[-1] == 1:  # a group of one has nothing to compare with
+            assert (np.asarray(eager) == 0).all()
+    chex.assert_shape(informative_groups(rewards), shape[:-1])
+
+
+def test_advantages_are_centred_and_of_unit_scale():
+    rewards = jax.random.normal(jax.random.key(1), (16, 64))
+    result = np.asarray(group_advantages(rewards))
+    np.testing.assert_allclose(result.mean(axis=1), 0, atol=1e-6)
+    np.testing.assert_allclose(result.std(axis=1, ddof=1), 1, atol=1e-3)
+
+
+def test_integers_become_float32():
+    result = group_advantages(jnp.array([[0, 1, 1, 0]]), scale="none")
+    assert result.dtype == jnp.float32
+    np.testing.assert_array_equal(result, [[-0.5, 0.5, 0.5, -0.5]])
+    assert leave_one_out_advantages(jnp.array([[True, False]])).tolist() == [[1.0, -1.0]]
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="'group'; choose 'std', 'batch' or 'none'"):
+        group_advantages(jnp.zeros((2, 2)), scale="group")
+    with pytest.raises(AssertionError):
+        group_advantages(jnp.zeros((2, 2)), valid=jnp.ones((2, 3), bool))
