@@ -233,6 +233,25 @@ def test_parameters_that_overflow_are_left_alone(toy_policy, experience):
     assert metrics["skipped_updates"] == 1
 
 
+def endless_loss(log_ratios, log_probs, advantages):
+    """The loss is infinite, its gradient is not."""
+    return jnp.inf - log_ratios * advantages
+
+
+def endless_gradient(log_ratios, log_probs, advantages):
+    """The loss is finite, its gradient is not: the root is taken at 0."""
+    return jnp.sqrt(log_ratios - jax.lax.stop_gradient(log_ratios)) * advantages
+
+
+@pytest.mark.parametrize("surrogate", [endless_loss, endless_gradient])
+def test_loss_and_gradient_must_both_be_finite(toy_policy, experience, surrogate):
+    recipe = grpo.replace(surrogate=surrogate, clip={})
+    state, metrics = step(toy_policy, experience, recipe=recipe)
+    assert np.isfinite(metrics["loss"]) != np.isfinite(metrics["grad_norm"])
+    chex.assert_trees_all_equal(state.params, toy_policy[1])
+    assert state.skipped == 1
+
+
 # State
 
 
