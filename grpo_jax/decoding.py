@@ -79,7 +79,7 @@ def _draw_and_record(policy, params, carry: _Decode, hidden, keys, eos_ids, samp
     return carry.replace(
         step=t + 1,
         last=tokens,
-        done=carry.done | jnp.any(tokens[:, None] == eos_ids, axis=1) & live,
+        done=carry.done | jnp.any(tokens[:, None] == eos_ids, axis=1),
         tokens=carry.tokens.at[:, t].set(tokens),
         mask=carry.mask.at[:, t].set(live),
         log_probs=carry.log_probs.at[:, t].set(jnp.where(live, log_probs, 0)),

@@ -81,7 +81,7 @@ def reward_metrics(rewards: Array, valid: Array) -> Metrics:
     stds = jnp.where(informative, jnp.sqrt(squares / jnp.maximum(counts - 1, 1)), 0)
     return {
         "reward": jnp.sum(rewards) / jnp.maximum(jnp.sum(valid), 1),
-        "reward_std": jnp.sum(stds * (counts > 0)) / jnp.maximum(jnp.sum(counts > 0), 1),
+        "reward_std": jnp.sum(stds) / jnp.maximum(jnp.sum(counts > 0), 1),
         "frac_reward_zero_std": 1.0 - jnp.mean(informative),
     }
 
