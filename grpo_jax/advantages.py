@@ -5,6 +5,8 @@ import jax.numpy as jnp
 
 from grpo_jax.types import Array
 
+SCALES = ("std", "batch", "none")
+
 
 def _prepare(rewards: Array, valid: Array | None) -> tuple[Array, Array, Array]:
     """Returns (rewards with 0 where invalid, valid [...,G], number of valid ones [...,1])."""
@@ -78,7 +80,7 @@ def group_advantages(
     >>> group_advantages(jnp.array([[0., 0., 0., 1.], [.3, .3, .3, .3]]), scale="none").tolist()
     [[-0.25, -0.25, -0.25, 0.75], [0.0, 0.0, 0.0, 0.0]]
     """
-    if scale not in ("std", "batch", "none"):
+    if scale not in SCALES:
         raise ValueError(f"scale: {scale!r}; choose 'std', 'batch' or 'none'")
     rewards, valid, count = _prepare(rewards, valid)
     centered = _centered(rewards, valid, count)

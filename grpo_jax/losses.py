@@ -14,6 +14,9 @@ import jax.numpy as jnp
 from grpo_jax.kl import bounded_exp, kl_k3
 from grpo_jax.types import Array
 
+RATIO_LEVELS = ("token", "sequence", "sequence_token")
+REDUCTIONS = ("sequence", "token", "constant")
+
 
 @flax.struct.dataclass(kw_only=True)
 class LossMetrics:

@@ -9,9 +9,16 @@ from collections.abc import Callable
 
 import flax.struct
 
-from grpo_jax.advantages import group_advantages
+from grpo_jax.advantages import SCALES, group_advantages
 from grpo_jax.kl import KL_ESTIMATORS, kl_k3
-from grpo_jax.losses import LossMetrics, clipped_surrogate, grpo_loss, loss_weights
+from grpo_jax.losses import (
+    RATIO_LEVELS,
+    REDUCTIONS,
+    LossMetrics,
+    clipped_surrogate,
+    grpo_loss,
+    loss_weights,
+)
 from grpo_jax.types import Array
 
 
@@ -109,12 +116,18 @@ def make_recipe(
             makes the clip symmetric, whatever the recipe's own upper bound is.
 
     Raises:
-        ValueError: unknown recipe or estimator, or a clip keyword that the surrogate does not have.
+        ValueError: unknown recipe or name of a choice, or a clip keyword that the surrogate does not have.
     """
     if name not in RECIPES:
         raise ValueError(f"recipe: {name!r}; choose one of {', '.join(RECIPES)}")
-    if kl_estimator is not None and kl_estimator not in KL_ESTIMATORS:
-        raise ValueError(f"kl_estimator: {kl_estimator!r}; choose one of {', '.join(KL_ESTIMATORS)}")
+    for key, value, choices in (
+        ("kl_estimator", kl_estimator, KL_ESTIMATORS),
+        ("ratio_level", ratio_level, RATIO_LEVELS),
+        ("reduction", reduction, REDUCTIONS),
+        ("advantage_scale", advantage_scale, SCALES),
+    ):
+        if value is not None and value not in choices:
+            raise ValueError(f"{key}: {value!r}; choose one of {', '.join(choices)}")
     recipe = RECIPES[name]
     clip = {key: value for key, value in clip.items() if value is not None}
     keywords = inspect.signature(recipe.surrogate).parameters
