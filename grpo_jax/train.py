@@ -137,6 +137,12 @@ def _save(checkpoints: Checkpoints, progress: Progress, num_iterations: int) -> 
     checkpoints.save(progress.step, progress.state, extra, progress.experience if inside else None)
 
 
+def _spread(rows: list, count: int) -> list:
+    """Picks count rows evenly from all, so that a table shows many prompts rather than one group."""
+    count = min(count, len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]
+
+
 def _one_step(parts: Parts, actor: Actor, progress: Progress, key: jax.Array) -> dict[str, float]:
     """Makes one optimizer step, after a new rollout if the last one is used up; returns its metrics."""
     config, started = parts.config, time.perf_counter()
@@ -148,7 +154,7 @@ def _one_step(parts: Parts, actor: Actor, progress: Progress, key: jax.Array) ->
         collected = collect(actor, progress.state.params, progress.ref_params, examples, noise)
         progress.experience = collected.experience
         progress.rollout_metrics = collected.metrics
-        progress.samples = collected.samples[: config.tracking.num_completions]
+        progress.samples = _spread(collected.samples, config.tracking.num_completions)
         progress.num_tokens += int(
             jnp.sum(collected.experience.prompt_mask) + jnp.sum(collected.experience.mask)
         )
