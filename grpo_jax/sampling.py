@@ -30,8 +30,8 @@ def _keep_largest(logits: Array, enough) -> Array:
     over V, exact, and never a sort. Entries equal to the smallest kept one are all kept.
     """
     bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
-    # Negative floats order backwards as integers; flipping all but the sign bit repairs that.
-    keys = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+    # Negative floats order backwards as integers: negate their magnitude. -0.0 and 0.0 become one key.
+    keys = jnp.where(bits < 0, -(bits & jnp.int32(0x7FFFFFFF)), bits)
     # The largest threshold that keeps enough lies in [low, high]; start with all int32.
     low = jnp.full((*keys.shape[:-1], 1), jnp.iinfo(jnp.int32).min)
     high = jnp.full_like(low, jnp.iinfo(jnp.int32).max)
