@@ -1,7 +1,7 @@
 """Event files for TensorBoard, by tensorboardX (an extra)."""
 
 import json
-import uuid
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,9 @@ class TensorBoardTracker:
             max_queue=0,
             flush_secs=5,
             purge_step=0 if resume_step is None else resume_step + 1,
-            # two writers opened within a second would share, and overwrite, one file
-            filename_suffix=f".{uuid.uuid4().hex[:8]}",
+            # Names end with the second: writers opened within one would overwrite one file. TensorBoard
+            # reads files in the order of their names, so the rest of the name has to be a time as well.
+            filename_suffix=f".{time.time_ns()}",
         )
         self._add_text("config", json.dumps(redact(config), indent=1), 0)
 

@@ -4,6 +4,7 @@ import configparser
 import json
 import netrc
 import os
+import shlex
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -100,7 +101,8 @@ class WandbTracker:
             disable_git=True,
             disable_code=True,
             init_timeout=30,
-            finish_timeout=120,
+            finish_timeout=120,  # an upload that hangs must not keep the run from ending
+            finish_timeout_raises=True,
         )
         return self._wandb.init(
             mode=mode,
@@ -124,7 +126,7 @@ class WandbTracker:
         if self._offline:
             runs = sorted(self._run_dir.glob(f"wandb/offline-run-*-{self._run.id}"))
             new = [str(path) for path in runs if not list(path.glob("*.synced"))]
-            self._message(f"wandb: offline; to upload: wandb sync {' '.join(new)}")
+            self._message(f"wandb: offline; to upload: wandb sync {shlex.join(new)}")
 
 
 def _cell(value: Any) -> Any:
