@@ -11,39 +11,49 @@ from grpo_jax.trackers.redaction import redact
 
 
 class TensorBoardTracker:
-    """Writes event files under run_dir/tensorboard; on resume the rows after resume_step are purged."""
+    """Writes event files under run_dir/tensorboard; on resume the rows after resume_step are purged.
+
+    Events are written here and now. tensorboardX's SummaryWriter hands them to a thread through a queue,
+    and once that thread died of a full disk the queue blocks, if not `log` then the end of the process.
+    """
 
     def __init__(self, run_dir: str | Path, config: Mapping[str, Any], resume_step: int | None = None):
         try:
-            from tensorboardX import SummaryWriter
+            from tensorboardX import summary
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
         except ImportError:
             raise ImportError(
                 'tracking.tensorboard needs tensorboardX: pip install "grpo-jax[tensorboard]"'
             ) from None
-        # max_queue 0 is unbounded: with a bound, `add_scalar` hangs for good once the writing thread died
-        self._writer = SummaryWriter(
-            str(Path(run_dir) / "tensorboard"),
-            max_queue=0,
-            flush_secs=5,
-            purge_step=0 if resume_step is None else resume_step + 1,
-            # Names end with the second: writers opened within one would overwrite one file. TensorBoard
-            # reads files in the order of their names, so the rest of the name has to be a time as well.
-            filename_suffix=f".{time.time_ns()}",
-        )
-        self._add_text("config", json.dumps(redact(config), indent=1), 0)
+        self._summary, self._event = summary, Event
+        directory = Path(run_dir) / "tensorboard"
+        directory.mkdir(parents=True, exist_ok=True)
+        # Names end with the second: writers opened within one would overwrite one file. TensorBoard reads
+        # files in the order of their names, so the rest of the name has to be a time as well.
+        self._writer = EventsWriter(str(directory / "events"), f".{time.time_ns()}")
+        first = 0 if resume_step is None else resume_step + 1
+        self._write(first, session_log=SessionLog(status=SessionLog.START))  # purges from there on
+        self._write_text("config", json.dumps(redact(config), indent=1), 0)
+        self._writer.flush()
 
-    def _add_text(self, tag: str, text: str, step: int) -> None:
+    def _write(self, step: int, **what: Any) -> None:
+        self._writer.write_event(self._event(wall_time=time.time(), step=step, **what))
+
+    def _write_text(self, tag: str, text: str, step: int) -> None:
         # indented: a code block, so that a model's text is not read as Markdown
-        self._writer.add_text(tag, "".join(f"    {line}\n" for line in text.split("\n")), step)
+        block = "".join(f"    {line}\n" for line in text.split("\n"))
+        self._write(step, summary=self._summary.text(tag, block))
 
     def log(self, step: int, metrics: Metrics) -> None:
         for name, value in metrics.items():
             if value is not None:
-                self._writer.add_scalar(name, float(value), step)
-        self._writer.flush()  # here, where an error can be seen: the thread's own go nowhere
+                self._write(step, summary=self._summary.scalar(name, float(value)))
+        self._writer.flush()
 
     def log_completions(self, step: int, rows: Sequence[Row]) -> None:
-        self._add_text("completions", "\n".join(json.dumps(plain(row)) for row in rows), step)
+        self._write_text("completions", "\n".join(json.dumps(plain(row)) for row in rows), step)
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
