@@ -75,7 +75,7 @@ def test_one_step_is_the_literal_loss_and_an_optax_update(toy_policy, experience
     policy, params = toy_policy
     temperature = 0.8
     state, metrics = step(toy_policy, experience, optimizer=optimizer, temperature=temperature)
-    loss, grads = jax.value_and_grad(literal_loss, argnums=1)(
+    loss, grads = jax.jit(jax.value_and_grad(literal_loss, argnums=1))(
         policy, params, experience, temperature=temperature, clip=0.2, kl_coef=0.04
     )
     updates, opt_state = optimizer.update(grads, optimizer.init(params), params)
@@ -118,9 +118,11 @@ def test_metrics_are_scalars_with_their_definitions(toy_policy, experience):
 # What must change nothing
 
 
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-@pytest.mark.parametrize("num_microbatches", [2, 4, 8])
-def test_microbatches_change_nothing(toy_policy, experience, recipe, num_microbatches):
+@pytest.mark.parametrize(
+    ("name", "num_microbatches"), [("grpo", 2), ("grpo", 4), ("grpo", 8), ("dr_grpo", 4), ("dapo", 4)]
+)
+def test_microbatches_change_nothing(toy_policy, experience, name, num_microbatches):
+    recipe = RECIPES[name]
     experience = experience.replace(weights=recipe.weights(experience.mask, max_length=T))
     state, metrics = step(toy_policy, experience, recipe=recipe)
     sliced, sliced_metrics = step(
@@ -319,12 +321,6 @@ def test_wrong_shapes_raise(toy_policy, experience):
             step(toy_policy, wrong)
     with pytest.raises(ValueError, match="8 rows do not divide into 3"):
         step(toy_policy, e, num_microbatches=3)
-
-
-def test_eager_equals_jitted(toy_policy, experience):
-    with jax.disable_jit():
-        eager = step(toy_policy, experience)
-    assert_same_update(eager, step(toy_policy, experience))
 
 
 # The whole, once

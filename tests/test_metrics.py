@@ -47,6 +47,7 @@ def batch():
     return tuple(map(jnp.asarray, (log_probs, old, advantages, MASK, loss_weights(MASK), ref)))
 
 
+@jax.jit
 def evaluate(log_probs, old, advantages, mask, weights, ref) -> LossMetrics:
     return grpo_loss(log_probs, old, advantages, mask, weights, ref_log_probs=ref, kl_coef=0.1)[1]
 
