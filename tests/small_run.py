@@ -1,0 +1,112 @@
+"""A run of the packaged model that takes well under a second once compiled, and what it leaves behind."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import yaml
+
+from grpo_jax import runs
+from grpo_jax.checkpoints import Checkpoints
+from grpo_jax.cli import parse_record
+from grpo_jax.config import Config
+from grpo_jax.trackers import is_timing
+
+SETTINGS = {
+    "sampling.max_new_tokens": 5,
+    "training.batch_size": 32,
+    "training.num_steps": 7,
+    "training.learning_rate": 1e-4,
+    "evaluation.every": 3,
+    "evaluation.num_prompts": 4,
+    "evaluation.num_samples": 2,
+    "evaluation.batch_size": 8,
+    "checkpoints.every": 3,
+    "tracking.completions_every": 2,
+    "tracking.num_completions": 2,
+}
+
+
+def arguments(run_dir, **changes) -> list[str]:
+    """Returns the command line of a small run; changes are written `training__num_steps=3`."""
+    settings = SETTINGS | {name.replace("__", "."): value for name, value in changes.items()}
+    return [f"--{name}={value}" for name, value in settings.items()] + [f"--run_dir={run_dir}"]
+
+
+def config(run_dir, **changes) -> Config:
+    """Returns the config of a small run."""
+    return parse_record(Config, arguments(run_dir, **changes), command="test", description="")
+
+
+def command(name: str, *argv, **kwargs) -> subprocess.CompletedProcess:
+    """Runs a command as a user types it."""
+    full = [sys.executable, "-m", f"grpo_jax.{name}", *map(str, argv)]
+    return subprocess.run(full, capture_output=True, text=True, env=environment(), timeout=300, **kwargs)
+
+
+def environment() -> dict[str, str]:
+    """Returns an environment in which a subprocess finds the package and the tests' compilation cache."""
+    root = str(Path(__file__).parents[1])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    cache = jax.config.jax_compilation_cache_dir
+    return os.environ | {"PYTHONPATH": path, "JAX_COMPILATION_CACHE_DIR": cache, "HF_HUB_OFFLINE": "1"}
+
+
+def share_compilations(monkeypatch) -> None:
+    """Lets the runs of one test process share a model and its optimizers, and so their compilations."""
+    for name in ("load_model", "make_schedule", "make_optimizer"):
+        monkeypatch.setattr(runs, name, _shared(name))
+
+
+@functools.cache
+def _shared(name):
+    return functools.cache(getattr(runs, name))
+
+
+def error_of(done: subprocess.CompletedProcess) -> str:
+    """Returns the one line on stderr that a failed command wrote."""
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: "), done
+    return lines[0].removeprefix("error: ")
+
+
+def rows(run_dir, name: str = "metrics") -> list[dict]:
+    """Returns the rows of metrics.jsonl or completions.jsonl, timings left out."""
+    lines = (Path(run_dir) / f"{name}.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not is_timing(k)} for line in lines]
+
+
+def leaves(run_dir, step=None) -> dict[str, np.ndarray]:
+    """Returns every array of a checkpoint's train state, by its path; step None is the last."""
+    made = runs.build(runs.read_config(run_dir))
+    checkpoints = Checkpoints(Path(run_dir) / "checkpoints", read_only=True)
+    try:
+        step = checkpoints.latest_step() if step is None else step
+        state, _, _ = checkpoints.restore(step, jax.eval_shape(made.init_state))
+    finally:
+        checkpoints.close()
+    named = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in named}
+
+
+def assert_same_run(run_dir, expected) -> None:
+    """Asserts that two runs wrote the same rows and ended in the same state, bit for bit."""
+    for name in ("metrics", "completions"):
+        assert rows(run_dir, name) == rows(expected, name)
+    mine, theirs = leaves(run_dir), leaves(expected)
+    assert mine.keys() == theirs.keys()
+    for name, leaf in mine.items():
+        assert leaf.dtype == theirs[name].dtype and leaf.tobytes() == theirs[name].tobytes(), name
+    weights = "hf/model.safetensors"
+    assert (Path(run_dir) / weights).read_bytes() == (Path(expected) / weights).read_bytes()
+
+
+def write_yaml(path, content) -> str:
+    """Writes a YAML file and returns its name."""
+    Path(path).write_text(yaml.safe_dump(content))
+    return str(path)
