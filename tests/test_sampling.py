@@ -14,6 +14,7 @@ LAST_UNIFORM = np.float32(1 - 2**-24)  # the largest float32 below 1
 OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 JITTED = jax.jit(process_logits)
 DRAW = jax.jit(draw)
+DRAW_ALL = jax.jit(jax.vmap(draw, in_axes=(None, 1), out_axes=1))  # many uniforms for the same rows
 
 
 def processed(logits, **changed):
@@ -73,6 +74,8 @@ def test_each_filter_by_hand():
     assert kept(processed(logits, top_p=0.6)) == {1, 3}  # 0.4 is not enough, 0.65 is
     assert kept(processed(logits, top_p=0.66)) == {1, 3, 4}
     assert kept(processed(logits, top_p=1e-6)) == {1}
+    # At least this probability: exactly half is enough.
+    assert kept(processed(np.float32([np.log(2), 0, 0]), top_p=0.5)) == {0}
     assert kept(processed(logits, min_p=0.3)) == {1, 3, 4}  # 0.12 and more
     # top_p acts on what top_k left, renormalised: 0.4 / 0.65 = 0.615.
     assert kept(processed(logits, top_k=2, top_p=0.61)) == {1}
@@ -233,6 +236,26 @@ def test_draw_never_picks_what_cannot_be(size):
             assert tokens[0] == alive[0]  # uniform 0 is the first token that can be drawn
             if spread == 0:
                 assert tokens[-1] == alive[-1]
+
+
+@pytest.mark.parametrize(
+    "alive", [slice(127, 128), slice(64, 96), slice(0, 1)], ids=["last", "middle", "first"]
+)
+def test_rounding_at_the_edges_never_picks_a_dead_neighbour(alive):
+    # Uniforms within a few ulps of every edge between two blocks, where the two levels may disagree by
+    # rounding about which side they are on: what is left for the second level is then below 0 or too much.
+    rng = np.random.default_rng(0)
+    blocks, rows = 40, 400
+    logits = np.full((rows, blocks + 2, 128), -np.inf, np.float32)  # the last two blocks are dead
+    logits[:, :blocks, alive] = rng.standard_normal((rows, blocks, logits[0, 0, alive].size))
+    logits = logits.reshape(rows, -1)
+    possible = np.isfinite(logits)
+    probs = np.asarray(jax.nn.softmax(logits)).reshape(rows, -1, 128).sum(-1)
+    edges = np.cumsum(probs, axis=1, dtype=np.float32)[:, : blocks + 1]
+    for shift in (-2, -1, 0, 1, 2):
+        uniforms = np.clip(edges + np.float32(shift * 2**-24), 0, LAST_UNIFORM)
+        tokens = np.asarray(DRAW_ALL(logits, uniforms))
+        assert np.take_along_axis(possible, tokens, axis=1).all()
 
 
 def test_draw_frequencies():
