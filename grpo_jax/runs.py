@@ -1,6 +1,7 @@
 """A run: the parts that a config names, built and checked before anything compiles; its directory."""
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -206,7 +207,9 @@ def write_config(config: Config) -> None:
     directory = Path(config.run_dir)
     directory.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(config_dict(config), sort_keys=False)
-    (directory / "config.yaml").write_text("# the resolved configuration of this run\n" + text)
+    unfinished = directory / "config.yaml.unfinished"
+    unfinished.write_text("# the resolved configuration of this run\n" + text)
+    os.replace(unfinished, directory / "config.yaml")  # a kill leaves the old one or the new one
 
 
 def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
