@@ -3,6 +3,7 @@
 python -m grpo_jax.train --config configs/grpo_config.yaml --algorithm.kl_coef 0.05
 """
 
+import shutil
 import signal
 import sys
 import time
@@ -63,44 +64,60 @@ class _Interrupts:
         self.signum = signum
 
 
-def _resume_directory(config: Config) -> Path | None:
-    """Returns the checkpoint directory to continue from, None for a fresh start.
+def _resume_sources(config: Config) -> list[Path]:
+    """Returns the checkpoint directories to continue from, the first choice first; [] for a fresh start.
 
     Raises:
-        ValueError: resume is `never` and run_dir is in use, or names a run without checkpoints, or the
-            run found there has other settings.
+        ValueError: resume is `never` and run_dir is in use, or names no run, or run_dir holds a run with
+            other settings or one that continues something else.
     """
     run_dir, resume = Path(config.run_dir), config.checkpoints.resume
-    if resume not in ("auto", "never"):
-        other = Path(resume) / "checkpoints"
-        if not other.is_dir():
-            raise ValueError(f"checkpoints.resume: {resume!r} is not auto, never or the directory of a run")
-        if other.resolve() != (run_dir / "checkpoints").resolve() and (run_dir / "config.yaml").exists():
-            raise ValueError(f"run_dir {run_dir} holds a run already; continue {resume} in another run_dir")
-        return other
-    if not (run_dir / "config.yaml").exists():
-        return None
-    if resume == "never":
+    used, other = (run_dir / "config.yaml").exists(), Path(resume) / "checkpoints"
+    if resume == "never" and used:
         raise ValueError(
             f"run_dir {run_dir} holds a run already and checkpoints.resume is never; use another"
         )
-    check_same_run(config, read_config(run_dir))
-    return run_dir / "checkpoints"
+    named = resume not in ("auto", "never")
+    if named and not other.is_dir():
+        raise ValueError(f"checkpoints.resume: {resume!r} is not auto, never or the directory of a run")
+    if used:
+        before = read_config(run_dir)
+        itself = named and other.resolve() == (run_dir / "checkpoints").resolve()
+        if named and not itself and before.checkpoints.resume != resume:
+            raise ValueError(f"run_dir {run_dir} holds a run already; continue {resume} in another run_dir")
+        check_same_run(config, before)
+    # A run that continues another and was cut itself goes on from its own checkpoints, if it has any.
+    return ([run_dir / "checkpoints"] if used else []) + ([other] if named else [])
 
 
-def _restore(parts: Parts, source: Path, directory: Path) -> Progress | None:
-    """Reads the newest checkpoint under source, None if there is none yet."""
-    checkpoints = Checkpoints(source, keep=parts.config.checkpoints.keep, read_only=source != directory)
-    try:
-        if checkpoints.latest_step() is None:
-            return None
-        step, state, extra, experience = checkpoints.restore_latest(
-            jax.eval_shape(parts.init_state), _experience_template(parts)
-        )
-        ref_params = checkpoints.restore_reference(parts.model.params) if _needs_reference(parts) else None
-    finally:
-        checkpoints.close()
-    return Progress(state=state, ref_params=ref_params, step=step, experience=experience, **extra)
+def _restore(parts: Parts, sources: list[Path]) -> Progress | None:
+    """Reads the newest checkpoint under the first source that has one, None if there is none yet.
+
+    Raises:
+        ValueError: the run that resume names has no checkpoint, or none that these settings can continue.
+    """
+    config = parts.config
+    for source in (source for source in sources if source.is_dir()):
+        checkpoints = Checkpoints(source, read_only=source != Path(config.run_dir) / "checkpoints")
+        try:
+            if checkpoints.latest_step() is None:
+                continue
+            step, state, extra, experience = checkpoints.restore_latest(
+                jax.eval_shape(parts.init_state), _experience_template(parts)
+            )
+            reference = checkpoints.restore_reference(parts.model.params) if _needs_reference(parts) else None
+        finally:
+            checkpoints.close()
+        if experience is None and step % config.algorithm.num_iterations:
+            raise ValueError(
+                f"the checkpoint of step {step} in {source} holds no rollout, but with "
+                f"algorithm.num_iterations {config.algorithm.num_iterations} this step lies inside one; "
+                "continue with the num_iterations it was made with"
+            )
+        return Progress(state=state, ref_params=reference, step=step, experience=experience, **extra)
+    if config.checkpoints.resume not in ("auto", "never"):
+        raise ValueError(f"checkpoints.resume: the run {config.checkpoints.resume} has no checkpoint yet")
+    return None
 
 
 def _needs_reference(parts: Parts) -> bool:
@@ -223,13 +240,16 @@ def train(config: Config) -> int:
         ValueError, OSError, ImportError: before anything is compiled, about something in the config.
         RewardError: a reward function failed. RuntimeError: training broke down.
     """
-    source = _resume_directory(config)
+    sources = _resume_sources(config)
     parts = build(config)
     directory = Path(config.run_dir) / "checkpoints"
-    progress = _restore(parts, source, directory) if source and source.is_dir() else None
+    progress = _restore(parts, sources)
     write_config(config)
     print(make_plan(parts).text(), flush=True)
 
+    if progress is None:
+        # A run cut before its first checkpoint starts anew, from a model that may have changed since.
+        shutil.rmtree(directory / "reference", ignore_errors=True)
     checkpoints = Checkpoints(directory, keep=config.checkpoints.keep)
     resume_step = None
     if progress is None:
