@@ -353,13 +353,15 @@ def wandb_records(path):
     from wandb.proto import wandb_internal_pb2
 
     data, position, payload, records = path.read_bytes(), 7, b"", []
-    assert data[:4] == b":W&B"
+    assert data[:4] in (b":W&B", b"")
     while position + 7 <= len(data):
         room = 32768 - position % 32768
         if room < 7:
             position += room
             continue
         _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        if position + 7 + length > len(data):
+            break  # still being written
         payload += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # a full record, or the last piece of one
@@ -369,9 +371,14 @@ def wandb_records(path):
 
 
 def wandb_history(path):
-    """Returns {step: {metric: value}}."""
+    """Returns {step: {metric: value}} of a finished run, whose last bytes come after `finish` returned."""
+    deadline, records = time.monotonic() + 20, []
+    while not any(record.WhichOneof("record_type") == "exit" for record in records):
+        assert time.monotonic() < deadline, "the run was never completed"
+        time.sleep(0.01)
+        records = wandb_records(path)
     history = {}
-    for record in wandb_records(path):
+    for record in records:
         if record.WhichOneof("record_type") == "history":
             row = {
                 item.key or "/".join(item.nested_key): json.loads(item.value_json)
