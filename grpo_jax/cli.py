@@ -41,10 +41,18 @@ def parse_record(
         parsed = parser.parse_args(argv)
     except (jsonargparse.ArgumentError, TypeError, OSError) as error:
         raise ValueError(_explain(str(error), keys, record)) from error
+    _check_sections(record, parsed)
     values = parser.instantiate_classes(parsed).as_dict()
     if config_option:
         values.pop("config")
     return record(**values)
+
+
+def _check_sections(record: type, parsed: jsonargparse.Namespace) -> None:
+    for name, kind in typing.get_type_hints(record).items():
+        if is_dataclass(kind) and not isinstance(parsed[name], jsonargparse.Namespace):
+            keys = ", ".join(f.name for f in fields(kind))
+            raise ValueError(f"{name}: {parsed[name]!r} is not a section of keys ({keys})")
 
 
 # How jsonargparse says that a key is unknown, on the command line, in a section, at the top, in a list item.
@@ -54,6 +62,23 @@ _UNKNOWN = (
     (r"Group '(?P<section>[\w.]+)' does not accept option '([\w.]+)'", "section"),
     (r"Parser key \"(?P<section>[\w.]+)\": .*Option '([\w.]+)' is not accepted", "section"),
     (r"Option '([\w.]+)' is not accepted", ""),
+)
+
+
+# How jsonargparse says other things, and how we do. An optional value is a union of its type and null.
+_PLAIN = (
+    (r'^Parser key "config":\s*', "--config: "),
+    (r'^Parser key "([\w.]+)":\s*', r"\1: "),
+    (r"^Unexpected config: *(.*)", r"--config: expected keys and values, got '\1'"),
+    (r"^Problems parsing config", "--config: not YAML"),
+    (r" in \"<unicode string>\",", ","),
+    (
+        r"Does not validate against any of the Union subtypes Subtypes: .* Errors: - (.*?) "
+        r"- Expected a <class 'NoneType'> Given value type: .* Given value: (.*)",
+        r"\1 or null. Got value: \2",
+    ),
+    (r"a typing\.Literal", "one of "),
+    (r"[Ee]xpected a <class '(\w+)'>", r"expected a value of type \1"),
 )
 
 
@@ -70,10 +95,9 @@ def _explain(message: str, keys: list[str], record: type) -> str:
             return f"unknown key {key!r}" + (
                 f"; did you mean {nearest[0]!r}?" if nearest else "; --help lists the keys"
             )
-    message = re.sub(r'^Parser key "config":\s*', "--config: ", message)
-    message = re.sub(r'^Parser key "([\w.]+)":\s*', r"\1: ", message)
-    message = message.replace("a typing.Literal", "one of ")
-    return re.sub(r"[Ee]xpected a <class '(\w+)'>", r"expected a value of type \1", message)
+    for pattern, plain in _PLAIN:
+        message = re.sub(pattern, plain, message)
+    return message
 
 
 def _item_keys(record: type, name: str) -> list[str]:

@@ -68,6 +68,22 @@ def _shared(name):
     return functools.cache(getattr(runs, name))
 
 
+def note_compilations(monkeypatch) -> list[str]:
+    """Returns a list to which the name of every program is added that jit compiles, cached on disk or not."""
+    names, compiler = [], jax._src.compiler
+    original = compiler.compile_or_get_cached
+
+    def noting(backend, computation, *args, **kwargs):
+        names.append(str(computation.operation.attributes["sym_name"]).strip('"').removeprefix("jit_"))
+        return original(backend, computation, *args, **kwargs)
+
+    monkeypatch.setattr(compiler, "compile_or_get_cached", noting)
+    return names
+
+
+PROGRAMS = ("generate", "completion_log_probs", "train_step")  # what takes seconds to compile
+
+
 def error_of(done: subprocess.CompletedProcess) -> str:
     """Returns the one line on stderr that a failed command wrote."""
     lines = done.stderr.splitlines()
