@@ -4,6 +4,7 @@ Sections name their consumer; a field's name is the keyword of the function that
 Nothing below floor 3 ever sees one of these records.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -52,7 +53,10 @@ class AlgorithmConfig:
         _require(self.num_iterations >= 1, f"algorithm.num_iterations: {self.num_iterations}; at least 1")
         for name in ("kl_coef", "clip_range", "clip_range_high"):
             value = getattr(self, name)
-            _require(value is None or value >= 0, f"algorithm.{name}: {value}; must not be negative")
+            _require(
+                value is None or 0 <= value < math.inf,
+                f"algorithm.{name}: {value}; a finite number, not negative",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +140,7 @@ class SamplingConfig:
     def __post_init__(self):
         _require(self.max_new_tokens >= 1, f"sampling.max_new_tokens: {self.max_new_tokens}; at least 1")
         _require(
-            self.temperature > 0,
+            0 < self.temperature < math.inf,
             f"sampling.temperature: {self.temperature}; training needs a temperature above 0: greedy "
             "completions of one prompt are all equal and teach nothing",
         )
@@ -186,10 +190,15 @@ class TrainingConfig:
             f"training.batch_size {self.batch_size} does not divide into training.num_microbatches "
             f"{parts} equal parts",
         )
-        _require(self.num_epochs > 0, f"training.num_epochs: {self.num_epochs}; above 0")
+        _require(0 < self.num_epochs < math.inf, f"training.num_epochs: {self.num_epochs}; above 0, finite")
         n = self.num_steps
         _require(n is None or n >= 1, f"training.num_steps: {n}; at least 1")
-        _require(self.learning_rate >= 0, f"training.learning_rate: {self.learning_rate}; not negative")
+        for name in ("learning_rate", "weight_decay"):
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, f"training.{name}: {value}; a finite number, not negative")
+        for name in ("adam_b1", "adam_b2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"training.{name}: {value}; in [0, 1)")
         _require(self.warmup_steps >= 0, f"training.warmup_steps: {self.warmup_steps}; not negative")
         _require(self.max_grad_norm >= 0, f"training.max_grad_norm: {self.max_grad_norm}; 0 (off) or more")
         _require(0 <= self.seed < 2**31, f"training.seed: {self.seed}; in [0, 2**31)")

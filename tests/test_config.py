@@ -1,0 +1,214 @@
+"""The configuration: strict, typed, complete; no key without an effect."""
+
+import ast
+import dataclasses
+import inspect
+from pathlib import Path
+
+import pytest
+import yaml
+from small_run import write_yaml
+
+import grpo_jax
+from grpo_jax import config as records
+from grpo_jax.cli import parse_record
+from grpo_jax.config import Config
+from grpo_jax.losses import clipped_surrogate
+from grpo_jax.recipes import make_recipe
+from grpo_jax.runs import config_dict, read_config, write_config
+
+ROOT = Path(grpo_jax.__file__).parent
+
+PLAN = """
+algorithm: {name: grpo, group_size: 8, kl_coef: 0.1, clip_range: 0.2}
+model: {type: policy, hf_model_name: "gpt2"}
+training: {batch_size: 32, learning_rate: 1e-5, num_epochs: 100}
+"""
+
+
+def parse(*argv) -> Config:
+    return parse_record(Config, list(argv), command="test", description="")
+
+
+def test_the_plans_vocabulary_word_for_word(tmp_path):
+    path = tmp_path / "plan.yaml"
+    path.write_text(PLAN)
+    config = parse("--config", str(path))
+    algorithm, training = config.algorithm, config.training
+    assert (algorithm.name, algorithm.group_size) == ("grpo", 8)
+    assert (algorithm.kl_coef, algorithm.clip_range) == (0.1, 0.2)
+    assert (config.model.type, config.model.hf_model_name) == ("policy", "gpt2")
+    assert (training.batch_size, training.num_epochs) == (32, 100)
+    assert training.learning_rate == 1e-5 and isinstance(training.learning_rate, float)
+    assert isinstance(training.num_epochs, float) and isinstance(training.batch_size, int)
+
+
+def test_defaults():
+    assert parse() == Config()
+
+
+def test_what_stands_further_right_wins(tmp_path):
+    first = write_yaml(tmp_path / "a.yaml", {"training": {"seed": 1, "num_steps": 5}, "run_dir": "a"})
+    second = write_yaml(tmp_path / "b.yaml", {"training": {"seed": 2}})
+    config = parse("--config", first, "--config", second, "--training.warmup_steps", "3")
+    assert (config.training.seed, config.training.num_steps, config.training.warmup_steps) == (2, 5, 3)
+    assert parse("--config", first, "--training.seed", "9").training.seed == 9
+    assert parse("--training.seed", "9", "--config", first).training.seed == 1
+    assert config.run_dir == "a"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT.parent / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_configs_we_ship(path):
+    config = parse("--config", str(path))
+    given = yaml.safe_load(path.read_text())
+    assert {"algorithm", "model", "training"} <= set(given)
+    assert config.run_dir.startswith("runs/")
+
+
+def test_written_and_read_again(tmp_path):
+    given = {
+        "algorithm": {"name": "dapo", "kl_coef": 0.0, "clip_range_high": 0.3, "kl_estimator": "k2"},
+        "data": {"train_file": "a: b.jsonl", "over_length": "drop", "max_prompt_length": 7},
+        "rewards": [
+            {"function": "length_penalty", "weight": 2, "arguments": {"target": 3}},
+            {"function": "required_words", "arguments": {"words": ["yes", "no"]}},
+        ],
+        "training": {"learning_rate": "3e-7", "num_epochs": 2},
+        "run_dir": str(tmp_path / "run"),
+    }
+    config = parse("--config", write_yaml(tmp_path / "a.yaml", given))
+    assert config.rewards[0] == records.RewardConfig(
+        function="length_penalty", weight=2.0, arguments={"target": 3}
+    )
+    write_config(config)
+    assert read_config(config.run_dir) == config
+    assert config_dict(config)["rewards"][1]["arguments"] == {"words": ["yes", "no"]}
+
+
+INVALID = [
+    (
+        "algorithm",
+        {"name": "grpoo"},
+        "algorithm.name: 'grpoo' is not a recipe; choose one of grpo, dr_grpo, dapo",
+    ),
+    ("algorithm", {"group_size": 1}, "algorithm.group_size: 1; a group needs at least 2"),
+    ("algorithm", {"num_iterations": 0}, "algorithm.num_iterations: 0; at least 1"),
+    ("algorithm", {"kl_coef": -0.1}, "algorithm.kl_coef: -0.1; a finite number, not negative"),
+    ("algorithm", {"kl_coef": float("nan")}, "algorithm.kl_coef: nan; a finite"),
+    ("algorithm", {"clip_range": -1.0}, "algorithm.clip_range: -1.0; a finite"),
+    ("algorithm", {"clip_range_high": float("inf")}, "algorithm.clip_range_high: inf; a finite"),
+    ("data", {"max_prompt_length": 0}, "data.max_prompt_length: 0; at least 1 token"),
+    ("data", {"eval_file": "e.jsonl"}, "data.eval_file is given without data.train_file"),
+    ("sampling", {"max_new_tokens": 0}, "sampling.max_new_tokens: 0; at least 1"),
+    ("sampling", {"temperature": 0.0}, "sampling.temperature: 0.0; training needs a temperature above 0"),
+    ("sampling", {"temperature": float("inf")}, "sampling.temperature: inf;"),
+    ("sampling", {"top_k": -1}, "sampling.top_k: -1; 0 (off) or more"),
+    ("sampling", {"top_p": 0.0}, "sampling.top_p: 0.0; in (0, 1], 1 is off"),
+    ("sampling", {"top_p": 1.5}, "sampling.top_p: 1.5; in (0, 1], 1 is off"),
+    ("sampling", {"min_p": 1.0}, "sampling.min_p: 1.0; in [0, 1), 0 is off"),
+    ("training", {"batch_size": 0}, "training.batch_size: 0; at least 1"),
+    ("training", {"num_microbatches": 0}, "training.num_microbatches: 0; at least 1"),
+    (
+        "training",
+        {"num_microbatches": 5},
+        "training.batch_size 32 does not divide into training.num_microbatches 5",
+    ),
+    ("training", {"num_epochs": 0.0}, "training.num_epochs: 0.0; above 0"),
+    ("training", {"num_epochs": float("inf")}, "training.num_epochs: inf; above 0, finite"),
+    ("training", {"num_steps": 0}, "training.num_steps: 0; at least 1"),
+    ("training", {"learning_rate": -1e-5}, "training.learning_rate: -1e-05; a finite number, not negative"),
+    ("training", {"learning_rate": float("inf")}, "training.learning_rate: inf; a finite"),
+    ("training", {"weight_decay": -0.1}, "training.weight_decay: -0.1; a finite number, not negative"),
+    ("training", {"adam_b1": 1.0}, "training.adam_b1: 1.0; in [0, 1)"),
+    ("training", {"adam_b2": -0.5}, "training.adam_b2: -0.5; in [0, 1)"),
+    ("training", {"warmup_steps": -1}, "training.warmup_steps: -1; not negative"),
+    ("training", {"max_grad_norm": -1.0}, "training.max_grad_norm: -1.0; 0 (off) or more"),
+    ("training", {"seed": -1}, "training.seed: -1; in [0, 2**31)"),
+    ("training", {"seed": 2**31}, "training.seed: 2147483648; in [0, 2**31)"),
+    ("evaluation", {"every": -1}, "evaluation.every: -1; 0 or more"),
+    ("evaluation", {"num_prompts": -1}, "evaluation.num_prompts: -1; 0 or more"),
+    ("evaluation", {"num_samples": 0}, "evaluation.num_samples: 0; at least 1"),
+    ("evaluation", {"batch_size": 0}, "evaluation.batch_size: 0; at least 1"),
+    ("checkpoints", {"every": 0}, "checkpoints.every: 0; at least 1"),
+    ("checkpoints", {"keep": 0}, "checkpoints.keep: 0; at least 1"),
+    ("tracking", {"completions_every": 0}, "tracking.completions_every: 0; at least 1"),
+    ("tracking", {"num_completions": -1}, "tracking.num_completions: -1; 0 or more"),
+]
+
+
+@pytest.mark.parametrize(("section", "values", "message"), INVALID, ids=lambda v: str(v)[:40])
+def test_every_validation_error(section, values, message, tmp_path):
+    path = write_yaml(tmp_path / "a.yaml", {section: values})
+    with pytest.raises(ValueError) as caught:
+        parse("--config", path)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_every_check_is_tested():
+    source = (ROOT / "config.py").read_text()
+    checked = {
+        name
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "_require"
+        for name in (n.attr for n in ast.walk(node.args[0]) if isinstance(n, ast.Attribute))
+    } - {"inf", "train_file"}  # math.inf; the other half of the check of eval_file
+    assert checked <= {name for _, values, _ in INVALID for name in values}
+
+
+@pytest.mark.parametrize(
+    ("group", "batch", "suggested"), [(8, 30, 32), (8, 3, 8), (8, 12, 16), (3, 32, 33), (64, 32, 64)]
+)
+def test_batch_size_is_a_multiple_of_the_group(group, batch, suggested):
+    with pytest.raises(
+        ValueError, match=f"batch_size {batch} counts completions .*group_size {group}"
+    ) as error:
+        parse(f"--algorithm.group_size={group}", f"--training.batch_size={batch}")
+    assert str(error.value).endswith(f"try {suggested}")
+
+
+TYPES = [
+    ({"training": {"learning_rate": "fast"}}, "training.learning_rate: expected a value of type float. Got"),
+    ({"training": {"seed": 1.5}}, "training.seed: expected a value of type int. Got value: 1.5"),
+    ({"training": {"num_steps": "many"}}, "training.num_steps: expected a value of type int or null. Got"),
+    ({"algorithm": {"kl_estimator": "k4"}}, "kl_estimator: Expected one of ['k1', 'k2', 'k3'] or null"),
+    ({"model": {"type": "critic"}}, "model.type: Expected one of ['policy']"),
+    ({"model": {"dtype": "float16"}}, "model.dtype: Expected one of ['float32', 'bfloat16']"),
+    ({"tracking": {"wandb": "maybe"}}, "tracking.wandb: expected a value of type bool"),
+    ({"rewards": "exact_match"}, "rewards: expected a value of type list"),
+    ({"training": 3}, "training: 3 is not a section of keys (batch_size, "),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), TYPES, ids=lambda v: str(v)[:40])
+def test_values_of_the_wrong_type(content, message, tmp_path):
+    with pytest.raises(ValueError) as caught:
+        parse("--config", write_yaml(tmp_path / "a.yaml", content))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def sections():
+    return [(f.name, f.type) for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)]
+
+
+def test_no_field_is_unused():
+    """Every field of every record is read somewhere outside config.py."""
+    used = set()
+    for path in ROOT.rglob("*.py"):
+        if path.name != "config.py":
+            tree = ast.parse(path.read_text())
+            used |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    # These reach `make_recipe` by keyword, all at once.
+    accepted = set(inspect.signature(make_recipe).parameters) | set(
+        inspect.signature(clipped_surrogate).parameters
+    )
+    for section, record in [*sections(), ("rewards", records.RewardConfig), ("", Config)]:
+        for f in dataclasses.fields(record):
+            if (section, f.name) == ("model", "type"):  # one value, kept for the plan's vocabulary
+                continue
+            assert f.name in used | (accepted if section == "algorithm" else set()), f"{section}.{f.name}"
+
+
+def test_every_field_is_documented():
+    for record in [record for _, record in sections()] + [records.RewardConfig, Config]:
+        for f in dataclasses.fields(record):
+            assert f"\n        {f.name}: " in record.__doc__, (record, f.name)
