@@ -133,9 +133,9 @@ def test_cut_anywhere(num_iterations, place, call, argv, whole, tmp_path, monkey
 def test_cut_again_and_again(num_iterations, argv, whole, tmp_path, monkeypatch):
     # No progress is lost with a checkpoint at every step, wherever the passes over a rollout are.
     command = argv(tmp_path, algorithm__num_iterations=num_iterations, checkpoints__every=1)
-    for _ in range(3):
+    for calls in (2, 3, 4):  # one, two, three steps of progress
         with monkeypatch.context() as context:
-            crash_at(context, "updated", 3)
+            crash_at(context, "updated", calls)
             with pytest.raises(Crash):
                 train_module.main(command)
     assert small_run.rows(tmp_path)[-1]["step"] == 6
@@ -145,7 +145,7 @@ def test_cut_again_and_again(num_iterations, argv, whole, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize(
     ("num_iterations", "signum", "at_step"),
-    [(1, signal.SIGKILL, 5), (2, signal.SIGKILL, 4), (2, signal.SIGTERM, 5), (1, signal.SIGINT, 1)],
+    [(1, signal.SIGKILL, 5), (2, signal.SIGKILL, 4), (2, signal.SIGTERM, 5)],
 )
 def test_signals(num_iterations, signum, at_step, argv, whole, tmp_path):
     """As a user meets it: the command as a process, killed or interrupted, then the same command."""
@@ -170,13 +170,51 @@ def test_signals(num_iterations, signum, at_step, argv, whole, tmp_path):
     assert at_step <= cut < 7
     if signum == signal.SIGKILL:
         assert process.returncode == -signum
-        assert small_run.command("train", *command).returncode == 0
     else:
         assert process.returncode == 128 + signum and err == ""
         assert out.splitlines()[-1] == f"interrupted after step {cut}, saved; the same command continues it"
-        assert (tmp_path / "checkpoints" / str(cut)).is_dir() and not (tmp_path / "hf").exists()
+    if num_iterations == 2 and signum == signal.SIGKILL:
+        assert small_run.command("train", *command).returncode == 0
+    else:  # the same, a few seconds sooner
         assert train_module.main(command) == 0
     small_run.assert_same_run(tmp_path, whole(num_iterations))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("num_iterations", "during"), [(1, 2), (2, 2)])
+def test_interrupt_saves_at_the_next_step(signum, num_iterations, during, argv, whole, tmp_path, monkeypatch):
+    command = argv(tmp_path, algorithm__num_iterations=num_iterations)
+    collect, calls = train_module.collect, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == during:
+            os.kill(os.getpid(), signum)
+        return collect(*args)
+
+    before = signal.getsignal(signum)
+    with monkeypatch.context() as context:
+        context.setattr(train_module, "collect", interrupted)
+        assert train_module.main(command) == 128 + signum
+    step = 1 + num_iterations * (during - 1)
+    assert last_step(tmp_path) == step and (tmp_path / "checkpoints" / str(step)).is_dir()
+    assert not (tmp_path / "hf").exists() and signal.getsignal(signum) is before
+    assert train_module.main(command) == 0
+    small_run.assert_same_run(tmp_path, whole(num_iterations))
+
+
+def test_interrupt_before_the_first_step(argv, whole, tmp_path, monkeypatch):
+    command, evaluate = argv(tmp_path), train_module.evaluate_parts
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args)
+
+    with monkeypatch.context() as context:
+        context.setattr(train_module, "evaluate_parts", interrupted)
+        assert train_module.main(command) == 128 + signal.SIGTERM
+    assert train_module.main(command) == 0
+    small_run.assert_same_run(tmp_path, whole(1))
 
 
 def last_step(run_dir) -> int:
