@@ -9,9 +9,30 @@ from grpo_jax.decoding import fork, generate, prefill
 from grpo_jax.kl import kl_k1, kl_k2, kl_k3
 from grpo_jax.learner import TrainState, init_train_state, train_step
 from grpo_jax.log_probs import completion_log_probs, token_log_probs
-from grpo_jax.losses import LossMetrics, clipped_surrogate, grpo_loss, log_ratios, loss_weights
+from grpo_jax.losses import (
+    LossMetrics,
+    cispo_surrogate,
+    clipped_surrogate,
+    grpo_loss,
+    log_ratios,
+    loss_weights,
+    reinforce_surrogate,
+    sapo_surrogate,
+)
 from grpo_jax.optimizers import make_optimizer, make_schedule
-from grpo_jax.recipes import RECIPES, Recipe, dapo, dr_grpo, grpo, make_recipe
+from grpo_jax.recipes import (
+    RECIPES,
+    Recipe,
+    cispo,
+    dapo,
+    dr_grpo,
+    grpo,
+    gspo,
+    gspo_token,
+    make_recipe,
+    reinforce,
+    sapo,
+)
 from grpo_jax.sampling import draw, process_logits
 from grpo_jax.types import Experience, Policy, Prompts, Rollout
 
@@ -26,6 +47,8 @@ __all__ = [
     "Recipe",
     "Rollout",
     "TrainState",
+    "cispo",
+    "cispo_surrogate",
     "clipped_surrogate",
     "completion_log_probs",
     "dapo",
@@ -36,6 +59,8 @@ __all__ = [
     "group_advantages",
     "grpo",
     "grpo_loss",
+    "gspo",
+    "gspo_token",
     "informative_groups",
     "init_train_state",
     "kl_k1",
@@ -49,6 +74,10 @@ __all__ = [
     "make_schedule",
     "prefill",
     "process_logits",
+    "reinforce",
+    "reinforce_surrogate",
+    "sapo",
+    "sapo_surrogate",
     "token_log_probs",
     "train_step",
 ]

@@ -21,13 +21,18 @@ class AlgorithmConfig:
     """Which recipe, and what to change in it. None keeps the recipe's own choice.
 
     Args:
-        name: recipe: one of `grpo`, `dr_grpo`, `dapo`.
+        name: recipe: `grpo`, `dr_grpo`, `dapo`, `gspo`, `gspo_token`, `cispo`, `sapo` or `reinforce`.
         group_size: G, completions sampled for each prompt; at least 2.
         num_iterations: mu, optimizer passes over one rollout; at least 1.
         kl_coef: weight of the KL term to the frozen reference; 0 switches the reference off.
-        kl_estimator: `k1`, `k2` or `k3`.
+        kl_estimator: `k1`, `k2`, `k3`, or `ratio_k1`, `ratio_k3`: times the importance ratio.
         clip_range: PPO clip below 1 (and above it unless clip_range_high is given).
         clip_range_high: PPO clip above 1.
+        delta: two-sided clipping: largest ratio where the advantage is negative; above 1.
+        dual_clip: largest loss where the advantage is negative, in units of it; above 1.
+        cap: largest importance weight of `cispo`, an absolute ratio.
+        tau: sharpness of `sapo`'s gate where the advantage is positive.
+        tau_negative: the same where it is not.
         ratio_level: `token`, `sequence` or `sequence_token`.
         reduction: `sequence`, `token` or `constant`.
         advantage_scale: what divides the centred rewards: `std` of the group, of the `batch`, or `none`.
@@ -37,9 +42,14 @@ class AlgorithmConfig:
     group_size: int = 8
     num_iterations: int = 1
     kl_coef: float | None = None
-    kl_estimator: Literal["k1", "k2", "k3"] | None = None
+    kl_estimator: Literal["k1", "k2", "k3", "ratio_k1", "ratio_k3"] | None = None
     clip_range: float | None = None
     clip_range_high: float | None = None
+    delta: float | None = None
+    dual_clip: float | None = None
+    cap: float | None = None
+    tau: float | None = None
+    tau_negative: float | None = None
     ratio_level: Literal["token", "sequence", "sequence_token"] | None = None
     reduction: Literal["sequence", "token", "constant"] | None = None
     advantage_scale: Literal["std", "batch", "none"] | None = None

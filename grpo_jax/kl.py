@@ -7,6 +7,7 @@ terms* differentiated token by token they do different things, in expectation on
     k1   unbiased, high variance           zero: it does not pull at all
     k2   biased, low variance              the gradient of KL(pi || ref)
     k3   unbiased, low variance, never < 0 the gradient of KL(ref || pi)
+    rho * k1, rho * k3  (ratio-corrected)  the gradient of KL(pi || ref)
     ===  ================================  ============================
 
 (`tests/test_kl.py` proves each line on an exact categorical.)

@@ -112,6 +112,65 @@ def clipped_surrogate(
     return losses
 
 
+def cispo_surrogate(log_ratios: Array, log_probs: Array, advantages: Array, *, cap: float = 5.0) -> Array:
+    """Computes CISPO's objective, to be minimised: ``-sg(min(rho, cap)) A log pi``.
+
+    https://arxiv.org/abs/2506.13585, equations 4 and 5, without a lower bound as in the paper's runs. The
+    importance weight is capped and constant; no token ever loses its gradient.
+
+    Args:
+        log_ratios: [B,T], log(pi / pi_old); no gradient flows through it.
+        log_probs: [B,T], log pi; the gradient's path.
+        advantages: [B,1], or anything that broadcasts to [B,T].
+        cap: largest importance weight, an absolute ratio (not a distance from 1); above 0.
+
+    Returns:
+        [B,T] losses.
+    """
+    weights = jax.lax.stop_gradient(jnp.minimum(bounded_exp(log_ratios), cap))
+    return -weights * advantages * log_probs
+
+
+def sapo_surrogate(
+    log_ratios: Array, log_probs: Array, advantages: Array, *, tau: float = 1.0, tau_negative: float = 1.05
+) -> Array:
+    """Computes SAPO's softly gated objective, to be minimised: ``-(4/tau) sigmoid(tau (rho - 1)) A``.
+
+    https://arxiv.org/abs/2511.20347, equations 4 to 6. The gradient is that of REINFORCE at ratio 1 and
+    fades smoothly on both sides, faster for negative advantages.
+
+    Args:
+        log_ratios: [B,T], log(pi / pi_old).
+        log_probs: [B,T], not used; every surrogate has the same arguments.
+        advantages: [B,1], or anything that broadcasts to [B,T].
+        tau: sharpness of the gate for A > 0; above 0.
+        tau_negative: the same for A <= 0.
+
+    Returns:
+        [B,T] losses.
+    """
+    del log_probs
+    taus = jnp.where(advantages > 0, tau, tau_negative)
+    return -4.0 / taus * jax.nn.sigmoid(taus * (bounded_exp(log_ratios) - 1.0)) * advantages
+
+
+def reinforce_surrogate(log_ratios: Array, log_probs: Array, advantages: Array) -> Array:
+    """Returns ``-A log pi``, whose gradient is the policy gradient of Williams (1992).
+
+    https://doi.org/10.1007/BF00992696. It knows no ratio: use it with one pass over a fresh rollout.
+
+    Args:
+        log_ratios: [B,T], not used; every surrogate has the same arguments.
+        log_probs: [B,T], log pi.
+        advantages: [B,1], or anything that broadcasts to [B,T].
+
+    Returns:
+        [B,T] losses.
+    """
+    del log_ratios
+    return -advantages * log_probs
+
+
 def loss_weights(
     mask: Array,
     *,
@@ -167,6 +226,7 @@ def grpo_loss(
     surrogate: Callable[..., Array] = clipped_surrogate,
     kl_estimator: Callable[[Array, Array], Array] = kl_k3,
     kl_coef: float | Array = 0.0,
+    kl_ratio_corrected: bool = False,
 ) -> tuple[Array, LossMetrics]:
     """Computes the GRPO loss, https://arxiv.org/abs/2402.03300, equation 3, and its whole family.
 
@@ -185,6 +245,8 @@ def grpo_loss(
             keywords with `functools.partial`.
         kl_estimator: ``f(log_probs, ref_log_probs) -> [...]``, see `grpo_jax.kl`.
         kl_coef: weight of the KL term, not negative.
+        kl_ratio_corrected: multiplies the estimator by the importance ratio (of the ratio level, and
+            differentiated): unbiased for the current policy, with the gradient of KL(pi || ref).
 
     Returns:
         (loss [], LossMetrics). On-policy (ratio 1) the value of the policy loss is close to 0 because
@@ -203,7 +265,8 @@ def grpo_loss(
     if ref_log_probs is not None:
         chex.assert_equal_shape([log_probs, ref_log_probs])
         ref_log_probs = jax.lax.stop_gradient(jnp.where(mask, ref_log_probs, 0))
-        kls = jnp.where(mask, kl_estimator(log_probs, ref_log_probs), 0)
+        kls = kl_estimator(log_probs, ref_log_probs)
+        kls = jnp.where(mask, kls * bounded_exp(ratios) if kl_ratio_corrected else kls, 0)
         loss = loss + kl_coef * jnp.sum(weights * kls)
     cut = _cut_tokens(surrogate, ratios, log_probs, advantages)
     return loss, _loss_metrics(policy_loss, kls, ratios, cut, mask)

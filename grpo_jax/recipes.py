@@ -15,9 +15,12 @@ from grpo_jax.losses import (
     RATIO_LEVELS,
     REDUCTIONS,
     LossMetrics,
+    cispo_surrogate,
     clipped_surrogate,
     grpo_loss,
     loss_weights,
+    reinforce_surrogate,
+    sapo_surrogate,
 )
 from grpo_jax.types import Array
 
@@ -39,6 +42,7 @@ class Recipe:
     surrogate: Callable[..., Array] = _static(default=clipped_surrogate)
     clip: dict[str, float] = flax.struct.field(default_factory=dict)  # keywords of the surrogate
     kl_estimator: Callable[[Array, Array], Array] = _static(default=kl_k3)
+    kl_ratio_corrected: bool = _static(default=False)  # see grpo_loss
     kl_coef: float = 0.0
     reduction: str = _static(default="sequence")  # see loss_weights
 
@@ -63,6 +67,7 @@ class Recipe:
             surrogate=functools.partial(self.surrogate, **self.clip),
             kl_estimator=self.kl_estimator,
             kl_coef=self.kl_coef,
+            kl_ratio_corrected=self.kl_ratio_corrected,
         )
 
 
@@ -90,7 +95,50 @@ dapo = Recipe(
     reduction="token",
 )
 
-RECIPES = {recipe.name: recipe for recipe in (grpo, dr_grpo, dapo)}
+_GSPO_CLIP = {"clip_range": 3e-4, "clip_range_high": 4e-4}  # section 5.1; sequence ratios stay close to 1
+
+gspo = Recipe(
+    name="gspo",
+    paper="Zheng et al. 2025, https://arxiv.org/abs/2507.18071, equations 5 to 7",
+    ratio_level="sequence",
+    clip=_GSPO_CLIP,
+)
+
+gspo_token = Recipe(
+    name="gspo_token",
+    paper="Zheng et al. 2025, https://arxiv.org/abs/2507.18071, equations 13 and 14",
+    ratio_level="sequence_token",
+    clip=_GSPO_CLIP,
+)
+
+cispo = Recipe(
+    name="cispo",
+    paper="MiniMax 2025, https://arxiv.org/abs/2506.13585, equations 4 and 5",
+    surrogate=cispo_surrogate,
+    clip={"cap": 5.0},
+    reduction="token",
+)
+
+sapo = Recipe(
+    name="sapo",
+    paper="Gao et al. 2025, https://arxiv.org/abs/2511.20347, equations 4 to 6",
+    surrogate=sapo_surrogate,
+    clip={"tau": 1.0, "tau_negative": 1.05},
+)
+
+# The check without any of it: centred rewards, the plain policy gradient. One pass per rollout.
+reinforce = Recipe(
+    name="reinforce",
+    paper="Williams 1992, https://doi.org/10.1007/BF00992696, with the group's mean as baseline",
+    advantage_scale="none",
+    surrogate=reinforce_surrogate,
+    reduction="token",
+)
+
+RECIPES = {recipe.name: recipe for recipe in (grpo, dr_grpo, dapo, gspo, gspo_token, cispo, sapo, reinforce)}
+
+# `ratio_k1` and `ratio_k3` are k1 and k3 times the importance ratio, see `grpo_loss`.
+KL_NAMES = (*KL_ESTIMATORS, "ratio_k1", "ratio_k3")
 
 
 def make_recipe(
@@ -108,7 +156,7 @@ def make_recipe(
     Args:
         name: a key of `RECIPES`.
         kl_coef: weight of the KL term.
-        kl_estimator: a key of `KL_ESTIMATORS`.
+        kl_estimator: one of `KL_NAMES`.
         ratio_level: see `log_ratios`.
         reduction: see `loss_weights`.
         advantage_scale: see `group_advantages`.
@@ -121,7 +169,7 @@ def make_recipe(
     if name not in RECIPES:
         raise ValueError(f"recipe: {name!r}; choose one of {', '.join(RECIPES)}")
     for key, value, choices in (
-        ("kl_estimator", kl_estimator, KL_ESTIMATORS),
+        ("kl_estimator", kl_estimator, KL_NAMES),
         ("ratio_level", ratio_level, RATIO_LEVELS),
         ("reduction", reduction, REDUCTIONS),
         ("advantage_scale", advantage_scale, SCALES),
@@ -137,7 +185,8 @@ def make_recipe(
     base = {} if "clip_range" in clip else recipe.clip
     changes = {
         "kl_coef": kl_coef,
-        "kl_estimator": kl_estimator and KL_ESTIMATORS[kl_estimator],
+        "kl_estimator": kl_estimator and KL_ESTIMATORS[kl_estimator.removeprefix("ratio_")],
+        "kl_ratio_corrected": kl_estimator and kl_estimator.startswith("ratio_"),
         "ratio_level": ratio_level,
         "reduction": reduction,
         "advantage_scale": advantage_scale,
@@ -146,4 +195,4 @@ def make_recipe(
     return recipe.replace(clip={**base, **clip}, **changes)
 
 
-__all__ = ["RECIPES", "LossMetrics", "Recipe", "dapo", "dr_grpo", "grpo", "make_recipe"]
+__all__ = ["KL_NAMES", "RECIPES", "LossMetrics", "Recipe", "make_recipe", *RECIPES]
