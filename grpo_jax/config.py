@@ -61,6 +61,14 @@ class AlgorithmConfig:
         )
         _require(self.group_size >= 2, f"algorithm.group_size: {self.group_size}; a group needs at least 2")
         _require(self.num_iterations >= 1, f"algorithm.num_iterations: {self.num_iterations}; at least 1")
+        for name in ("delta", "dual_clip"):
+            value = getattr(self, name)
+            _require(
+                value is None or 1 < value < math.inf, f"algorithm.{name}: {value}; a finite ratio above 1"
+            )
+        for name in ("cap", "tau", "tau_negative"):
+            value = getattr(self, name)
+            _require(value is None or 0 < value < math.inf, f"algorithm.{name}: {value}; finite, above 0")
         for name in ("kl_coef", "clip_range", "clip_range_high"):
             value = getattr(self, name)
             _require(

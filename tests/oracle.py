@@ -77,6 +77,22 @@ def clipped(rho, advantage, *, clip_range=0.2, clip_range_high=None, delta=None,
     return -value, -slope
 
 
+def surrogate(name, rho, log_prob, advantage, **clip):
+    """One token's surrogate: (value, derivative by the log ratio, derivative by the log-prob itself)."""
+    if name == "clipped":
+        return *clipped(rho, advantage, **clip), 0.0
+    if name == "cispo":
+        weight = min(rho, clip["cap"])
+        return -weight * advantage * log_prob, 0.0, -weight * advantage
+    if name == "sapo":
+        tau = clip["tau"] if advantage > 0 else clip["tau_negative"]
+        gate = 1 / (1 + math.exp(-tau * (rho - 1)))
+        return -4 / tau * gate * advantage, -4 * gate * (1 - gate) * rho * advantage, 0.0
+    if name == "reinforce":
+        return -advantage * log_prob, 0.0, -advantage
+    raise KeyError(name)
+
+
 def kl(name, log_prob, ref_log_prob):
     """One token's KL estimate and its derivative with respect to log_prob."""
     d = ref_log_prob - log_prob
@@ -110,11 +126,12 @@ def loss(
     *,
     ref=None,
     level="token",
+    name="clipped",
     estimator="k3",
     kl_coef=0.0,
     **clip,
 ):
-    """grpo_loss with the clipped surrogate: (loss, gradient [B,T], metrics)."""
+    """grpo_loss: (loss, gradient [B,T], metrics). `ratio_k1` and `ratio_k3` are times the ratio."""
     mask = np.asarray(mask, bool)
     log_ratios = log_ratio_rows(log_probs, old_log_probs, mask, level)
     gradient = np.zeros(mask.shape)
@@ -122,20 +139,26 @@ def loss(
     kls, ratios, cut_low, cut_high = [], [], 0, 0
     for i, row in enumerate(mask):
         tokens = [t for t, m in enumerate(row) if m]
+
+        def move_ratio(t, slope, i=i, tokens=tokens):
+            """Adds a derivative by the log ratio: at the sequence level every token moves the row's mean."""
+            for s in tokens if level == "sequence" else [t]:
+                gradient[i, s] += slope / len(tokens) if level == "sequence" else slope
+
         for t in tokens:
-            rho, w = math.exp(log_ratios[i, t]), float(weights[i][t])
-            value, slope = clipped(rho, float(advantages[i]), **clip)
+            rho, w, log_prob = math.exp(log_ratios[i, t]), float(weights[i][t]), float(log_probs[i][t])
+            value, by_ratio, direct = surrogate(name, rho, log_prob, float(advantages[i]), **clip)
             policy_loss += w * value
             ratios.append(rho)
-            if slope == 0 and advantages[i] != 0:
+            if by_ratio + direct == 0 and advantages[i] != 0:
                 cut_low, cut_high = cut_low + (rho < 1), cut_high + (rho > 1)
-            if level == "sequence":  # every token of the row moves the row's mean
-                for s in tokens:
-                    gradient[i, s] += w * slope / len(tokens)
-            else:
-                gradient[i, t] += w * slope
+            move_ratio(t, w * by_ratio)
+            gradient[i, t] += w * direct
             if ref is not None:
-                value, slope = kl(estimator, float(log_probs[i][t]), float(ref[i][t]))
+                value, slope = kl(estimator.removeprefix("ratio_"), log_prob, float(ref[i][t]))
+                if estimator.startswith("ratio_"):
+                    move_ratio(t, kl_coef * w * rho * value)
+                    value, slope = rho * value, rho * slope
                 kls.append(value)
                 kl_loss += w * value
                 gradient[i, t] += kl_coef * w * slope

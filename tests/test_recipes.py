@@ -8,14 +8,22 @@ import pytest
 from grpo_jax.advantages import group_advantages
 from grpo_jax.kl import KL_ESTIMATORS, kl_k1, kl_k3
 from grpo_jax.losses import clipped_surrogate, grpo_loss, loss_weights
-from grpo_jax.recipes import RECIPES, dapo, dr_grpo, grpo, make_recipe
+from grpo_jax.recipes import KL_NAMES, RECIPES, dapo, dr_grpo, grpo, make_recipe
 
 # One line per recipe, from its paper:
-# advantage scale, ratio level, clip below and above 1, KL estimator and coefficient, reduction, paper
+# advantage scale, ratio level, surrogate and its numbers, KL coefficient (of k3), reduction, paper
+GSPO = {"clip_range": 3e-4, "clip_range_high": 4e-4}
+DAPO = {"clip_range": 0.2, "clip_range_high": 0.28}
+SAPO = {"tau": 1.0, "tau_negative": 1.05}
 PAPERS = {
-    "grpo": ("std", "token", 0.2, 0.2, kl_k3, 0.04, "sequence", "2402.03300"),
-    "dr_grpo": ("none", "token", 0.2, 0.2, kl_k3, 0.0, "constant", "2503.20783"),
-    "dapo": ("std", "token", 0.2, 0.28, kl_k3, 0.0, "token", "2503.14476"),
+    "grpo": ("std", "token", "clipped", {"clip_range": 0.2}, 0.04, "sequence", "2402.03300"),
+    "dr_grpo": ("none", "token", "clipped", {"clip_range": 0.2}, 0.0, "constant", "2503.20783"),
+    "dapo": ("std", "token", "clipped", DAPO, 0.0, "token", "2503.14476"),
+    "gspo": ("std", "sequence", "clipped", GSPO, 0.0, "sequence", "2507.18071"),
+    "gspo_token": ("std", "sequence_token", "clipped", GSPO, 0.0, "sequence", "2507.18071"),
+    "cispo": ("std", "token", "cispo", {"cap": 5.0}, 0.0, "token", "2506.13585"),
+    "sapo": ("std", "token", "sapo", SAPO, 0.0, "sequence", "2511.20347"),
+    "reinforce": ("none", "token", "reinforce", {}, 0.0, "token", "Williams 1992"),
 }
 N, G, T = 2, 4, 5
 B = N * G
@@ -44,13 +52,12 @@ def objective(recipe, batch):
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_numbers_of_the_papers(name):
-    scale, level, low, high, estimator, kl_coef, reduction, paper = PAPERS[name]
+    scale, level, surrogate, clip, kl_coef, reduction, paper = PAPERS[name]
     recipe = RECIPES[name]
     assert recipe.name == name and paper in recipe.paper
     assert (recipe.advantage_scale, recipe.ratio_level, recipe.reduction) == (scale, level, reduction)
-    assert recipe.surrogate is clipped_surrogate
-    assert recipe.clip["clip_range"] == low and recipe.clip.get("clip_range_high", low) == high
-    assert recipe.kl_estimator is estimator and recipe.kl_coef == kl_coef
+    assert recipe.surrogate.__name__ == f"{surrogate}_surrogate" and recipe.clip == clip
+    assert recipe.kl_estimator is kl_k3 and recipe.kl_coef == kl_coef and not recipe.kl_ratio_corrected
 
 
 def test_every_recipe_is_in_the_table():
@@ -58,13 +65,11 @@ def test_every_recipe_is_in_the_table():
     assert (RECIPES["grpo"], RECIPES["dr_grpo"], RECIPES["dapo"]) == (grpo, dr_grpo, dapo)
 
 
-@pytest.mark.parametrize("name", PAPERS)
-@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
-def test_objective_matches_the_loop(name, jit):
-    scale, level, low, high, _, kl_coef, reduction, _ = PAPERS[name]
+def check_against_the_loop(recipe, name, *, jit=False, estimator="k3", kl_coef=None):
+    scale, level, surrogate, clip, recipe_kl_coef, reduction, _ = PAPERS[name]
     batch = make_batch()
     with jax.enable_x64(True):
-        (loss, metrics), gradient = (jax.jit(objective) if jit else objective)(RECIPES[name], batch)
+        (loss, metrics), gradient = (jax.jit(objective) if jit else objective)(recipe, batch)
         expected_loss, expected_gradient, expected_metrics = oracle.loss(
             batch["log_probs"],
             batch["old"],
@@ -73,15 +78,73 @@ def test_objective_matches_the_loop(name, jit):
             oracle.weights(batch["mask"], reduction=reduction, max_length=9),
             ref=batch["ref"],
             level=level,
-            estimator="k3",
-            kl_coef=kl_coef,
-            clip_range=low,
-            clip_range_high=high,
+            name=surrogate,
+            estimator=estimator,
+            kl_coef=recipe_kl_coef if kl_coef is None else kl_coef,
+            **clip,
         )
         np.testing.assert_allclose(loss, expected_loss, rtol=1e-12, atol=1e-12)
         np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-12, atol=1e-12)
         for key, value in expected_metrics.items():
             np.testing.assert_allclose(getattr(metrics, key), value, rtol=1e-12, err_msg=key)
+
+
+@pytest.mark.parametrize("name", PAPERS)
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_objective_matches_the_loop(name, jit):
+    check_against_the_loop(RECIPES[name], name, jit=jit)
+
+
+@pytest.mark.parametrize("name", ["grpo", "gspo", "gspo_token", "cispo"])
+@pytest.mark.parametrize("estimator", ["ratio_k1", "ratio_k3"])
+def test_ratio_corrected_kl_matches_the_loop(name, estimator):
+    recipe = make_recipe(name, kl_estimator=estimator, kl_coef=0.3)
+    check_against_the_loop(recipe, name, estimator=estimator, kl_coef=0.3)
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_masked_positions_and_slices(name):
+    """Junk where masked changes nothing; halves of the batch, with the weights of the whole, add up to it."""
+    recipe, batch = RECIPES[name], make_batch()
+    advantages, mask = recipe.advantages(batch["rewards"]).reshape(-1), batch["mask"]
+    weights = recipe.weights(mask, max_length=9)
+
+    def gradient(rows, junk=None):
+        x, old, ref = (
+            jnp.asarray(batch[k] if junk is None else np.where(mask, batch[k], junk), jnp.float32)[rows]
+            for k in ("log_probs", "old", "ref")
+        )
+        return jax.value_and_grad(
+            lambda x: recipe.loss(x, old, advantages[rows], mask[rows], weights[rows], ref)[0]
+        )(x)
+
+    loss, grads = gradient(slice(None))
+    for junk in (np.nan, np.inf, -np.inf, 1e4, -1e4):
+        chex.assert_trees_all_equal(gradient(slice(None), junk), (loss, grads))
+    parts = [gradient(slice(i, i + B // 2)) for i in (0, B // 2)]
+    np.testing.assert_allclose(sum(part[0] for part in parts), loss, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(np.concatenate([p[1] for p in parts]), grads, rtol=1e-6, atol=1e-6)
+    nothing = np.zeros_like(mask)
+    empty = recipe.loss(
+        *(jnp.asarray(batch[k], jnp.float32) for k in ("log_probs", "old")),
+        advantages,
+        nothing,
+        recipe.weights(nothing, max_length=9),
+        jnp.asarray(batch["ref"], jnp.float32),
+    )[0]
+    assert empty == 0
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_at_ratio_one_the_gradient_is_reinforce(name):
+    recipe, batch = RECIPES[name].replace(kl_coef=0.0), make_batch()
+    batch["old"] = batch["log_probs"]
+    with jax.enable_x64(True):
+        _, gradient = objective(recipe, batch)
+        advantages = recipe.advantages(batch["rewards"]).reshape(-1)
+        weights = recipe.weights(batch["mask"], max_length=9)
+        # At every level: with one weight per row, the row's mean spreads what its tokens give.
+        np.testing.assert_allclose(gradient, -weights * advantages[:, None], rtol=1e-12, atol=1e-12)
 
 
 def test_numbers_of_a_recipe_do_not_compile_again():
@@ -132,11 +195,12 @@ def test_one_choice_is_replaced_and_no_other(name, keyword, value):
     assert recipe.replace(**{keyword: getattr(RECIPES[name], keyword)}) == RECIPES[name]
 
 
-@pytest.mark.parametrize("estimator", KL_ESTIMATORS)
+@pytest.mark.parametrize("estimator", KL_NAMES)
 def test_kl_estimator_by_name(estimator):
     recipe = make_recipe("grpo", kl_estimator=estimator)
-    assert recipe.kl_estimator is KL_ESTIMATORS[estimator]
-    assert recipe.replace(kl_estimator=kl_k3) == grpo
+    assert recipe.kl_estimator is KL_ESTIMATORS[estimator.removeprefix("ratio_")]
+    assert recipe.kl_ratio_corrected == estimator.startswith("ratio_")
+    assert recipe.replace(kl_estimator=kl_k3, kl_ratio_corrected=False) == grpo
 
 
 def test_clip_keywords():
@@ -145,6 +209,8 @@ def test_clip_keywords():
     # Alone, clip_range means both sides, whatever the recipe's upper bound was.
     assert make_recipe("dapo", clip_range=0.1).clip == {"clip_range": 0.1}
     assert make_recipe("dapo", clip_range_high=0.3).clip == {"clip_range": 0.2, "clip_range_high": 0.3}
+    assert make_recipe("cispo", cap=3.0).clip == {"cap": 3.0}
+    assert make_recipe("sapo", tau=2.0).clip == {"tau": 2.0, "tau_negative": 1.05}
     both = {"clip_range": 0.1, "clip_range_high": 0.3}
     assert make_recipe("dapo", **both).clip == both
     assert make_recipe("grpo", delta=4.0, dual_clip=3.0).clip == {
@@ -192,6 +258,12 @@ def test_missing_rewards():
 
 
 def test_errors():
+    with pytest.raises(
+        ValueError, match="clip_range means nothing to cispo_surrogate, the surrogate of 'cispo'"
+    ):
+        make_recipe("cispo", clip_range=0.2)
+    with pytest.raises(ValueError, match="tau means nothing to clipped_surrogate"):
+        make_recipe("grpo", tau=1.0)
     with pytest.raises(ValueError, match="'ppo'; choose one of grpo, dr_grpo, dapo"):
         make_recipe("ppo")
     with pytest.raises(ValueError, match="'k4'; choose one of k1, k2, k3"):
