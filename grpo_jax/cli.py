@@ -42,7 +42,7 @@ def parse_record(
     except (jsonargparse.ArgumentError, TypeError, OSError) as error:
         raise ValueError(_explain(str(error), keys, record)) from error
     _check_sections(record, parsed)
-    values = parser.instantiate_classes(parsed).as_dict()
+    values = parser.instantiate(parsed).as_dict()
     if config_option:
         values.pop("config")
     return record(**values)
