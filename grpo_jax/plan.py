@@ -71,7 +71,7 @@ class Plan:
                 f"{self.prompt_length + self.max_new_tokens}; {self.num_evaluation:,} held-out prompts",
                 f"  {self.num_compilations} compilations{evaluation if self.num_evaluation else ''}, "
                 f"about {_megabytes(self.total_memory)} MB ({parts})",
-                f"  a checkpoint is {_megabytes(self.checkpoint_size)} MB on disk, and twice that in host memory "
+                f"  a checkpoint is {_megabytes(self.checkpoint_size)} MB on disk, and twice that in memory "
                 "while it is written",
             ]
         )

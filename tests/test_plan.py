@@ -58,8 +58,10 @@ def test_numbers_by_hand(tmp_path, model, prompts):
         "  8 prompts × 4 completions = 32 per update in 2 micro-batches, 3 updates per rollout, "
         "75 updates = 2.50 epochs of 80 prompts",
         "  prompts up to 20 tokens + completions up to 5 = 25; 0 held-out prompts",
-        plan.text().split("\n")[3],
+        *plan.text().split("\n")[3:],
     ]
+    assert plan.checkpoint_size == plan.memory["parameters"] + plan.memory["optimizer"]
+    assert f"{plan.checkpoint_size / 1e6:.1f} MB on disk" in plan.text().split("\n")[4]
     assert plan.text().split("\n")[3].startswith("  7 compilations, about ")
 
 
