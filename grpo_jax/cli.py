@@ -38,14 +38,28 @@ def parse_record(
     parser.add_class_arguments(record)
     keys = [action.dest for action in parser._actions]
     try:
-        parsed = parser.parse_args(argv)
+        parsed = parser.parse_args(_spell_out_flags(record, sys.argv[1:] if argv is None else argv))
     except (jsonargparse.ArgumentError, TypeError, OSError) as error:
         raise ValueError(_explain(str(error), keys, record)) from error
     _check_sections(record, parsed)
-    values = parser.instantiate_classes(parsed).as_dict()
+    values = parser.instantiate(parsed).as_dict()
     if config_option:
         values.pop("config")
     return record(**values)
+
+
+def _spell_out_flags(record: type, argv: list[str]) -> list[str]:
+    """Gives a bool option without a value, such as `--json`, the value true."""
+
+    def flags(record: type, prefix: str) -> set[str]:
+        kinds = typing.get_type_hints(record).items()
+        nested = (flags(kind, f"{prefix}{name}.") for name, kind in kinds if is_dataclass(kind))
+        return {prefix + name for name, kind in kinds if kind is bool}.union(*nested)
+
+    names, spelled = flags(record, "--"), []
+    for argument, following in zip(argv, [*argv[1:], "--"], strict=False):
+        spelled += [argument, "true"] if argument in names and following.startswith("--") else [argument]
+    return spelled
 
 
 def _check_sections(record: type, parsed: jsonargparse.Namespace) -> None:

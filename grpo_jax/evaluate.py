@@ -37,6 +37,7 @@ class EvaluateArguments:
         config: YAML config that names data and rewards; None: the run's own, or the defaults.
         num_prompts: held-out prompts; None: as in the config.
         num_samples: k; None: as in the config.
+        max_new_tokens: completion tokens at most; None: as in the config.
         temperature: of the sampled completions; None: as in the config.
         seed: of the sampling noise; None: as in the config.
         json: print one JSON object instead of lines.
@@ -46,6 +47,7 @@ class EvaluateArguments:
     config: str | None = None
     num_prompts: int | None = None
     num_samples: int | None = None
+    max_new_tokens: int | None = None
     temperature: float | None = None
     seed: int | None = None
     json: bool = False
@@ -220,8 +222,9 @@ def _resolve(arguments: EvaluateArguments) -> Config:
     evaluation = {"num_prompts": arguments.num_prompts, "num_samples": arguments.num_samples}
     changed = {name: value for name, value in evaluation.items() if value is not None}
     config = replace(config, evaluation=replace(config.evaluation, **changed))
-    if arguments.temperature is not None:
-        config = replace(config, sampling=replace(config.sampling, temperature=arguments.temperature))
+    sampling = {"max_new_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
+    changed = {name: value for name, value in sampling.items() if value is not None}
+    config = replace(config, sampling=replace(config.sampling, **changed))
     if arguments.seed is not None:
         config = replace(config, training=replace(config.training, seed=arguments.seed))
     return config

@@ -43,6 +43,11 @@ class Plan:
     memory: dict[str, int]  # bytes by purpose
 
     @property
+    def checkpoint_size(self) -> int:
+        """Bytes of one checkpoint on disk."""
+        return self.memory["parameters"] + self.memory["optimizer"]
+
+    @property
     def total_memory(self) -> int:
         """Bytes at the peak: what stays, plus the larger of generation and update."""
         transient = max(self.memory["generation"], self.memory["update"])
@@ -66,6 +71,8 @@ class Plan:
                 f"{self.prompt_length + self.max_new_tokens}; {self.num_evaluation:,} held-out prompts",
                 f"  {self.num_compilations} compilations{evaluation if self.num_evaluation else ''}, "
                 f"about {_megabytes(self.total_memory)} MB ({parts})",
+                f"  a checkpoint is {_megabytes(self.checkpoint_size)} MB on disk, and twice that in memory "
+                "while it is written",
             ]
         )
 

@@ -26,6 +26,7 @@ from grpo_jax.notices import Notices
 from grpo_jax.plan import make_plan
 from grpo_jax.runs import Parts, build, check_same_run, config_dict, read_config, write_config
 from grpo_jax.trackers import Trackers, make_trackers
+from grpo_jax.trackers.jsonl import plain
 from grpo_jax.types import Experience, Params
 
 _MAX_SKIPPED = 5  # updates in a row without a finite gradient before the run stops
@@ -114,6 +115,7 @@ def _restore(parts: Parts, sources: list[Path]) -> Progress | None:
                 f"algorithm.num_iterations {config.algorithm.num_iterations} this step lies inside one; "
                 "continue with the num_iterations it was made with"
             )
+        extra["rollout_metrics"] = {k: float(v) for k, v in extra["rollout_metrics"].items()}
         return Progress(state=state, ref_params=reference, step=step, experience=experience, **extra)
     if config.checkpoints.resume not in ("auto", "never"):
         raise ValueError(f"checkpoints.resume: the run {config.checkpoints.resume} has no checkpoint yet")
@@ -148,8 +150,9 @@ def _save(checkpoints: Checkpoints, progress: Progress, num_iterations: int) -> 
     inside = progress.step % num_iterations != 0
     extra = {
         "num_tokens": progress.num_tokens,
-        "rollout_metrics": progress.rollout_metrics if inside else {},
-        "samples": progress.samples if inside else [],
+        # As texts: JSON has no NaN, and a run that breaks down must get as far as saying so.
+        "rollout_metrics": {k: repr(v) for k, v in progress.rollout_metrics.items()} if inside else {},
+        "samples": plain(progress.samples) if inside else [],
     }
     checkpoints.save(progress.step, progress.state, extra, progress.experience if inside else None)
 

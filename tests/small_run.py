@@ -17,6 +17,8 @@ from grpo_jax.cli import parse_record
 from grpo_jax.config import Config
 from grpo_jax.trackers import is_timing
 
+ROOT = Path(__file__).parents[1]
+
 SETTINGS = {
     "sampling.max_new_tokens": 5,
     "training.batch_size": 32,
@@ -51,8 +53,7 @@ def command(name: str, *argv, **kwargs) -> subprocess.CompletedProcess:
 
 def environment() -> dict[str, str]:
     """Returns an environment in which a subprocess finds the package and the tests' compilation cache."""
-    root = str(Path(__file__).parents[1])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     cache = jax.config.jax_compilation_cache_dir
     return os.environ | {"PYTHONPATH": path, "JAX_COMPILATION_CACHE_DIR": cache, "HF_HUB_OFFLINE": "1"}
 

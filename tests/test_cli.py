@@ -320,3 +320,17 @@ def test_import_of_the_package_needs_no_transformers():
         [sys.executable, "-c", code], capture_output=True, text=True, env=small_run.environment(), check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("argv", "wanted"),
+    [
+        (["--tracking.tensorboard"], True),
+        (["--tracking.tensorboard", "--training.seed", "3"], True),
+        (["--tracking.tensorboard", "false"], False),
+        (["--tracking.tensorboard=true"], True),
+    ],
+)
+def test_a_switch_needs_no_value(argv, wanted):
+    config = parse_record(Config, argv, command="x", description="x")
+    assert config.tracking.tensorboard is wanted

@@ -1,0 +1,105 @@
+"""The generate command, in one process of its own: importing its module would hide the function."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import small_run
+
+# Each argument list is one call; what it prints, its exit code and its errors come back as JSON.
+SCRIPT = """
+import contextlib, io, json, sys
+from grpo_jax.cli import run_command
+from grpo_jax.generate import main
+results = {}
+for name, argv in json.load(sys.stdin).items():
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            run_command(lambda: main(argv))
+        except SystemExit as exited:
+            results[name] = [exited.code, out.getvalue(), err.getvalue()]
+print(json.dumps(results))
+"""
+
+MODEL = "--model=packaged:arithmetic"
+GREEDY = [MODEL, "--prompt=12+34=", "--max_new_tokens=5", "--temperature=0"]
+SAMPLED = [MODEL, "--prompt=12+34=", "--max_new_tokens=5", "--num_samples=20", "--temperature=2"]
+GOOD = {
+    "greedy": GREEDY,
+    "one token": [*GREEDY, "--max_new_tokens=1"],
+    "sampled": SAMPLED,
+    "again": SAMPLED,
+    "other seed": [*SAMPLED, "--seed=1"],
+    "top_k": [*SAMPLED, "--top_k=1"],
+    "top_p": [*SAMPLED, "--top_p=1e-6"],
+    "min_p": [*SAMPLED, "--min_p=0.999"],
+    "bfloat16": [*GREEDY, "--dtype=bfloat16"],
+    "whole": [*GREEDY, "--max_new_tokens=26"],
+}
+BAD = {
+    "empty": ([MODEL, "--prompt="], "prompt: it is empty; give at least one character"),
+    "samples": ([*GREEDY, "--num_samples=0"], "num_samples: 0; at least 1"),
+    "tokens": ([*GREEDY, "--max_new_tokens=0"], "max_new_tokens: 0; at least 1"),
+    "cold": ([*GREEDY, "--temperature=-1"], "temperature: -1.0; 0 (greedy) or above"),
+    "no top_k": ([*GREEDY, "--top_k=-1"], "top_k: -1; 0 (off) or more"),
+    "no top_p": ([*GREEDY, "--top_p=0"], "top_p: 0.0; in (0, 1], 1 is off"),
+    "no min_p": ([*GREEDY, "--min_p=1"], "min_p: 1.0; in [0, 1), 0 is off"),
+    "dtype": ([*GREEDY, "--dtype=float16"], "dtype 'float16': choose one of float32, bfloat16"),
+    "long": (
+        [*GREEDY, "--max_new_tokens=27"],
+        "prompt of 6 tokens + max_new_tokens 27 exceed the 32 positions of packaged:arithmetic; lower one",
+    ),
+    "chat": ([*GREEDY, "--chat=true"], "the tokenizer of packaged:arithmetic has no chat template"),
+    "model": (
+        ["--model=packaged:none", "--prompt=1"],
+        "FileNotFoundError: packaged:none: no such packaged model",
+    ),
+    "typo": ([*GREEDY, "--temprature=1"], "unknown key 'temprature'; did you mean 'temperature'?"),
+    "missing": ([MODEL], "the following arguments are required: prompt"),
+}
+
+
+@pytest.fixture(scope="module")
+def results():
+    calls = GOOD | {name: argv for name, (argv, _) in BAD.items()}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], input=json.dumps(calls), capture_output=True, text=True,
+        env=small_run.environment(), timeout=300, check=True,
+    )  # fmt: skip
+    return json.loads(done.stdout)
+
+
+def texts(results, name) -> list[str]:
+    code, out, err = results[name]
+    assert code == 0 and err == ""
+    return out.splitlines()
+
+
+def test_greedy(results):
+    assert texts(results, "greedy") == ["46"] == texts(results, "whole") == texts(results, "bfloat16")
+    assert texts(results, "one token") == ["4"]
+
+
+def test_samples_follow_the_seed(results):
+    sampled = texts(results, "sampled")
+    assert len(sampled) == 20 and len(set(sampled)) > 1
+    assert texts(results, "again") == sampled != texts(results, "other seed")
+
+
+@pytest.mark.parametrize("name", ["top_k", "top_p", "min_p"])
+def test_truncated_to_the_likeliest_token(name, results):
+    assert texts(results, name) == ["46"] * 20
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_errors(name, results):
+    code, out, err = results[name]
+    assert code == 2 and out == "" and err.count("\n") == 1 and err.startswith("error: ")
+    assert BAD[name][1] in err
+
+
+def test_as_a_user_types_it():
+    done = small_run.command("generate", *GREEDY)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "46\n", "")

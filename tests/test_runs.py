@@ -1,0 +1,196 @@
+"""The parts of a run: built from a config, checked, and what two runs may differ in."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import small_run
+
+from grpo_jax.models import load_model
+from grpo_jax.runs import (
+    build,
+    check_same_run,
+    load_model_or_run,
+    read_config,
+    restore_params,
+    write_config,
+)
+from grpo_jax.train import train
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model("packaged:arithmetic")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of two steps."""
+    run_dir = tmp_path_factory.mktemp("runs") / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        small_run.share_compilations(monkeypatch)
+        assert train(small_run.config(run_dir, training__num_steps=2, evaluation__num_prompts=0)) == 0
+    return run_dir
+
+
+def prompts(path, *texts, **columns):
+    rows = [{"prompt": text, "answer": "1", **columns} for text in texts]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def from_file(path, **changes):
+    return {"data__train_file": path, "rewards": "[{function: exact_match}]", **changes}
+
+
+def test_parts_of_the_main_task(tmp_path, model):
+    parts = build(small_run.config(tmp_path), model=model)
+    assert parts.model is model and parts.num_prompts == 4 and parts.num_steps == 7
+    assert parts.prompt_length == 6 and parts.prompt_lengths == {6} and parts.eval_prompt_length == 6
+    assert len(parts.task.train) == 7588 and len(parts.task.evaluation) == 4 and parts.num_dropped == 0
+    assert [reward.name for reward in parts.rewards] == ["exact_match"]
+    actor = parts.actor()
+    assert (actor.group_size, actor.prompt_length, actor.max_new_tokens) == (8, 6, 5)
+    state = parts.init_state()
+    assert state.step == 0 and jax.tree.structure(state.params) == jax.tree.structure(model.params)
+
+
+def test_algorithm_settings_reach_the_recipe(tmp_path, model):
+    changes = {
+        "name": "dapo", "kl_coef": 0.3, "kl_estimator": "k1", "clip_range": 0.1, "clip_range_high": 0.4,
+        "ratio_level": "sequence", "reduction": "constant", "advantage_scale": "batch",
+    }  # fmt: skip
+    config = small_run.config(tmp_path, **{f"algorithm__{k}": v for k, v in changes.items()})
+    recipe = build(config, model=model).recipe
+    assert (recipe.name, recipe.kl_coef, recipe.kl_estimator.__name__) == ("dapo", 0.3, "kl_k1")
+    assert recipe.clip == {"clip_range": 0.1, "clip_range_high": 0.4}
+    assert (recipe.ratio_level, recipe.reduction, recipe.advantage_scale) == ("sequence", "constant", "batch")
+
+
+def test_settings_reach_the_optimizer(tmp_path, model):
+    parts = build(
+        small_run.config(tmp_path, training__lr_schedule="linear", training__warmup_steps=2), model=model
+    )
+    rates = [float(parts.schedule(step)) for step in range(8)]
+    np.testing.assert_allclose(rates, np.array([0.5, 1, 1, 0.8, 0.6, 0.4, 0.2, 0]) * 1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("weight_decay", 0.5),
+        ("adam_b1", 0.5),
+        ("adam_b2", 0.5),
+        ("max_grad_norm", 1e-3),
+        ("learning_rate", 1e-3),
+    ],
+)
+def test_each_optimizer_setting_changes_the_update(setting, value, tmp_path, model):
+    def second_update(**changes):
+        optimizer = build(small_run.config(tmp_path, **changes), model=model).optimizer
+        params = {"w": np.ones((2, 2), np.float32)}
+        state = optimizer.init(params)
+        for scale in (0.3, -0.05):
+            updates, state = optimizer.update({"w": np.full((2, 2), scale, np.float32)}, state, params)
+        return np.asarray(updates["w"])
+
+    assert not np.allclose(second_update(**{f"training__{setting}": value}), second_update(), rtol=1e-3)
+
+
+def test_prompts_too_long(tmp_path, model):
+    path = prompts(tmp_path / "a.jsonl", "1+1=", "1+" * 14 + "1=", "2+2=")
+    message = r"1 of 3 training prompts have more than 27 tokens \(the first is number 1 with 30\)"
+    with pytest.raises(ValueError, match=message):
+        build(small_run.config(tmp_path, **from_file(path)), model=model)
+    parts = build(small_run.config(tmp_path, **from_file(path, data__over_length="drop")), model=model)
+    assert [e.prompt for e in parts.task.train] == ["1+1=", "2+2="]
+    assert parts.num_dropped == 1 and parts.prompt_length == 4
+
+
+def test_held_out_prompts_too_long(tmp_path, model):
+    train_file = prompts(tmp_path / "a.jsonl", "1+1=")
+    changes = from_file(train_file, data__eval_file=prompts(tmp_path / "b.jsonl", "1+1=", "1+" * 14 + "1="))
+    with pytest.raises(ValueError, match=r"1 of 2 evaluation prompts have more than 27 tokens"):
+        build(small_run.config(tmp_path, **changes), model=model)
+    parts = build(small_run.config(tmp_path, **changes, evaluation__num_prompts=1), model=model)
+    assert len(parts.task.evaluation) == 1 and parts.eval_prompt_length == 4
+    parts = build(small_run.config(tmp_path, **changes, data__over_length="drop"), model=model)
+    assert len(parts.task.evaluation) == 1 and parts.num_dropped == 0  # of the training prompts
+
+
+def test_columns_are_checked_in_both_files(tmp_path, model):
+    good, bad = prompts(tmp_path / "a.jsonl", "1+1="), tmp_path / "b.jsonl"
+    bad.write_text('{"prompt": "1+1=", "target": "2"}\n')
+    for changes in (from_file(bad), from_file(good, data__eval_file=bad)):
+        with pytest.raises(ValueError, match=r"reward `exact_match` .*needs `answer`.*columns: `target`"):
+            build(small_run.config(tmp_path, **changes), model=model)
+
+
+def test_a_model_without_a_limit(tmp_path, model):
+    endless = dataclasses.replace(model, max_positions=None)
+    path = prompts(tmp_path / "a.jsonl", "1+" * 40 + "1=")
+    config = small_run.config(tmp_path, **from_file(path, sampling__max_new_tokens=500))
+    assert build(config, model=endless).prompt_length == 82
+    with pytest.raises(ValueError, match="more than 10 tokens"):
+        build(
+            dataclasses.replace(config, data=dataclasses.replace(config.data, max_prompt_length=10)),
+            model=endless,
+        )
+
+
+def test_check_same_run(tmp_path):
+    config = small_run.config(tmp_path)
+    may = {
+        "training__num_steps": 99, "training__num_epochs": 3, "evaluation__every": 1, "checkpoints__keep": 5,
+        "tracking__tensorboard": True, "evaluation__num_prompts": 7,
+    }  # fmt: skip
+    check_same_run(small_run.config(tmp_path / "other", **may), config)
+    changed = small_run.config(tmp_path, training__seed=1, data__over_length="drop")
+    with pytest.raises(ValueError) as caught:
+        check_same_run(changed, config)
+    for text in ("data.over_length is 'error' there and 'drop' here", "training.seed is 0 there and 1 here"):
+        assert text in str(caught.value)
+
+
+def test_config_of_a_run(tmp_path):
+    config = small_run.config(tmp_path / "deep" / "run")
+    write_config(config)
+    assert read_config(config.run_dir) == config
+    with pytest.raises(ValueError, match=r"is not a run directory: it has no config.yaml"):
+        read_config(tmp_path)
+    path = tmp_path / "deep" / "run" / "config.yaml"
+    path.write_text(path.read_text() + "nonsense: 1\n")
+    with pytest.raises(ValueError, match="unknown key 'nonsense'"):
+        read_config(config.run_dir)
+
+
+def test_model_of_a_run(run, model):
+    loaded = load_model_or_run(str(run))
+    exported = load_model(str(run / "hf"))
+    assert loaded.source == str(run)
+    same = jax.tree.map(
+        lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), loaded.params, exported.params
+    )
+    assert all(jax.tree.leaves(same))
+    moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), loaded.params, model.params)
+    assert all(jax.tree.leaves(moved))
+
+
+def test_model_or_run_that_is_neither(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such directory"):
+        load_model_or_run(str(tmp_path / "gone"))
+    write_config(small_run.config(tmp_path))
+    with pytest.raises(ValueError, match="has no checkpoint yet"):
+        load_model_or_run(str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match="no checkpoint in"):
+        load_model_or_run(str(tmp_path))
+
+
+def test_looking_at_a_run_leaves_it_alone(run):
+    files = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    template = jax.eval_shape(build(read_config(run)).init_state)
+    restore_params(run / "checkpoints", template)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == files
