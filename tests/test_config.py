@@ -13,8 +13,7 @@ import grpo_jax
 from grpo_jax import config as records
 from grpo_jax.cli import parse_record
 from grpo_jax.config import Config
-from grpo_jax.losses import clipped_surrogate
-from grpo_jax.recipes import make_recipe
+from grpo_jax.recipes import RECIPES, make_recipe
 from grpo_jax.runs import config_dict, read_config, write_config
 
 ROOT = Path(grpo_jax.__file__).parent
@@ -93,6 +92,11 @@ INVALID = [
     ),
     ("algorithm", {"group_size": 1}, "algorithm.group_size: 1; a group needs at least 2"),
     ("algorithm", {"num_iterations": 0}, "algorithm.num_iterations: 0; at least 1"),
+    ("algorithm", {"delta": 1.0}, "algorithm.delta: 1.0; a finite ratio above 1"),
+    ("algorithm", {"dual_clip": 0.5}, "algorithm.dual_clip: 0.5; a finite ratio above 1"),
+    ("algorithm", {"cap": 0.0}, "algorithm.cap: 0.0; finite, above 0"),
+    ("algorithm", {"tau": -1.0}, "algorithm.tau: -1.0; finite, above 0"),
+    ("algorithm", {"tau_negative": 0.0}, "algorithm.tau_negative: 0.0; finite, above 0"),
     ("algorithm", {"kl_coef": -0.1}, "algorithm.kl_coef: -0.1; a finite number, not negative"),
     ("algorithm", {"kl_coef": float("nan")}, "algorithm.kl_coef: nan; a finite"),
     ("algorithm", {"clip_range": -1.0}, "algorithm.clip_range: -1.0; a finite"),
@@ -170,7 +174,7 @@ TYPES = [
     ({"training": {"learning_rate": "fast"}}, "training.learning_rate: expected a value of type float. Got"),
     ({"training": {"seed": 1.5}}, "training.seed: expected a value of type int. Got value: 1.5"),
     ({"training": {"num_steps": "many"}}, "training.num_steps: expected a value of type int or null. Got"),
-    ({"algorithm": {"kl_estimator": "k4"}}, "kl_estimator: Expected one of ['k1', 'k2', 'k3'] or null"),
+    ({"algorithm": {"kl_estimator": "k4"}}, "kl_estimator: Expected one of ['k1', 'k2', 'k3', 'ratio_k1',"),
     ({"model": {"type": "critic"}}, "model.type: Expected one of ['policy']"),
     ({"model": {"dtype": "float16"}}, "model.dtype: Expected one of ['float32', 'bfloat16']"),
     ({"tracking": {"wandb": "maybe"}}, "tracking.wandb: expected a value of type bool"),
@@ -198,8 +202,8 @@ def test_no_field_is_unused():
             tree = ast.parse(path.read_text())
             used |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     # These reach `make_recipe` by keyword, all at once.
-    accepted = set(inspect.signature(make_recipe).parameters) | set(
-        inspect.signature(clipped_surrogate).parameters
+    accepted = set(inspect.signature(make_recipe).parameters).union(
+        *(inspect.signature(recipe.surrogate).parameters for recipe in RECIPES.values())
     )
     for section, record in [*sections(), ("rewards", records.RewardConfig), ("", Config)]:
         for f in dataclasses.fields(record):
