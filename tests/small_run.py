@@ -98,13 +98,18 @@ def rows(run_dir, name: str = "metrics") -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if not is_timing(k)} for line in lines]
 
 
+@functools.cache
+def _template():
+    """Returns the shapes of a small run's state, the same for all of them."""
+    return jax.eval_shape(runs.build(config("unused")).init_state)
+
+
 def leaves(run_dir, step=None) -> dict[str, np.ndarray]:
     """Returns every array of a checkpoint's train state, by its path; step None is the last."""
-    made = runs.build(runs.read_config(run_dir))
     checkpoints = Checkpoints(Path(run_dir) / "checkpoints", read_only=True)
     try:
         step = checkpoints.latest_step() if step is None else step
-        state, _, _ = checkpoints.restore(step, jax.eval_shape(made.init_state))
+        state, _, _ = checkpoints.restore(step, _template())
     finally:
         checkpoints.close()
     named = jax.tree_util.tree_leaves_with_path(state)

@@ -123,6 +123,20 @@ def test_every_rollout_has_its_own_prompts(tmp_path, shared):
     assert metrics[0]["ratio/max"] == pytest.approx(1, abs=1e-4) and metrics[1]["ratio/max"] > 1.001
 
 
+def test_every_rollout_has_its_own_noise(tmp_path, shared, monkeypatch):
+    keys, collect = [], train_module.collect
+
+    def noting(actor, params, ref_params, examples, key):
+        keys.append(tuple(np.asarray(jax.random.key_data(key)).tolist()))
+        return collect(actor, params, ref_params, examples, key)
+
+    monkeypatch.setattr(train_module, "collect", noting)
+    for seed in (0, 1):
+        config = small_run.config(tmp_path / f"{seed}", training__seed=seed, evaluation__num_prompts=0)
+        assert train(config) == 0
+    assert len(keys) == len(set(keys)) == 2 * 7
+
+
 # Compilations
 
 
