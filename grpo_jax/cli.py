@@ -151,5 +151,8 @@ def run_command(main: Callable[[], int | None]) -> None:
             text = f"{type(error).__name__}: {text}"
         print(f"error: {text}", file=sys.stderr)
         code = 2
+    except KeyboardInterrupt:  # before training has anything to save, or for the second time
+        print("interrupted", file=sys.stderr)
+        code = 130
     sys.stdout.flush()
     sys.exit(code)

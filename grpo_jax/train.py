@@ -221,8 +221,8 @@ def _loop(
         if metrics["skipped_updates_in_a_row"] >= _MAX_SKIPPED:
             raise RuntimeError(
                 f"step {step}: loss or gradient was not finite {_MAX_SKIPPED} times in a row; nothing was "
-                f"learned from them. Lower training.learning_rate, or look at the rewards; the last good "
-                f"state is in {checkpoints.directory}"
+                f"learned from them. Look at the rewards, or lower training.learning_rate in another run_dir "
+                f"with checkpoints.resume: {config.run_dir}"
             )
         if last or (every and step % every == 0):
             trackers.log(step, evaluate_parts(parts, progress.state.params))

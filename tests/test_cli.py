@@ -334,3 +334,12 @@ def test_import_of_the_package_needs_no_transformers():
 def test_a_switch_needs_no_value(argv, wanted):
     config = parse_record(Config, argv, command="x", description="x")
     assert config.tracking.tensorboard is wanted
+
+
+def test_ctrl_c_is_one_line(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as exit_:
+        run_command(interrupted)
+    assert exit_.value.code == 130 and capsys.readouterr().err == "interrupted\n"

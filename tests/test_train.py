@@ -265,7 +265,7 @@ def test_five_skipped_updates_stop_the_run(num_iterations, tmp_path, capsys):
     in_a_row = [row["skipped_updates_in_a_row"] for row in rows]
     assert in_a_row[-5:] == [1, 2, 3, 4, 5] and len(rows) < 20
     assert f"step {len(rows)}: loss or gradient was not finite 5 times in a row" in err
-    assert "Lower training.learning_rate" in err and f"{tmp_path}/checkpoints" in err
+    assert "lower training.learning_rate" in err and f"checkpoints.resume: {tmp_path}" in err
     assert not (tmp_path / "hf").exists()
     # Started again it comes to the same end, from its last checkpoint, with the same rows.
     assert "5 times in a row" in stopped(config, capsys)
