@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from grpo_jax.kl import KL_ESTIMATORS, MAX_LOG_RATIO, bounded_exp, kl_k1, kl_k2, kl_k3
+from grpo_jax.losses import grpo_loss
 
 V = 5
 THETA = np.array([0.3, -1.2, 0.9, 0.0, -0.4])
@@ -63,6 +64,38 @@ def test_mean_gradients_as_a_loss(jit):
         np.testing.assert_allclose(gradient(kl_k1), 0, atol=1e-15)
         np.testing.assert_allclose(gradient(kl_k2), forward, rtol=1e-12)
         np.testing.assert_allclose(gradient(kl_k3), backward, rtol=1e-12)
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("sampler", [THETA, np.array([0.1, -0.6, 0.2, 0.7, -0.9])], ids=["on", "off"])
+@pytest.mark.parametrize("estimator", [kl_k1, kl_k3])
+def test_ratio_corrected_gradient_is_that_of_the_divergence(estimator, sampler, jit):
+    """rho * k1 and rho * k3 through `grpo_loss`: one row per token, weighed by how often it is sampled.
+
+    On the policy (rho is 1 in value) and off it: rho makes the samples of another policy count as pi's.
+    """
+    with jax.enable_x64(True):
+        old, ref = (jax.nn.log_softmax(logits)[:, None] for logits in (sampler, REFERENCE))
+
+        def penalty(theta):
+            loss, metrics = grpo_loss(
+                jax.nn.log_softmax(theta)[:, None],
+                old,
+                jnp.zeros(V),
+                jnp.ones((V, 1), bool),
+                jnp.exp(old),
+                ref_log_probs=ref,
+                kl_estimator=estimator,
+                kl_coef=1.0,
+                kl_ratio_corrected=True,
+            )
+            return loss, metrics.ratio_max
+
+        function = jax.value_and_grad(penalty, has_aux=True)
+        (value, ratio_max), gradient = (jax.jit(function) if jit else function)(THETA)
+        np.testing.assert_allclose(value, divergence(THETA, REFERENCE), rtol=1e-12)
+        np.testing.assert_allclose(gradient, jax.grad(divergence)(THETA, REFERENCE), rtol=1e-12)
+        assert (ratio_max == 1) == (sampler is THETA)
 
 
 @pytest.mark.parametrize("estimator", KL_ESTIMATORS.values())

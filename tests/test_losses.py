@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_jax.kl import KL_ESTIMATORS
-from grpo_jax.losses import clipped_surrogate, grpo_loss, log_ratios, loss_weights
+from grpo_jax.losses import (
+    cispo_surrogate,
+    clipped_surrogate,
+    grpo_loss,
+    log_ratios,
+    loss_weights,
+    reinforce_surrogate,
+    sapo_surrogate,
+)
 
 B, T = 8, 6
 LEVELS = ("token", "sequence", "sequence_token")
@@ -133,6 +141,34 @@ def test_clipped_surrogate_token_by_token(advantage):
         expected = [oracle.clipped(rho, advantage, **clip) for rho in ratios]
         np.testing.assert_allclose(loss, [value for value, _ in expected], rtol=1e-6, err_msg=str(clip))
         np.testing.assert_allclose(slope, [s for _, s in expected], rtol=1e-6, err_msg=str(clip))
+
+
+@pytest.mark.parametrize("advantage", [1.5, -1.5, 0.0])
+@pytest.mark.parametrize(
+    ("surrogate", "name", "clip"),
+    [
+        (cispo_surrogate, "cispo", {"cap": 5.0}),
+        (cispo_surrogate, "cispo", {"cap": 0.6}),
+        (sapo_surrogate, "sapo", {"tau": 1.0, "tau_negative": 1.05}),
+        (sapo_surrogate, "sapo", {"tau": 3.0, "tau_negative": 0.5}),
+        (reinforce_surrogate, "reinforce", {}),
+    ],
+)
+def test_other_surrogates_token_by_token(surrogate, name, clip, advantage):
+    ratios = np.array([0.01, 0.5, 0.61, 0.99, 1.0, 1.01, 2.0, 4.99, 5.01, 30.0])
+    log_probs = -np.linspace(0.1, 3.0, len(ratios))
+    with jax.enable_x64(True):
+        loss, slopes = jax.vmap(
+            jax.value_and_grad(lambda d, x: surrogate(d, x, advantage, **clip), argnums=(0, 1))
+        )(jnp.log(ratios), jnp.asarray(log_probs))
+        pairs = zip(ratios, log_probs, strict=True)
+        expected = [oracle.surrogate(name, rho, x, advantage, **clip) for rho, x in pairs]
+        for result, column in zip((loss, *slopes), np.transpose(expected), strict=True):
+            np.testing.assert_allclose(result, column, rtol=1e-12, atol=1e-15)
+    if name != "cispo" or clip["cap"] > 1:  # at ratio 1 every one of them is the policy gradient
+        np.testing.assert_allclose(slopes[0][4] + slopes[1][4], -advantage, rtol=1e-12)
+    if advantage:  # and none cuts a gradient (at 30 times 3.0 SAPO's gate is closed to the last bit)
+        assert (np.sign(slopes[0] + slopes[1])[:-1] == -np.sign(advantage)).all()
 
 
 # -------------------------------------------------------------------------------------- inert padding
