@@ -18,9 +18,9 @@ import jax.numpy as jnp
 
 from grpo_jax.types import Array
 
-# exp(80) is far beyond any meaningful ratio and still a finite float32, as are its products with
-# advantages: a runaway token then gives a huge finite loss with zero gradient instead of NaN.
-MAX_LOG_RATIO = 80.0
+# exp(40) is far beyond any meaningful ratio, and even the product of two of them (a ratio times a ratio-corrected
+# KL) is a finite float32: a runaway token then gives a huge finite loss with zero gradient instead of NaN.
+MAX_LOG_RATIO = 40.0
 
 
 def bounded_exp(x: Array) -> Array:

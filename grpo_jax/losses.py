@@ -246,7 +246,8 @@ def grpo_loss(
         kl_estimator: ``f(log_probs, ref_log_probs) -> [...]``, see `grpo_jax.kl`.
         kl_coef: weight of the KL term, not negative.
         kl_ratio_corrected: multiplies the estimator by the importance ratio (of the ratio level, and
-            differentiated): unbiased for the current policy, with the gradient of KL(pi || ref).
+            differentiated). At the token level that is unbiased for the current policy, with the gradient
+            of KL(pi || ref).
 
     Returns:
         (loss [], LossMetrics). On-policy (ratio 1) the value of the policy loss is close to 0 because
