@@ -18,8 +18,8 @@ import jax.numpy as jnp
 
 from grpo_jax.types import Array
 
-# exp(40) is far beyond any meaningful ratio, and even the product of two of them (a ratio times a ratio-corrected
-# KL) is a finite float32: a runaway token then gives a huge finite loss with zero gradient instead of NaN.
+# exp(40) is far beyond any meaningful ratio, and even the product of two (a ratio times a ratio-corrected
+# KL) is a finite float32: a runaway token then gives a huge finite loss with zero gradient, not NaN.
 MAX_LOG_RATIO = 40.0
 
 

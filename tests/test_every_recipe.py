@@ -126,15 +126,3 @@ def test_runaway_tokens_stay_finite(name, estimator, sign):
         wild[:, 0] = -1e4
         changed = {**batch, n: wild, "advantages": np.full(B, sign, np.float32)}
         chex.assert_tree_all_finite(value_and_grad(recipe, changed, weights))
-
-
-@pytest.mark.parametrize("estimator", ["ratio_k1", "ratio_k3"])
-@pytest.mark.parametrize("values", [(-50.0, -100.0, 0.0), (-1e4, -2e4, -1.0)])
-def test_two_runaway_ratios_at_once_stay_finite(estimator, values):
-    recipe = make_recipe("grpo", kl_estimator=estimator, kl_coef=0.5)
-    log_prob, old, ref = (jnp.full((1, 1), value, jnp.float32) for value in values)
-    mask = jnp.ones((1, 1), bool)
-    loss, gradient = jax.value_and_grad(
-        lambda x: recipe.loss(x, old, jnp.ones(1), mask, jnp.ones((1, 1)), ref)[0]
-    )(log_prob)
-    assert jnp.isfinite(loss) and jnp.isfinite(gradient).all()
