@@ -66,6 +66,11 @@ class Parts:
         s = self.config.sampling
         return {"temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p, "min_p": s.min_p}
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the frozen reference takes part at all."""
+        return self.recipe.kl_coef > 0
+
     def actor(self) -> Actor:
         """Makes the actor of this run."""
         return Actor(
@@ -99,9 +104,7 @@ def build(config: Config, *, model: Model | None = None) -> Parts:
     rewards = _load_rewards(config, task)
     for examples in filter(None, (task.train, task.evaluation)):
         check_columns(rewards, examples[0].columns)
-    if model is None:
-        named = config.model
-        model = load_model(named.hf_model_name, revision=named.revision, dtype=named.dtype)
+    model = _load_named_model(config) if model is None else model
     limit = _prompt_limit(config, model)
     train, lengths, num_dropped = _fit(task.train, model, limit, config.data.over_length, "training")
     if not train:
@@ -128,16 +131,26 @@ def build(config: Config, *, model: Model | None = None) -> Parts:
         rewards=rewards,
         recipe=make_recipe(algorithm.name, **overrides),
         schedule=schedule,
-        optimizer=make_optimizer(
-            schedule,
-            weight_decay=training.weight_decay,
-            adam_b1=training.adam_b1,
-            adam_b2=training.adam_b2,
-            max_grad_norm=training.max_grad_norm,
-        ),
+        optimizer=_make_optimizer(config, schedule),
         num_steps=num_steps,
         prompt_lengths=lengths,
         eval_prompt_length=max(eval_lengths, default=0),
+    )
+
+
+def _load_named_model(config: Config) -> Model:
+    named = config.model
+    return load_model(named.hf_model_name, revision=named.revision, dtype=named.dtype)
+
+
+def _make_optimizer(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
+    training = config.training
+    return make_optimizer(
+        schedule,
+        weight_decay=training.weight_decay,
+        adam_b1=training.adam_b1,
+        adam_b2=training.adam_b2,
+        max_grad_norm=training.max_grad_norm,
     )
 
 
@@ -252,10 +265,11 @@ def load_model_or_run(name: str, *, dtype: str = "float32") -> Model:
     directory = Path(name) / "checkpoints"
     if not directory.is_dir():
         raise ValueError(f"the run {name} has no checkpoint yet")
-    parts = build(config)
-    return replace(
-        parts.model, params=restore_params(directory, jax.eval_shape(parts.init_state)), source=name
-    )
+    model = _load_named_model(config)
+    # Any schedule makes an optimizer state of the same shape; the run's data and rewards are not needed.
+    optimizer = _make_optimizer(config, make_schedule(config.training.learning_rate))
+    template = jax.eval_shape(lambda: init_train_state(model.policy, model.params, optimizer))
+    return replace(model, params=restore_params(directory, template), source=name)
 
 
 def restore_params(directory: Path, template: TrainState) -> Params:

@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import shutil
 
+import chex
 import jax
 import numpy as np
 import pytest
 import small_run
+import yaml
 
 from grpo_jax.models import load_model
 from grpo_jax.runs import (
@@ -194,3 +197,15 @@ def test_looking_at_a_run_leaves_it_alone(run):
     template = jax.eval_shape(build(read_config(run)).init_state)
     restore_params(run / "checkpoints", template)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == files
+
+
+def test_a_run_opens_without_its_data_and_rewards(run, tmp_path):
+    """Only the model and the optimizer's shapes are needed: a run outlives its prompt and reward files."""
+    moved = tmp_path / "run"
+    shutil.copytree(run, moved)
+    config = yaml.safe_load((moved / "config.yaml").read_text())
+    config["data"]["train_file"] = str(tmp_path / "gone.jsonl")
+    config["rewards"] = [{"function": f"{tmp_path}/gone.py:f", "weight": 1.0, "arguments": {}}]
+    (moved / "config.yaml").write_text(yaml.safe_dump(config))
+    opened, whole = load_model_or_run(str(moved)), load_model_or_run(str(run))
+    chex.assert_trees_all_equal(opened.params, whole.params)
