@@ -91,6 +91,7 @@ def write_params(path: Path, params: Params) -> None:
         tensors[torch_name(key)] = np.ascontiguousarray(value.T if key[-1] == "kernel" else value)
     unfinished = path.with_name(path.name + ".unfinished")
     save_file(tensors, unfinished, metadata={"format": "pt"})
+    unfinished.chmod(0o644)  # safetensors writes files that only their owner can read
     os.replace(unfinished, path)
 
 

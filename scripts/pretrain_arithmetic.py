@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from safetensors.numpy import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     FlaxGPT2LMHeadModel,
@@ -29,6 +28,7 @@ from transformers import (
 )
 
 from grpo_jax.tasks.arithmetic import split_problems
+from grpo_jax.weights import SAFETENSORS, write_params
 
 EOS, UNKNOWN = "<|endoftext|>", "<|unknown|>"
 VOCABULARY = [*"0123456789+-*= ", UNKNOWN, EOS]
@@ -182,23 +182,10 @@ def pretrain(model: FlaxGPT2LMHeadModel, args: argparse.Namespace):
     return params
 
 
-def torch_names(params) -> dict[str, np.ndarray]:
-    """Renames and lays out Flax GPT-2 parameters as PyTorch's GPT2LMHeadModel has them."""
-    tensors = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        *parents, name = [entry.key for entry in path]
-        if name == "kernel":
-            leaf = leaf.T  # Flax keeps [out, in]; PyTorch's Conv1D keeps [in, out]
-        name = {"kernel": "weight", "scale": "weight", "embedding": "weight"}.get(name, name)
-        tensors[".".join([*parents, name])] = np.ascontiguousarray(leaf, dtype=np.float32)
-    return tensors
-
-
 def save(params, config: GPT2Config, directory: Path) -> None:
     """Writes weights, configuration and tokenizer in the Hugging Face layout."""
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(torch_names(params), directory / "model.safetensors", metadata={"format": "pt"})
-    (directory / "model.safetensors").chmod(0o644)  # safetensors writes files that only their owner can read
+    write_params(directory / SAFETENSORS, params)
     # save_pretrained leaves out what equals today's defaults; this file should say all about the model.
     fields = config.to_dict()
     own = fields.keys() - PretrainedConfig().to_dict().keys()

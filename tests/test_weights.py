@@ -246,3 +246,8 @@ def test_export_keeps_the_one_private_key_that_matters(tmp_path):
     model = load_model(str(tmp_path / "opt"))
     save_model(model, model.params, tmp_path / "export")
     assert_same(load_model(str(tmp_path / "export")).params, model.params)
+
+
+def test_a_written_file_can_be_read_by_others(tmp_path):
+    weights.write_params(tmp_path / "model.safetensors", {"a": {"kernel": np.zeros((2, 3), np.float32)}})
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o644
