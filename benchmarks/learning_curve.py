@@ -25,8 +25,19 @@ def run(config: str, seed: int, run_dir: Path, cold: bool, overrides: list[str])
     seeded = [*command, "--training.seed", str(seed), *overrides]
     subprocess.run(seeded, check=True, env=environment, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - started
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return rows, seconds
+    return read_rows(run_dir), seconds
+
+
+def read_rows(run_dir: Path) -> list[dict]:
+    """Returns the rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def accuracies(rows: list[dict]) -> list[tuple[int, float, float]]:
+    """Returns (step, greedy accuracy, sampled accuracy) of every held-out evaluation, in order."""
+    evaluations = [row for row in rows if "eval/greedy_accuracy" in row]
+    sampled = next(name for name in evaluations[0] if name.startswith("eval/mean@"))
+    return [(row["step"], row["eval/greedy_accuracy"], row[sampled]) for row in evaluations]
 
 
 def table(results: dict[int, tuple[list[dict], float]]) -> str:
@@ -36,13 +47,11 @@ def table(results: dict[int, tuple[list[dict], float]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for seed, (rows, seconds) in results.items():
-        evaluations = [row for row in rows if "eval/greedy_accuracy" in row]
-        sampled = next(name for name in evaluations[0] if name.startswith("eval/mean@"))
-        first, last = evaluations[0], evaluations[-1]
+        (_, *first), *_, (_, *last) = accuracies(rows)
         kl = [row["kl"] for row in rows if "kl" in row][-1]
         lines.append(
-            f"| {seed} | {first['eval/greedy_accuracy']:.1%} | {first[sampled]:.1%} "
-            f"| {last['eval/greedy_accuracy']:.1%} | {last[sampled]:.1%} | {kl:.3f} | {seconds:.0f} |"
+            f"| {seed} | {first[0]:.1%} | {first[1]:.1%} | {last[0]:.1%} | {last[1]:.1%} "
+            f"| {kl:.3f} | {seconds:.0f} |"
         )
     return "\n".join(lines)
 
@@ -58,11 +67,8 @@ def draw(results: dict[int, tuple[list[dict], float]], path: Path) -> None:
     for seed, (rows, _) in results.items():
         rewards = [(row["step"], row["reward"]) for row in rows if "reward" in row]
         left.plot(*zip(*rewards, strict=True), linewidth=0.8, label=f"seed {seed}")
-        evaluations = [row for row in rows if "eval/greedy_accuracy" in row]
-        sampled = next(name for name in evaluations[0] if name.startswith("eval/mean@"))
-        steps = [row["step"] for row in evaluations]
-        line = right.plot(steps, [row[sampled] for row in evaluations], "o-", label=f"sampled, seed {seed}")
-        greedy = [row["eval/greedy_accuracy"] for row in evaluations]
+        steps, greedy, sampled = zip(*accuracies(rows), strict=True)
+        line = right.plot(steps, sampled, "o-", label=f"sampled, seed {seed}")
         right.plot(steps, greedy, "s--", color=line[0].get_color(), alpha=0.5, label=f"greedy, seed {seed}")
     left.set(title="reward of training rollouts", xlabel="update", ylim=(0, 1.02))
     right.set(title="accuracy on held-out problems", xlabel="update")

@@ -7,12 +7,12 @@ Needs the `notebooks` extra (matplotlib) for the picture.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import yaml
+from learning_curve import accuracies, read_rows
 
 from grpo_jax import RECIPES
 
@@ -29,8 +29,7 @@ def run(name: str, directory: Path, steps: int, seed: int) -> list[dict]:
     path.write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "grpo_jax.train", "--config", str(path)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    lines = (directory / name / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return read_rows(directory / name)
 
 
 def draw(results: dict[str, list[dict]], path: Path) -> None:
@@ -67,11 +66,9 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for name in arguments.recipes:
         rows = results[name] = run(name, arguments.runs, arguments.steps, arguments.seed)
-        evaluations = [row for row in rows if "eval/greedy_accuracy" in row]
-        first, last = evaluations[0], evaluations[-1]
-        sampled = next(key for key in first if key.startswith("eval/mean@"))
-        shares = [row[key] for key in ("eval/greedy_accuracy", sampled) for row in (first, last)]
-        cells = [name, *(f"{share:.1%}" for share in shares), f"{100 * (shares[3] - shares[2]):+.1f}"]
+        (_, *first), *_, (_, *last) = accuracies(rows)
+        shares = [share for pair in zip(first, last, strict=True) for share in pair]
+        cells = [name, *(f"{share:.1%}" for share in shares), f"{100 * (last[1] - first[1]):+.1f}"]
         print(f"| {' | '.join(cells)} |", flush=True)
     if arguments.out:
         draw(results, arguments.out)

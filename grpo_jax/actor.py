@@ -81,13 +81,8 @@ def judge(
     Raises:
         RewardError: a reward function failed, named with its row.
     """
-    prompts = [example.prompt for example in examples]
-    completions = [
-        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        for prompt, text in zip(prompts, texts, strict=True)
-    ]
     columns = {name: [example.columns[name] for example in examples] for name in examples[0].columns}
-    scores = score(rewards, prompts, completions, columns)
+    scores = score(rewards, [example.prompt for example in examples], texts, columns)
     return scores, *combine(scores, [reward.weight for reward in rewards])
 
 

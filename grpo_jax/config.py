@@ -137,6 +137,21 @@ class RewardConfig:
     arguments: dict[str, Any] = field(default_factory=dict)
 
 
+def check_drawing(section: str, *, max_new_tokens: int, top_k: int, top_p: float, min_p: float) -> None:
+    """Checks what training and the generate command both say about how completions are drawn.
+
+    Args:
+        section: prefix of the names in the messages, such as `sampling.`.
+
+    Raises:
+        ValueError: names the value and its range.
+    """
+    _require(max_new_tokens >= 1, f"{section}max_new_tokens: {max_new_tokens}; at least 1")
+    _require(top_k >= 0, f"{section}top_k: {top_k}; 0 (off) or more")
+    _require(0 < top_p <= 1, f"{section}top_p: {top_p}; in (0, 1], 1 is off")
+    _require(0 <= min_p < 1, f"{section}min_p: {min_p}; in [0, 1), 0 is off")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """How completions are drawn, in training and in sampled evaluation.
@@ -156,15 +171,18 @@ class SamplingConfig:
     min_p: float = 0.0
 
     def __post_init__(self):
-        _require(self.max_new_tokens >= 1, f"sampling.max_new_tokens: {self.max_new_tokens}; at least 1")
+        check_drawing(
+            "sampling.",
+            max_new_tokens=self.max_new_tokens,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+        )
         _require(
             0 < self.temperature < math.inf,
             f"sampling.temperature: {self.temperature}; training needs a temperature above 0: greedy "
             "completions of one prompt are all equal and teach nothing",
         )
-        _require(self.top_k >= 0, f"sampling.top_k: {self.top_k}; 0 (off) or more")
-        _require(0 < self.top_p <= 1, f"sampling.top_p: {self.top_p}; in (0, 1], 1 is off")
-        _require(0 <= self.min_p < 1, f"sampling.min_p: {self.min_p}; in [0, 1), 0 is off")
 
 
 @dataclass(frozen=True, kw_only=True)

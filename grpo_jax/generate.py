@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.cli import enable_compilation_cache, parse_record, run_command
+from grpo_jax.config import check_drawing
 from grpo_jax.decoding import generate
 from grpo_jax.models import decode, encode, pad_prompts
 from grpo_jax.runs import load_model_or_run
@@ -50,14 +51,17 @@ class GenerateArguments:
         for ok, message in (
             (self.prompt != "", "prompt: it is empty; give at least one character"),
             (self.num_samples >= 1, f"num_samples: {self.num_samples}; at least 1"),
-            (self.max_new_tokens >= 1, f"max_new_tokens: {self.max_new_tokens}; at least 1"),
             (self.temperature >= 0, f"temperature: {self.temperature}; 0 (greedy) or above"),
-            (self.top_k >= 0, f"top_k: {self.top_k}; 0 (off) or more"),
-            (0 < self.top_p <= 1, f"top_p: {self.top_p}; in (0, 1], 1 is off"),
-            (0 <= self.min_p < 1, f"min_p: {self.min_p}; in [0, 1), 0 is off"),
         ):
             if not ok:
                 raise ValueError(message)
+        check_drawing(
+            "",
+            max_new_tokens=self.max_new_tokens,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+        )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
-from grpo_jax.log_probs import completion_hidden, split_rows, token_log_probs
+from grpo_jax.log_probs import CHUNK_SIZE, completion_hidden, split_rows, token_log_probs
 from grpo_jax.losses import LossMetrics
 from grpo_jax.metrics import Metrics, loss_metrics_dict, merge_loss_metrics, token_mean
 from grpo_jax.recipes import Recipe
@@ -114,7 +114,7 @@ def train_step(
     recipe: Recipe,
     num_microbatches: int = 1,
     temperature: float | Array = 1.0,
-    chunk_size: int = 1024,
+    chunk_size: int = CHUNK_SIZE,
 ) -> tuple[TrainState, Metrics]:
     """Makes one optimizer update from one batch of experience. Compiled once per shape.
 

@@ -10,6 +10,8 @@ from grpo_jax.decoding import positions_from_mask
 from grpo_jax.sampling import scale_logits
 from grpo_jax.types import Array, Experience, Params, Policy, Rollout
 
+CHUNK_SIZE = 1024  # tokens whose logits exist at a time, unless said otherwise
+
 
 def completion_hidden(policy: Policy, params: Params, rollout: Rollout | Experience) -> Array:
     """Runs prompts and completions through the model.
@@ -37,7 +39,7 @@ def token_log_probs(
     tokens: Array,
     *,
     temperature: float | Array = 1.0,
-    chunk_size: int = 1024,
+    chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Array, Array]:
     """Computes log-probs of tokens and entropies from hidden states, chunk_size tokens at a time.
 
@@ -84,7 +86,7 @@ def completion_log_probs(
     *,
     temperature: float | Array = 1.0,
     num_microbatches: int = 1,
-    chunk_size: int = 1024,
+    chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Array, Array]:
     """Scores the completions of a rollout. Compiled once per shape.
 

@@ -14,11 +14,9 @@ import jax.numpy as jnp
 from grpo_jax.actor import bucket_length
 from grpo_jax.cli import parse_record, run_command
 from grpo_jax.config import Config
-from grpo_jax.log_probs import completion_hidden
+from grpo_jax.log_probs import CHUNK_SIZE, completion_hidden
 from grpo_jax.runs import Parts, build
 from grpo_jax.types import Rollout
-
-_CHUNK = 1024  # tokens whose logits exist at a time, the default of `token_log_probs`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,10 +119,10 @@ def _memory(parts: Parts) -> dict[str, int]:
     vocabulary = jax.eval_shape(policy.unembed, params, hidden).shape[-1]
     cache = _bytes(jax.eval_shape(lambda: policy.init_cache(batch, length)))
     fork = _bytes(jax.eval_shape(lambda: policy.init_cache(parts.num_prompts, length)))
-    logits = 4 * vocabulary * min(_CHUNK, rows * config.sampling.max_new_tokens)
+    logits = 4 * vocabulary * min(CHUNK_SIZE, rows * config.sampling.max_new_tokens)
     return {
         "parameters": size,
-        "reference": size if parts.recipe.kl_coef > 0 else 0,
+        "reference": size if parts.needs_reference else 0,
         "optimizer": state,
         "gradients": size * (2 if config.training.num_microbatches > 1 else 1),
         # The loop's cache and the one being written; logits, their probabilities and running sums.

@@ -239,8 +239,7 @@ def _place(error: Exception) -> str:
 
 
 def _shown(completion: Completion) -> str:
-    text = repr(completion if isinstance(completion, str) else completion_text(completion))
-    return f"(completion {text if len(text) <= 80 else text[:77] + '...'})"
+    return f"(completion {_short(completion_text(completion))})"
 
 
 def _checked(reward: Reward, values: Any, completions: Sequence[Completion]) -> list[float]:

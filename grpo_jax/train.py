@@ -106,7 +106,7 @@ def _restore(parts: Parts, sources: list[Path]) -> Progress | None:
             step, state, extra, experience = checkpoints.restore_latest(
                 jax.eval_shape(parts.init_state), _experience_template(parts)
             )
-            reference = checkpoints.restore_reference(parts.model.params) if _needs_reference(parts) else None
+            reference = checkpoints.restore_reference(parts.model.params) if parts.needs_reference else None
         finally:
             checkpoints.close()
         if experience is None and step % config.algorithm.num_iterations:
@@ -120,10 +120,6 @@ def _restore(parts: Parts, sources: list[Path]) -> Progress | None:
     if config.checkpoints.resume not in ("auto", "never"):
         raise ValueError(f"checkpoints.resume: the run {config.checkpoints.resume} has no checkpoint yet")
     return None
-
-
-def _needs_reference(parts: Parts) -> bool:
-    return parts.recipe.kl_coef > 0
 
 
 def _experience_template(parts: Parts) -> Experience:
@@ -141,7 +137,7 @@ def _experience_template(parts: Parts) -> Experience:
         advantages=rows(jnp.float32),
         weights=rows(jnp.float32, completion),
         old_log_probs=rows(jnp.float32, completion),
-        ref_log_probs=rows(jnp.float32, completion) if _needs_reference(parts) else None,
+        ref_log_probs=rows(jnp.float32, completion) if parts.needs_reference else None,
     )
 
 
@@ -257,7 +253,7 @@ def train(config: Config) -> int:
     resume_step = None
     if progress is None:
         state = parts.init_state()
-        progress = Progress(state=state, ref_params=parts.model.params if _needs_reference(parts) else None)
+        progress = Progress(state=state, ref_params=parts.model.params if parts.needs_reference else None)
     else:
         resume_step = progress.step
         print(f"continuing after step {resume_step} of {parts.num_steps}", flush=True)

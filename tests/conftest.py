@@ -8,13 +8,14 @@ import jax
 import pytest
 from hypothesis.configuration import set_hypothesis_home_dir
 
+from grpo_jax.cli import enable_compilation_cache
+
 sys.path.insert(0, str(Path(__file__).parent))  # toy.py and oracle.py
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a network
 os.environ.setdefault("WANDB_MODE", "offline")
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grpo_jax" / "xla"
+CACHE = enable_compilation_cache()
 set_hypothesis_home_dir(CACHE.parent / "hypothesis")  # the tests leave nothing behind where they run
-jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
