@@ -2,7 +2,7 @@
 
     <directory>/<step>/state        the train state, one array per leaf, named by its path ("params/h/0/w")
     <directory>/<step>/extra        JSON of the caller, and per leaf its dtype, shape and CRC-32
-    <directory>/<step>/experience   only where the step falls between two passes over one rollout
+    <directory>/<step>/<other>      any of OTHER_ITEMS that the caller had at that step, stored like the state
     <directory>/reference/0/state   the frozen reference parameters, written once
     <directory>/corrupted/<step>    a checkpoint that failed its checksums, moved out of the way
 
@@ -17,6 +17,7 @@ import shutil
 import tempfile
 import warnings
 import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,12 @@ import orbax.checkpoint as ocp
 
 PyTree = Any
 Leaves = dict[str, np.ndarray]
+# What may be saved beside the state. Fixed, because orbax is told of every item when a directory is opened.
+OTHER_ITEMS = (
+    "experience",  # the rollout in use, where the step falls between two passes over it
+    "leftovers",  # rows of a rollout that wait for a later step; their number varies from step to step
+    "reference",  # the reference parameters, where they move during the run; `save_reference` has frozen ones
+)
 _LEAVES, _CRC = "_leaves", "_crc32"  # our keys in the stored JSON
 
 
@@ -62,19 +69,23 @@ class Checkpoints:
         self._saving: int | None = None  # the step being written in the background
         self._reference: Checkpoints | None = None
 
-    def save(self, step: int, state: PyTree, extra: dict[str, Any], experience: PyTree = None) -> None:
+    def save(
+        self, step: int, state: PyTree, extra: dict[str, Any], others: Mapping[str, PyTree] | None = None
+    ) -> None:
         """Copies everything to the host, starts writing it and returns.
 
-        The caller may donate or overwrite `state` and `experience` as soon as this returns.
+        The caller may donate or overwrite `state` and `others` as soon as this returns.
 
         Args:
             step: optimizer steps done; above every saved step.
             state: pytree of arrays. A Python scalar is stored as the array `jit` would make of it.
             extra: JSON: what comes back equals what went in.
-            experience: the rollout in use, if the step falls between two passes over it.
+            others: pytrees of arrays to store beside the state, under names from `OTHER_ITEMS`. Empty
+                arrays cannot be stored: leave out an item that has no rows.
 
         Raises:
-            ValueError: the step is not new, or a leaf or `extra` cannot be stored faithfully.
+            ValueError: the step is not new, an item has another name, or a leaf or `extra` cannot be stored
+                faithfully.
             RuntimeError: the previous save failed in the background, or this one could not start.
         """
         if self._read_only:
@@ -82,9 +93,7 @@ class Checkpoints:
         latest = self.latest_step()  # waits for the previous save, and raises its error
         if latest is not None and step <= latest:
             raise ValueError(f"checkpoint step {step} is not after step {latest}, saved in {self.directory}")
-        items = {"state": _to_host(state)}
-        if experience is not None:
-            items["experience"] = _to_host(experience)
+        items = {name: _to_host(tree, name) for name, tree in {"state": state, **_checked(others)}.items()}
         document = _seal(extra, items)
         self._saving = step
         args = {name: ocp.args.PyTreeSave(leaves) for name, leaves in items.items()}
@@ -96,52 +105,62 @@ class Checkpoints:
             self._fail(error)
 
     def restore(
-        self, step: int, state_template: PyTree, experience_template: PyTree = None
-    ) -> tuple[PyTree, dict[str, Any], PyTree]:
+        self,
+        step: int,
+        state_template: PyTree,
+        other_templates: Mapping[str, PyTree | Callable[[int], PyTree]] | None = None,
+    ) -> tuple[PyTree, dict[str, Any], dict[str, PyTree]]:
         """Reads one checkpoint and verifies its checksums.
 
         Args:
             step: one of `steps()`.
             state_template: pytree of arrays or `jax.ShapeDtypeStruct`: structure, shapes and dtypes.
-            experience_template: the same for the experience; without it a stored experience is not read.
+            other_templates: the same for the items of `OTHER_ITEMS` that are wanted. Where the number of
+                rows is known only to the checkpoint, a function `num_rows -> template`, called with the
+                length of axis 0 of the item's first leaf if the item was stored.
 
         Returns:
-            `(state, extra, experience)`, bit-identical to what was saved: uncommitted arrays on the
-            default device, weakly typed where the template is. experience is None if none was stored.
+            `(state, extra, others)`, bit-identical to what was saved: uncommitted arrays on the default
+            device, weakly typed where the template is. others holds the items that were stored and have a
+            template.
 
         Raises:
             CorruptedCheckpoint: a file is missing, unreadable or fails its checksum.
-            ValueError: there is no such step, or the checkpoint does not fit the templates.
+            ValueError: there is no such step, a template has another name, or the checkpoint does not fit
+                the templates.
         """
+        wanted = _checked(other_templates)
         document = self._document(step)
         saved = document.pop(_LEAVES)
-        templates = {"state": state_template}
-        if experience_template is not None and "experience" in saved:
-            templates["experience"] = experience_template
+        others = {name: _resolve(t, name, saved[name]) for name, t in wanted.items() if name in saved}
+        templates = {"state": state_template, **others}
         for name, template in templates.items():
             _check_fits(saved[name], template, self.directory / str(step) / name)
         restored = {name: self._restore_item(step, name, saved[name], t) for name, t in templates.items()}
-        return restored["state"], document, restored.get("experience")
+        return restored.pop("state"), document, restored
 
     def restore_latest(
-        self, state_template: PyTree, experience_template: PyTree = None
-    ) -> tuple[int, PyTree, dict[str, Any], PyTree]:
+        self,
+        state_template: PyTree,
+        other_templates: Mapping[str, PyTree | Callable[[int], PyTree]] | None = None,
+    ) -> tuple[int, PyTree, dict[str, Any], dict[str, PyTree]]:
         """Restores the newest checkpoint that is whole.
 
         Corrupted newer ones are warned about and moved to `corrupted/`, so that their steps can be
         saved again.
 
         Returns:
-            `(step, state, extra, experience)`; see `restore`.
+            `(step, state, extra, others)`; templates and returns are those of `restore`.
 
         Raises:
             CorruptedCheckpoint: every checkpoint is corrupted.
-            ValueError: there is no checkpoint, or the newest whole one does not fit the templates.
+            ValueError: there is no checkpoint, a template has another name, or the newest whole checkpoint
+                does not fit the templates.
         """
         corrupted: dict[int, CorruptedCheckpoint] = {}
         for step in reversed(self.steps()):
             try:
-                restored = self.restore(step, state_template, experience_template)
+                restored = self.restore(step, state_template, other_templates)
             except CorruptedCheckpoint as error:
                 corrupted[step] = error
                 continue
@@ -275,8 +294,8 @@ def _make_manager(directory: Path, keep: int, read_only: bool) -> ocp.Checkpoint
     else:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, todelete_subdir="trash")
     # Plain files: without OCDBT's database a gigabyte is written about twice as fast, as more files.
-    state, experience = (ocp.PyTreeCheckpointHandler(use_ocdbt=False) for _ in range(2))
-    handlers = {"state": state, "experience": experience, "extra": ocp.JsonCheckpointHandler()}
+    handlers = {name: ocp.PyTreeCheckpointHandler(use_ocdbt=False) for name in ("state", *OTHER_ITEMS)}
+    handlers["extra"] = ocp.JsonCheckpointHandler()
     return ocp.CheckpointManager(directory, item_handlers=handlers, options=options)
 
 
@@ -291,6 +310,25 @@ def _check_directory(directory: Path, read_only: bool) -> None:
             probe.write(b"x")
     except OSError as error:
         raise ValueError(f"checkpoint directory {directory} cannot be written: {_one_line(error)}") from error
+
+
+def _checked(others: Mapping[str, Any] | None) -> dict[str, Any]:
+    unknown = set(others or {}) - set(OTHER_ITEMS)
+    if unknown:
+        raise ValueError(
+            f"checkpoint items {sorted(unknown)} are unknown; there are {', '.join(OTHER_ITEMS)}"
+        )
+    return dict(others or {})
+
+
+def _resolve(template: PyTree | Callable[[int], PyTree], item: str, saved: dict[str, list]) -> PyTree:
+    """Returns the template, made for the stored number of rows where it is a function of it."""
+    if not callable(template):
+        return template
+    leaf, (_, shape, _) = next(iter(saved.items()))
+    if not shape:
+        raise ValueError(f"checkpoint item {item} has no rows to count: its first leaf {leaf} is a scalar")
+    return template(shape[0])
 
 
 class _WithoutOrbax(logging.Filter):
@@ -311,26 +349,34 @@ def _named(tree: PyTree) -> list[tuple[str, Any, jax.ShapeDtypeStruct]]:
     return [(name, leaf, s) for name, (_, leaf), s in zip(names, leaves, structs, strict=True)]
 
 
-def _to_host(tree: PyTree) -> Leaves:
-    """Copies every leaf to the host, refusing what would come back as something else."""
+def _to_host(tree: PyTree, item: str) -> Leaves:
+    """Copies every leaf of an item to the host, refusing what would come back as something else."""
     leaves: Leaves = {}
     for name, leaf, struct in _named(tree):
         if jnp.issubdtype(struct.dtype, jax.dtypes.prng_key):
-            raise ValueError(f"checkpoint leaf {name} is a typed PRNG key: store jax.random.key_data(key)")
+            raise ValueError(
+                f"checkpoint leaf {item}/{name} is a typed PRNG key: store jax.random.key_data(key)"
+            )
         # A copy, not a view: the caller donates its state to the next train_step while we are still
         # writing, and on CPU np.asarray(jax array) is the very buffer that XLA then overwrites.
         value = np.array(leaf, dtype=struct.dtype if np.isscalar(leaf) else None, order="C", copy=True)
         if value.dtype != struct.dtype:
-            raise ValueError(f"checkpoint leaf {name} is {value.dtype}, which jit turns into {struct.dtype}")
+            raise ValueError(
+                f"checkpoint leaf {item}/{name} is {value.dtype}, which jit turns into {struct.dtype}"
+            )
         if struct.weak_type and struct.ndim:
-            raise ValueError(f"checkpoint leaf {name} is a weakly typed array: give it a dtype of its own")
+            raise ValueError(
+                f"checkpoint leaf {item}/{name} is a weakly typed array: give it a dtype of its own"
+            )
         if value.size == 0:
-            raise ValueError(f"checkpoint leaf {name} has shape {value.shape}: empty arrays are not stored")
+            raise ValueError(
+                f"checkpoint leaf {item}/{name} has shape {value.shape}: empty arrays are not stored"
+            )
         if name in leaves:
-            raise ValueError(f"checkpoint leaf {name}: two leaves have this name")
+            raise ValueError(f"checkpoint leaf {item}/{name}: two leaves have this name")
         leaves[name] = value
     if not leaves:
-        raise ValueError("checkpoint: the pytree has no leaves")
+        raise ValueError(f"checkpoint item {item}: the pytree has no leaves")
     return leaves
 
 

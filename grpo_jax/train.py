@@ -103,12 +103,13 @@ def _restore(parts: Parts, sources: list[Path]) -> Progress | None:
         try:
             if checkpoints.latest_step() is None:
                 continue
-            step, state, extra, experience = checkpoints.restore_latest(
-                jax.eval_shape(parts.init_state), _experience_template(parts)
+            step, state, extra, others = checkpoints.restore_latest(
+                jax.eval_shape(parts.init_state), {"experience": _experience_template(parts)}
             )
             reference = checkpoints.restore_reference(parts.model.params) if parts.needs_reference else None
         finally:
             checkpoints.close()
+        experience = others.get("experience")
         if experience is None and step % config.algorithm.num_iterations:
             raise ValueError(
                 f"the checkpoint of step {step} in {source} holds no rollout, but with "
@@ -150,7 +151,8 @@ def _save(checkpoints: Checkpoints, progress: Progress, num_iterations: int) -> 
         "rollout_metrics": {k: repr(v) for k, v in progress.rollout_metrics.items()} if inside else {},
         "samples": plain(progress.samples) if inside else [],
     }
-    checkpoints.save(progress.step, progress.state, extra, progress.experience if inside else None)
+    others = {"experience": progress.experience} if inside else {}
+    checkpoints.save(progress.step, progress.state, extra, others)
 
 
 def _spread(rows: list, count: int) -> list:

@@ -77,23 +77,81 @@ def test_round_trip_is_bit_exact(open_checkpoints, template):
     again = open_checkpoints()
     assert again.steps() == [7] and again.latest_step() == 7
     like = make_state(9) if template == "concrete" else jax.eval_shape(lambda: make_state(9))
-    step, restored, restored_extra, experience = again.restore_latest(like)
+    step, restored, restored_extra, others = again.restore_latest(like)
     assert_same_bits(restored, state)
-    assert (step, restored_extra, experience) == (7, extra, None)
+    assert (step, restored_extra, others) == (7, extra, {})
     assert again.extra(7) == extra
 
 
-def test_experience_may_be_present_or_absent(open_checkpoints):
+def test_others_may_be_present_or_absent(open_checkpoints):
     state, batch = make_state(), Batch(tokens=jnp.arange(6).reshape(2, 3))
-    checkpoints = open_checkpoints()
-    checkpoints.save(1, state, {}, batch)
+    moving = jax.tree.map(lambda x: x + 1, state["params"])
+    checkpoints = open_checkpoints(keep=3)
+    checkpoints.save(1, state, {}, {"experience": batch})
     checkpoints.save(2, state, {})
-    like = jax.eval_shape(lambda: batch)
-    assert_same_bits(checkpoints.restore(1, state, like)[2], batch)
-    assert checkpoints.restore(1, state)[2] is None
-    assert checkpoints.restore(2, state, like)[2] is None
+    checkpoints.save(3, state, {"cursor": 3}, {"reference": moving, "leftovers": batch})
+    like = jax.eval_shape(lambda: {"experience": batch, "reference": moving})
+    others = [checkpoints.restore(step, state, like)[2] for step in (1, 2, 3)]
+    assert [set(item) for item in others] == [{"experience"}, set(), {"reference"}]
+    assert_same_bits(others[0]["experience"], batch)
+    assert_same_bits(others[2]["reference"], moving)
+    assert checkpoints.restore(1, state)[2] == {}
+    step, restored, extra, latest = checkpoints.restore_latest(state, {"leftovers": batch})
+    assert (step, extra) == (3, {"cursor": 3})
+    assert_same_bits(restored, state)
+    assert_same_bits(latest, {"leftovers": batch})
     with pytest.raises(ValueError, match=r"another configuration.*experience: ref_log_probs: found nothing"):
-        checkpoints.restore(1, state, batch.replace(ref_log_probs=jnp.zeros((2, 3))))
+        checkpoints.restore(1, state, {"experience": batch.replace(ref_log_probs=jnp.zeros((2, 3)))})
+
+
+def test_a_template_may_be_a_function_of_the_stored_rows(open_checkpoints, tmp_path):
+    state, asked = make_state(), []
+
+    def rows(count):
+        # The first leaf in the order of the fields, not of the alphabet.
+        return Batch(tokens=jnp.arange(3 * count).reshape(count, 3), ref_log_probs=jnp.zeros(()))
+
+    def template(num_rows):
+        asked.append(num_rows)
+        return jax.eval_shape(lambda: rows(num_rows))
+
+    checkpoints = open_checkpoints(keep=4)
+    checkpoints.save(1, state, {})
+    for step, count in ((2, 5), (3, 1), (4, 2)):
+        checkpoints.save(step, state, {}, {"leftovers": rows(count)})
+        assert_same_bits(
+            checkpoints.restore(step, state, {"leftovers": template})[2]["leftovers"], rows(count)
+        )
+    assert checkpoints.restore(1, state, {"leftovers": template})[2] == {} and asked == [5, 1, 2]
+    with pytest.raises(ValueError, match=r"tokens: found int32\[5, 3\], expected int32\[6, 3\]"):
+        checkpoints.restore(2, state, {"leftovers": lambda num_rows: rows(num_rows + 1)})
+    # Rows are counted in the checkpoint that is restored, not in the newest.
+    flip_a_bit(tmp_path / "checkpoints/4", "leftovers/tokens")
+    (tmp_path / "checkpoints/3/extra/metadata").write_text("{}")
+    with pytest.warns(UserWarning, match="going back to the checkpoint of step 2"):
+        step, _, _, others = checkpoints.restore_latest(state, {"leftovers": template})
+    assert step == 2 and asked == [5, 1, 2, 2, 5]
+    assert_same_bits(others["leftovers"], rows(5))
+    assert checkpoints.steps() == [1, 2]
+
+
+def test_others_that_cannot_be_stored_are_refused(open_checkpoints):
+    state, checkpoints = make_state(), open_checkpoints()
+    with pytest.raises(
+        ValueError, match=r"items \['state'\] are unknown; there are experience, leftovers, ref"
+    ):
+        checkpoints.save(1, state, {}, {"state": state})
+    with pytest.raises(ValueError, match=r"leaf leftovers/tokens has shape \(0, 3\): empty arrays are not"):
+        checkpoints.save(1, state, {}, {"leftovers": Batch(tokens=jnp.zeros((0, 3)))})
+    with pytest.raises(ValueError, match="item experience: the pytree has no leaves"):
+        checkpoints.save(1, state, {}, {"experience": None})
+    assert checkpoints.steps() == []
+    checkpoints.save(1, state, {}, {"leftovers": {"count": jnp.zeros(())}})
+    for restore in (checkpoints.restore_latest, lambda *templates: checkpoints.restore(1, *templates)):
+        with pytest.raises(ValueError, match=r"items \['rest'\] are unknown"):
+            restore(state, {"rest": state})
+        with pytest.raises(ValueError, match="item leftovers has no rows to count: its first leaf count is"):
+            restore(state, {"leftovers": lambda num_rows: state})
 
 
 def test_the_caller_may_donate_its_state_right_after_saving(open_checkpoints):
@@ -103,7 +161,7 @@ def test_the_caller_may_donate_its_state_right_after_saving(open_checkpoints):
     update = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0)
     jax.block_until_ready(update(jax.tree.map(jnp.copy, state)))  # compiled beforehand
     # Orbax may copy once more, which would hide that we did not.
-    assert not np.shares_memory(_to_host(state)["w"], np.asarray(state["w"]))
+    assert not np.shares_memory(_to_host(state, "state")["w"], np.asarray(state["w"]))
     checkpoints = open_checkpoints()
     pointer = state["w"].unsafe_buffer_pointer()
     checkpoints.save(1, state, {})
@@ -254,12 +312,12 @@ def test_a_relative_directory_is_made_absolute(tmp_path, monkeypatch):
 # --- damage --------------------------------------------------------------------------------------
 
 
-def a_chunk(step, below="params"):
-    chunks = sorted((step / "state" / below).rglob("[0-9]*"))
+def a_chunk(step, below="state/params"):
+    chunks = sorted((step / below).rglob("[0-9]*"))
     return next(path for path in chunks if path.is_file())
 
 
-def flip_a_bit(step, below="params"):
+def flip_a_bit(step, below="state/params"):
     path = a_chunk(step, below)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 4
@@ -436,7 +494,7 @@ def test_the_reference_is_saved_once_and_verified(open_checkpoints, tmp_path):
     assert checkpoints.has_reference() and checkpoints.steps() == [1]
     assert_same_bits(checkpoints.restore_reference(jax.eval_shape(lambda: params)), params)
     assert_same_bits(open_checkpoints(read_only=True).restore_reference(params), params)
-    flip_a_bit(tmp_path / "checkpoints/reference/0", below="h")
+    flip_a_bit(tmp_path / "checkpoints/reference/0", below="state/h")
     with pytest.raises(CorruptedCheckpoint, match="reference/0/state"):
         checkpoints.restore_reference(params)
 
