@@ -4,36 +4,45 @@ The mathematics, the sampling and the training step are importable from here; th
 transformers nor orbax. Models, data, rewards, checkpoints and the commands are modules of their own.
 """
 
-from grpo_jax.advantages import group_advantages, informative_groups, leave_one_out_advantages
+from grpo_jax.advantages import (
+    group_advantages,
+    informative_groups,
+    leave_one_out_advantages,
+    normalize_then_sum,
+    reward_weights,
+    scale_by_batch,
+)
 from grpo_jax.decoding import fork, generate, prefill
-from grpo_jax.kl import kl_k1, kl_k2, kl_k3
+from grpo_jax.kl import adapt_kl_coef, kl_exact, kl_k1, kl_k2, kl_k3
 from grpo_jax.learner import TrainState, init_train_state, train_step
 from grpo_jax.log_probs import completion_log_probs, token_log_probs
-from grpo_jax.losses import (
-    LossMetrics,
-    cispo_surrogate,
-    clipped_surrogate,
-    grpo_loss,
-    log_ratios,
-    loss_weights,
-    reinforce_surrogate,
-    sapo_surrogate,
-)
+from grpo_jax.losses import LossMetrics, grpo_loss, log_ratios, loss_weights
 from grpo_jax.optimizers import make_optimizer, make_schedule
 from grpo_jax.recipes import (
     RECIPES,
     Recipe,
+    bnpo,
     cispo,
     dapo,
     dr_grpo,
+    gmpo,
     grpo,
     gspo,
     gspo_token,
     make_recipe,
     reinforce,
+    rloo,
     sapo,
 )
 from grpo_jax.sampling import draw, process_logits
+from grpo_jax.shaping import importance_weights, kl_penalty, overlong_penalty, top_entropy_mask
+from grpo_jax.surrogates import (
+    cispo_surrogate,
+    clipped_surrogate,
+    gmpo_surrogate,
+    reinforce_surrogate,
+    sapo_surrogate,
+)
 from grpo_jax.types import Experience, Policy, Prompts, Rollout
 
 __version__ = "0.1.0"
@@ -47,6 +56,8 @@ __all__ = [
     "Recipe",
     "Rollout",
     "TrainState",
+    "adapt_kl_coef",
+    "bnpo",
     "cispo",
     "cispo_surrogate",
     "clipped_surrogate",
@@ -56,28 +67,39 @@ __all__ = [
     "draw",
     "fork",
     "generate",
+    "gmpo",
+    "gmpo_surrogate",
     "group_advantages",
     "grpo",
     "grpo_loss",
     "gspo",
     "gspo_token",
+    "importance_weights",
     "informative_groups",
     "init_train_state",
+    "kl_exact",
     "kl_k1",
     "kl_k2",
     "kl_k3",
+    "kl_penalty",
     "leave_one_out_advantages",
     "log_ratios",
     "loss_weights",
     "make_optimizer",
     "make_recipe",
     "make_schedule",
+    "normalize_then_sum",
+    "overlong_penalty",
     "prefill",
     "process_logits",
     "reinforce",
     "reinforce_surrogate",
+    "reward_weights",
+    "rloo",
     "sapo",
     "sapo_surrogate",
+    "scale_by_batch",
     "token_log_probs",
+    "top_entropy_mask",
     "train_step",
 ]

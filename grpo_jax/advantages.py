@@ -1,11 +1,16 @@
 """Advantages of completions relative to their group. The group is an axis, not a parameter."""
 
-import chex
-import jax.numpy as jnp
+import functools
+from collections.abc import Callable, Sequence
 
-from grpo_jax.types import Array
+import chex
+import jax
+import jax.numpy as jnp
+from jax import Array
 
 SCALES = ("std", "batch", "none")
+MISSING = ("skip", "renormalize", "drop")
+AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum", "gdpo")
 
 
 def _prepare(rewards: Array, valid: Array | None) -> tuple[Array, Array, Array]:
@@ -115,3 +120,101 @@ def leave_one_out_advantages(rewards: Array, *, valid: Array | None = None) -> A
     rewards, valid, count = _prepare(rewards, valid)
     # r_i - (sum - r_i) / (n - 1)  =  (r_i - mean) * n / (n - 1)
     return _centered(rewards, valid, count) * count / jnp.maximum(count - 1, 1)
+
+
+# The choices of the advantage axis: f(rewards [...,G], *, valid=None) -> [...,G].
+ADVANTAGES: dict[str, Callable[..., Array]] = {
+    "std": group_advantages,
+    "batch": functools.partial(group_advantages, scale="batch"),
+    "none": functools.partial(group_advantages, scale="none"),
+    "leave_one_out": leave_one_out_advantages,
+}
+
+
+def reward_weights(valid, weights, *, missing: str = "skip"):
+    """Decides what each of several reward functions counts in each row, some being missing.
+
+        skip         a missing term is left out of the sum; the others keep their weights
+        renormalize  the others are scaled up so that the absolute weights still sum to the same
+        drop         a row that misses any of them counts nothing
+
+    Args:
+        valid: [..., R] bool, False where a function gave no value.
+        weights: [R]; a function of weight 0 decides nothing.
+        missing: one of `MISSING`.
+
+    Returns:
+        (row_weights [..., R], 0 at missing entries; row_valid [...], False where nothing counts). NumPy
+        arrays in, NumPy arrays out; so with jax arrays.
+
+    Raises:
+        ValueError: unknown missing.
+    """
+    if missing not in MISSING:
+        raise ValueError(f"missing: {missing!r}; choose one of {', '.join(MISSING)}")
+    counts = valid & (weights != 0)
+    row_valid = counts.any(axis=-1)
+    row_weights = counts * weights
+    if missing == "renormalize":
+        there = abs(row_weights).sum(axis=-1, keepdims=True)
+        row_weights = row_weights * (abs(weights).sum() / (there + (there == 0)))
+    if missing == "drop":
+        row_valid = row_valid & (valid | (weights == 0)).all(axis=-1)
+        row_weights = row_weights * row_valid[..., None]
+    return row_weights, row_valid
+
+
+def normalize_then_sum(
+    scores: Array,
+    weights: Sequence[float] | Array,
+    *,
+    valid: Array | None = None,
+    advantage_fn: Callable[..., Array] = group_advantages,
+    missing: str = "skip",
+) -> Array:
+    """Computes advantages per reward function and adds them up with weights, as GDPO does.
+
+    https://arxiv.org/abs/2601.05242, section 3: with the sum taken first, rewards that differ can give
+    equal advantages, and a function of large scale hides the others. (Sum first is `grpo_jax.rewards.combine`
+    and then `group_advantages`.)
+
+    Args:
+        scores: [..., G, R], what each of R reward functions gave.
+        weights: [R].
+        valid: [..., G, R] bool, False where a function gave no value; None: all are there.
+        advantage_fn: f(rewards [...,G], *, valid) -> [...,G], applied to each function's values alone.
+        missing: see `reward_weights`.
+
+    Returns:
+        [..., G]; exactly 0 in a group in which every function's valid values are all equal.
+
+    >>> normalize_then_sum(jnp.array([[0., 5.], [1., 5.]]), [1., 1.]).round(2).tolist()
+    [-0.71, 0.71]
+    """
+    scores, weights = jnp.asarray(scores), jnp.asarray(weights)
+    valid = jnp.ones(scores.shape, bool) if valid is None else jnp.asarray(valid, bool)
+    chex.assert_equal_shape([scores, valid])
+    row_weights, _ = reward_weights(valid, weights, missing=missing)
+    # A row that is dropped takes no part in any function's statistics.
+    each = jax.vmap(lambda column, there: advantage_fn(column, valid=there), in_axes=-1, out_axes=-1)
+    return jnp.sum(each(scores, valid & (row_weights != 0)) * row_weights, axis=-1)
+
+
+def scale_by_batch(advantages: Array, *, valid: Array | None = None, epsilon: float = 1e-4) -> Array:
+    """Divides advantages by the standard deviation (ddof 1) of all valid ones of the batch around their mean.
+
+    The last step of GDPO, https://arxiv.org/abs/2601.05242, section 3: keeps the scale of the update the same
+    whatever the number of reward functions.
+
+    Args:
+        advantages: [..., G], group-centred.
+        valid: [..., G] bool; None: all are there.
+        epsilon: added to the standard deviation.
+
+    Returns:
+        [..., G]; zeros stay exactly 0.
+    """
+    advantages, valid, count = _prepare(advantages, valid)
+    total = jnp.sum(count)
+    mean = jnp.sum(advantages) / jnp.maximum(total, 1)
+    return advantages / (_std(jnp.where(valid, advantages - mean, 0), total, 1, axis=None) + epsilon)

@@ -35,7 +35,7 @@ class AlgorithmConfig:
         tau_negative: the same where it is not.
         ratio_level: `token`, `sequence` or `sequence_token`.
         reduction: `sequence`, `token` or `constant`.
-        advantage_scale: what divides the centred rewards: `std` of the group, of the `batch`, or `none`.
+        advantage: what divides the centred rewards: `std` of the group, of the `batch`, or `none`.
     """
 
     name: str = "grpo"
@@ -52,7 +52,7 @@ class AlgorithmConfig:
     tau_negative: float | None = None
     ratio_level: Literal["token", "sequence", "sequence_token"] | None = None
     reduction: Literal["sequence", "token", "constant"] | None = None
-    advantage_scale: Literal["std", "batch", "none"] | None = None
+    advantage: Literal["std", "batch", "none"] | None = None
 
     def __post_init__(self):
         _require(

@@ -7,22 +7,43 @@ whole optimizer batch (`loss_weights`), so slicing the batch and adding up the s
 from collections.abc import Callable
 
 import chex
-import flax.struct
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from grpo_jax.kl import bounded_exp, kl_k3
-from grpo_jax.types import Array
+from grpo_jax.surrogates import (
+    cispo_surrogate,
+    clipped_surrogate,
+    gmpo_surrogate,
+    reinforce_surrogate,
+    sapo_surrogate,
+    with_mask,
+)
+
+__all__ = [
+    "RATIO_LEVELS",
+    "REDUCTIONS",
+    "LossMetrics",
+    "cispo_surrogate",
+    "clipped_surrogate",
+    "gmpo_surrogate",
+    "grpo_loss",
+    "log_ratios",
+    "loss_weights",
+    "reinforce_surrogate",
+    "sapo_surrogate",
+]
 
 RATIO_LEVELS = ("token", "sequence", "sequence_token")
-REDUCTIONS = ("sequence", "token", "constant")
+REDUCTIONS = ("sequence", "token", "constant", "sequence_sum", "local_token")
 
 
-@flax.struct.dataclass(kw_only=True)
+@chex.dataclass(frozen=True, mappable_dataclass=False)
 class LossMetrics:
     """What `grpo_loss` saw, per call; `metrics.merge_loss_metrics` joins the slices of a batch.
 
-    Means are over masked-in tokens; a batch without any gives zeros.
+    Means and shares are over masked-in tokens; a batch without any gives zeros.
     """
 
     policy_loss: Array  # [] sum(weights * surrogate)
@@ -31,6 +52,7 @@ class LossMetrics:
     ratio_max: Array  # [] largest importance ratio
     clip_low: Array  # [] share of tokens whose gradient the surrogate cuts at a ratio below 1
     clip_high: Array  # [] the same at a ratio above 1
+    stale: Array  # [] share of tokens in sequences dropped as stale
     num_tokens: Array  # [] masked-in tokens
 
 
@@ -72,130 +94,36 @@ def log_ratios(log_probs: Array, old_log_probs: Array, mask: Array, *, level: st
     raise ValueError(f"level: {level!r}; choose 'token', 'sequence' or 'sequence_token'")
 
 
-def clipped_surrogate(
-    log_ratios: Array,
-    log_probs: Array,
-    advantages: Array,
-    *,
-    clip_range: float = 0.2,
-    clip_range_high: float | None = None,
-    delta: float | None = None,
-    dual_clip: float | None = None,
-) -> Array:
-    """Computes PPO's clipped objective, to be minimised.
-
-    ``-min(rho A, clip(rho, 1 - clip_range, 1 + clip_range_high) A)``: PPO,
-    https://arxiv.org/abs/1707.06347, equation 7; with clip_range_high > clip_range the "clip-higher"
-    of DAPO, https://arxiv.org/abs/2503.14476, equation 10.
-
-    Args:
-        log_ratios: [B,T], log(pi / pi_old).
-        log_probs: [B,T], not used; every surrogate has the same arguments.
-        advantages: [B,1], or anything that broadcasts to [B,T].
-        clip_range: how far below 1 the ratio may fall before the gradient stops; in [0, 1].
-        clip_range_high: how far above 1; None: clip_range.
-        delta: two-sided clipping, upper bound of rho in the first term (acts for A < 0 only); above
-            1 + clip_range_high. INTELLECT-2, https://arxiv.org/abs/2505.07291, section 3.4.
-        dual_clip: c > 1; for A < 0 the loss is at most -c A. https://arxiv.org/abs/1912.09729, equation 5.
-
-    Returns:
-        [B,T] losses. The gradient is exactly zero outside the clip on the side that A favours.
-    """
-    del log_probs
-    ratios = bounded_exp(log_ratios)
-    high = clip_range if clip_range_high is None else clip_range_high
-    clipped = jnp.clip(ratios, 1.0 - clip_range, 1.0 + high)
-    capped = ratios if delta is None else jnp.minimum(ratios, delta)
-    losses = -jnp.minimum(capped * advantages, clipped * advantages)
-    if dual_clip is not None:
-        losses = jnp.where(advantages < 0, jnp.minimum(losses, -dual_clip * advantages), losses)
-    return losses
-
-
-def cispo_surrogate(log_ratios: Array, log_probs: Array, advantages: Array, *, cap: float = 5.0) -> Array:
-    """Computes CISPO's objective, to be minimised: ``-sg(min(rho, cap)) A log pi``.
-
-    https://arxiv.org/abs/2506.13585, equations 4 and 5, without a lower bound as in the paper's runs. The
-    importance weight is capped and constant; no token ever loses its gradient.
-
-    Args:
-        log_ratios: [B,T], log(pi / pi_old); no gradient flows through it.
-        log_probs: [B,T], log pi; the gradient's path.
-        advantages: [B,1], or anything that broadcasts to [B,T].
-        cap: largest importance weight, an absolute ratio (not a distance from 1); above 0.
-
-    Returns:
-        [B,T] losses.
-    """
-    weights = jax.lax.stop_gradient(jnp.minimum(bounded_exp(log_ratios), cap))
-    return -weights * advantages * log_probs
-
-
-def sapo_surrogate(
-    log_ratios: Array, log_probs: Array, advantages: Array, *, tau: float = 1.0, tau_negative: float = 1.05
-) -> Array:
-    """Computes SAPO's softly gated objective, to be minimised: ``-(4/tau) sigmoid(tau (rho - 1)) A``.
-
-    https://arxiv.org/abs/2511.20347, equations 4 to 6. The gradient is that of REINFORCE at ratio 1 and
-    fades smoothly on both sides, faster for negative advantages.
-
-    Args:
-        log_ratios: [B,T], log(pi / pi_old).
-        log_probs: [B,T], not used; every surrogate has the same arguments.
-        advantages: [B,1], or anything that broadcasts to [B,T].
-        tau: sharpness of the gate for A > 0; above 0.
-        tau_negative: the same for A <= 0.
-
-    Returns:
-        [B,T] losses.
-    """
-    del log_probs
-    taus = jnp.where(advantages > 0, tau, tau_negative)
-    return -4.0 / taus * jax.nn.sigmoid(taus * (bounded_exp(log_ratios) - 1.0)) * advantages
-
-
-def reinforce_surrogate(log_ratios: Array, log_probs: Array, advantages: Array) -> Array:
-    """Returns ``-A log pi``, whose gradient is the policy gradient of Williams (1992).
-
-    https://doi.org/10.1007/BF00992696. It knows no ratio: use it with one pass over a fresh rollout.
-
-    Args:
-        log_ratios: [B,T], not used; every surrogate has the same arguments.
-        log_probs: [B,T], log pi.
-        advantages: [B,1], or anything that broadcasts to [B,T].
-
-    Returns:
-        [B,T] losses.
-    """
-    del log_ratios
-    return -advantages * log_probs
-
-
 def loss_weights(
     mask: Array,
     *,
     reduction: str = "sequence",
     max_length: int | None = None,
     num_sequences: int | Array | None = None,
+    num_microbatches: int = 1,
 ) -> Array:
     """Turns a reduction into per-token weights; the loss is ``sum(weights * per_token_loss)``.
 
-        sequence  1 / (B n_i)       mean over sequences of the mean over tokens (GRPO)
-        token     1 / sum_i n_i     mean over all tokens of the batch (DAPO, equation 8)
-        constant  1 / (B max_length)  no length bias (Dr. GRPO, section 3.1)
+        sequence      1 / (B n_i)         mean over sequences of the mean over tokens (GRPO)
+        token         1 / sum_i n_i       mean over all tokens of the batch (DAPO, equation 8)
+        constant      1 / (B max_length)  no length bias (Dr. GRPO, section 3.1)
+        sequence_sum  1 / B               mean over sequences of the sum over tokens (RLOO)
+        local_token   1 / (M sum_(i in slice) n_i)  mean over M micro-batches of their token means: the
+            one reduction that, by definition, depends on how the batch is cut ("bnpo" in TRL)
 
     Args:
         mask: [B,T] bool of the *whole* optimizer batch, never of a micro-batch.
-        reduction: "sequence", "token" or "constant".
+        reduction: one of `REDUCTIONS`.
         max_length: the configured completion limit, only for "constant"; None: T.
         num_sequences: B of the formulas; None: the number of rows. Give it when rows of padding were
             added, which must not count.
+        num_microbatches: M, only for "local_token"; the slices are B / M consecutive rows.
 
     Returns:
         float32 [B,T] (float64 if x64 is on), 0 where masked. A fully masked batch gives all zeros.
 
     Raises:
-        ValueError: unknown reduction.
+        ValueError: unknown reduction, or B rows that do not divide into M slices.
 
     >>> loss_weights(jnp.array([[1, 1], [1, 0]], bool)).tolist()
     [[0.25, 0.25], [0.5, 0.0]]
@@ -204,14 +132,22 @@ def loss_weights(
     mask = jnp.asarray(mask, bool)
     weights = mask.astype(jnp.result_type(float))
     lengths = jnp.sum(weights, axis=-1, keepdims=True)
-    rows = mask.shape[0] if num_sequences is None else num_sequences
+    rows = mask.shape[0] if num_sequences is None else jnp.maximum(num_sequences, 1)
     if reduction == "sequence":
         return weights / jnp.maximum(lengths, 1) / rows
     if reduction == "token":
         return weights / jnp.maximum(jnp.sum(lengths), 1)
     if reduction == "constant":
         return weights / (rows * (mask.shape[1] if max_length is None else max_length))
-    raise ValueError(f"reduction: {reduction!r}; choose 'sequence', 'token' or 'constant'")
+    if reduction == "sequence_sum":
+        return weights / rows
+    if reduction == "local_token":
+        if mask.shape[0] % num_microbatches:
+            raise ValueError(f"{mask.shape[0]} rows do not divide into {num_microbatches} micro-batches")
+        slices = jnp.sum(lengths.reshape(num_microbatches, -1), axis=1)
+        per_row = jnp.repeat(slices, mask.shape[0] // num_microbatches)[:, None]
+        return weights / jnp.maximum(per_row, 1) / num_microbatches
+    raise ValueError(f"reduction: {reduction!r}; choose one of {', '.join(REDUCTIONS)}")
 
 
 def grpo_loss(
@@ -227,10 +163,15 @@ def grpo_loss(
     kl_estimator: Callable[[Array, Array], Array] = kl_k3,
     kl_coef: float | Array = 0.0,
     kl_ratio_corrected: bool = False,
+    kls: Array | None = None,
+    entropies: Array | None = None,
+    entropy_coef: float | Array = 0.0,
+    penalty_weights: Array | None = None,
+    max_staleness: float | Array | None = None,
 ) -> tuple[Array, LossMetrics]:
     """Computes the GRPO loss, https://arxiv.org/abs/2402.03300, equation 3, and its whole family.
 
-    ``sum_it weights_it * (surrogate_it + kl_coef * kl_estimator_it)``
+    ``sum_it weights_it * surrogate_it + penalty_weights_it * (kl_coef * kl_it - entropy_coef * entropy_it)``
 
     Args:
         log_probs: [B,T], of the sampled tokens under the policy being trained; the gradient's path.
@@ -241,13 +182,21 @@ def grpo_loss(
         weights: [B,T], from `loss_weights` over the whole optimizer batch.
         ref_log_probs: [B,T], under the frozen reference; None: no KL term.
         ratio_level: see `log_ratios`.
-        surrogate: ``f(log_ratios [B,T], log_probs [B,T], advantages [B,1]) -> [B,T]``; set its clip
-            keywords with `functools.partial`.
+        surrogate: ``f(log_ratios [B,T], log_probs [B,T], advantages [B,1]) -> [B,T]``, see
+            `grpo_jax.surrogates`; set its clip keywords with `functools.partial`.
         kl_estimator: ``f(log_probs, ref_log_probs) -> [...]``, see `grpo_jax.kl`.
         kl_coef: weight of the KL term, not negative.
         kl_ratio_corrected: multiplies the estimator by the importance ratio (of the ratio level, and
             differentiated). At the token level that is unbiased for the current policy, with the gradient
             of KL(pi || ref).
+        kls: [B,T], exact KL(pi || ref) of every position's distribution (`kl_exact`), with the gradient's
+            path; used instead of the estimator.
+        entropies: [B,T], entropy of every position's distribution, with the gradient's path.
+        entropy_coef: weight of the entropy bonus; needs entropies.
+        penalty_weights: [B,T], weights of the KL term and of the entropy bonus; None: weights.
+        max_staleness: drops the policy term of sequences with a negative advantage whose mean log-prob
+            has fallen by more than this many nats since they were sampled. DeepSeek-V3.2,
+            https://arxiv.org/abs/2512.02556, section 3.1, "off-policy sequence masking". None: off.
 
     Returns:
         (loss [], LossMetrics). On-policy (ratio 1) the value of the policy loss is close to 0 because
@@ -258,37 +207,61 @@ def grpo_loss(
     chex.assert_shape(advantages, (log_probs.shape[0],))
     mask = jnp.asarray(mask, bool)
     log_probs = jnp.where(mask, log_probs, 0)
-    old_log_probs, advantages, weights = jax.lax.stop_gradient((old_log_probs, advantages[:, None], weights))
+    penalty_weights = weights if penalty_weights is None else penalty_weights
+    old_log_probs, advantages, weights, penalty_weights = jax.lax.stop_gradient(
+        (old_log_probs, advantages[:, None], weights, penalty_weights)
+    )
     ratios = log_ratios(log_probs, old_log_probs, mask, level=ratio_level)
-    surrogates = jnp.where(mask, surrogate(ratios, log_probs, advantages), 0)
+    surrogate = with_mask(surrogate, mask)
+    stale = _stale_rows(log_probs, old_log_probs, advantages, mask, max_staleness)
+    surrogates = jnp.where(mask & ~stale, surrogate(ratios, log_probs, advantages), 0)
     policy_loss = jnp.sum(weights * surrogates)
-    loss, kls = policy_loss, jnp.zeros_like(log_probs)
-    if ref_log_probs is not None:
+    loss = policy_loss
+    kls = _kls(kls, log_probs, ref_log_probs, ratios, mask, kl_estimator, kl_ratio_corrected)
+    if kls is not None:
+        loss = loss + kl_coef * jnp.sum(penalty_weights * kls)
+    if entropies is not None:
+        chex.assert_equal_shape([log_probs, entropies])
+        loss = loss - entropy_coef * jnp.sum(penalty_weights * jnp.where(mask, entropies, 0))
+    cut = _cut_tokens(surrogate, ratios, log_probs, advantages)
+    return loss, _loss_metrics(policy_loss, kls, ratios, cut, stale, mask)
+
+
+def _kls(kls, log_probs, ref_log_probs, log_ratios, mask, kl_estimator, kl_ratio_corrected) -> Array | None:
+    """Returns the KL term of every token [B,T], 0 where masked; None without a reference."""
+    if kls is None and ref_log_probs is None:
+        return None
+    if kls is None:
         chex.assert_equal_shape([log_probs, ref_log_probs])
         ref_log_probs = jax.lax.stop_gradient(jnp.where(mask, ref_log_probs, 0))
         kls = kl_estimator(log_probs, ref_log_probs)
-        kls = jnp.where(mask, kls * bounded_exp(ratios) if kl_ratio_corrected else kls, 0)
-        loss = loss + kl_coef * jnp.sum(weights * kls)
-    cut = _cut_tokens(surrogate, ratios, log_probs, advantages)
-    return loss, _loss_metrics(policy_loss, kls, ratios, cut, mask)
+    chex.assert_equal_shape([log_probs, kls])
+    return jnp.where(mask, kls * bounded_exp(log_ratios) if kl_ratio_corrected else kls, 0)
+
+
+def _stale_rows(log_probs, old_log_probs, advantages, mask, max_staleness) -> Array:
+    """Says which rows are dropped: bool [B,1]."""
+    if max_staleness is None:
+        return jnp.zeros((mask.shape[0], 1), bool)
+    fallen = -log_ratios(jax.lax.stop_gradient(log_probs), old_log_probs, mask, level="sequence")
+    return (advantages < 0) & jnp.any(fallen > max_staleness, axis=1, keepdims=True)
 
 
 def _cut_tokens(surrogate, log_ratios, log_probs, advantages) -> Array:
     """Says where the surrogate lets no gradient through although the advantage is not zero: bool [B,T].
 
-    A surrogate acts token by token, so one forward derivative along all ones is every token's own.
-    This needs no knowledge of any surrogate's clip keywords.
+    The derivative of the sum of all losses with respect to each token tells, without knowledge of any
+    surrogate's clip keywords, and also where a surrogate couples the tokens of a row.
     """
-    inputs = jax.lax.stop_gradient((log_ratios, log_probs))
-    _, slopes = jax.jvp(
-        lambda ratios, log_probs: surrogate(ratios, log_probs, advantages),
-        inputs,
-        jax.tree.map(jnp.ones_like, inputs),
-    )
-    return (slopes == 0) & (advantages != 0)
+
+    def total(inputs):
+        return jnp.sum(surrogate(*inputs, advantages))
+
+    by_ratio, by_log_prob = jax.grad(total)(jax.lax.stop_gradient((log_ratios, log_probs)))
+    return (by_ratio + by_log_prob == 0) & (advantages != 0)
 
 
-def _loss_metrics(policy_loss, kls, log_ratios, cut, mask) -> LossMetrics:
+def _loss_metrics(policy_loss, kls, log_ratios, cut, stale, mask) -> LossMetrics:
     num_tokens = jnp.sum(mask)
 
     def mean(values):
@@ -297,11 +270,12 @@ def _loss_metrics(policy_loss, kls, log_ratios, cut, mask) -> LossMetrics:
     ratios = bounded_exp(log_ratios)
     metrics = LossMetrics(
         policy_loss=policy_loss,
-        kl=mean(kls),
+        kl=mean(jnp.zeros_like(ratios) if kls is None else kls),
         ratio_mean=mean(ratios),
         ratio_max=jnp.max(jnp.where(mask, ratios, 0)),
         clip_low=mean(cut & (ratios < 1)),
         clip_high=mean(cut & (ratios > 1)),
+        stale=mean(jnp.broadcast_to(stale, mask.shape)),
         num_tokens=num_tokens,
     )
     return jax.lax.stop_gradient(metrics)

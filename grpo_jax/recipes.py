@@ -3,59 +3,113 @@
 A recipe is to `grpo_loss` what `optax.adam` is to its chain: a record of choices with a citation.
 """
 
+import dataclasses
 import functools
-import inspect
 from collections.abc import Callable
+from typing import Any
 
-import flax.struct
+import jax
+from jax import Array
 
-from grpo_jax.advantages import SCALES, group_advantages
-from grpo_jax.kl import KL_ESTIMATORS, kl_k3
-from grpo_jax.losses import (
-    RATIO_LEVELS,
-    REDUCTIONS,
-    LossMetrics,
+from grpo_jax.advantages import ADVANTAGES, AGGREGATIONS, MISSING, group_advantages
+from grpo_jax.kl import KL_ESTIMATORS, kl_exact, kl_k1, kl_k3
+from grpo_jax.losses import RATIO_LEVELS, REDUCTIONS, LossMetrics, grpo_loss, loss_weights
+from grpo_jax.surrogates import (
+    SURROGATES,
     cispo_surrogate,
+    clip_keywords,
     clipped_surrogate,
-    grpo_loss,
-    loss_weights,
+    gmpo_surrogate,
     reinforce_surrogate,
     sapo_surrogate,
 )
-from grpo_jax.types import Array
+
+# `ratio_k1` and `ratio_k3` are k1 and k3 times the importance ratio, see `grpo_loss`; `exact` is `kl_exact`.
+KL_NAMES = (*KL_ESTIMATORS, "ratio_k1", "ratio_k3", "exact")
+KL_PLACEMENTS = ("loss", "reward")
 
 
-def _static(**kwargs):
-    return flax.struct.field(pytree_node=False, **kwargs)
+_NUMBERS = ("clip", "kl_coef", "entropy_coef", "top_entropy", "max_staleness", "importance_cap")
 
 
-@flax.struct.dataclass(kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One objective. Functions and names are static; `clip` and `kl_coef` are numbers and may change
+    """One objective. Functions and names are static; numbers are leaves of the pytree and may change
     between calls of a jitted function without compiling it again.
     """
 
-    name: str = _static()
-    paper: str = _static()
-    advantage_scale: str = _static(default="std")  # see group_advantages
-    ratio_level: str = _static(default="token")  # see log_ratios
-    surrogate: Callable[..., Array] = _static(default=clipped_surrogate)
-    clip: dict[str, float] = flax.struct.field(default_factory=dict)  # keywords of the surrogate
-    kl_estimator: Callable[[Array, Array], Array] = _static(default=kl_k3)
-    kl_ratio_corrected: bool = _static(default=False)  # see grpo_loss
-    kl_coef: float = 0.0
-    reduction: str = _static(default="sequence")  # see loss_weights
+    name: str
+    paper: str
+    # the five axes
+    advantage: Callable[..., Array] = group_advantages  # one of ADVANTAGES
+    ratio_level: str = "token"  # see log_ratios
+    surrogate: Callable[..., Array] = clipped_surrogate  # one of SURROGATES
+    clip: dict[str, float] = dataclasses.field(default_factory=dict)  # keywords of the surrogate
+    kl_estimator: Callable[[Array, Array], Array] = kl_k3  # of log-probs; or kl_exact, of logits
+    kl_ratio_corrected: bool = False  # see grpo_loss
+    kl_placement: str = "loss"  # or "reward": minus kl_coef times kl_penalty, and no KL term in the loss
+    kl_coef: float | Array = 0.0
+    reduction: str = "sequence"  # see loss_weights
+    # around them
+    aggregation: str = "sum_then_normalize"  # of several rewards: one of AGGREGATIONS
+    missing: str = "skip"  # see reward_weights
+    kl_on_dead_groups: bool = True  # whether groups without a signal feel the KL term
+    entropy_coef: float | None = None  # weight of the entropy bonus
+    top_entropy: float | None = None  # share of the tokens that train, see top_entropy_mask
+    max_staleness: float | None = None  # see grpo_loss
+    importance_cap: float | None = None  # see importance_weights
+    mask_truncated: bool = False  # completions cut off at the limit do not train
+    overlong_share: float = 0.0  # of the limit: the buffer of overlong_penalty; 0: off
+    overlong_buffer: int | None = None  # the same in tokens, 0: off; None: overlong_share decides
+    dynamic_sampling: bool = False  # only groups with a signal train, see grpo_jax.actor
+
+    def replace(self, **changes: Any) -> "Recipe":
+        """Returns a copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def exact_kl(self) -> bool:
+        """Whether the KL term needs the reference's whole distributions and not only its log-probs."""
+        return self.kl_estimator is kl_exact
+
+    def overlong_tokens(self, max_length: int) -> int:
+        """Returns the buffer of `overlong_penalty` for a completion limit in tokens; 0: no penalty."""
+        if self.overlong_buffer is not None:
+            return self.overlong_buffer
+        return min(max(1, round(self.overlong_share * max_length)), max_length) if self.overlong_share else 0
 
     def advantages(self, rewards: Array, *, valid: Array | None = None) -> Array:
         """Computes the advantages [N,G] of rewards [N,G]."""
-        return group_advantages(rewards, valid=valid, scale=self.advantage_scale)
+        return self.advantage(rewards, valid=valid)
 
-    def weights(self, mask: Array, *, max_length: int) -> Array:
+    def weights(
+        self, mask: Array, *, max_length: int, num_microbatches: int = 1, num_sequences=None
+    ) -> Array:
         """Computes the weights [B,T] of the whole optimizer batch's mask [B,T]."""
-        return loss_weights(mask, reduction=self.reduction, max_length=max_length)
+        return loss_weights(
+            mask,
+            reduction=self.reduction,
+            max_length=max_length,
+            num_microbatches=num_microbatches,
+            num_sequences=num_sequences,
+        )
 
-    def loss(self, log_probs, old_log_probs, advantages, mask, weights, ref_log_probs=None):
+    def loss(
+        self,
+        log_probs: Array,
+        old_log_probs: Array,
+        advantages: Array,
+        mask: Array,
+        weights: Array,
+        ref_log_probs: Array | None = None,
+        *,
+        penalty_weights: Array | None = None,
+        kls: Array | None = None,
+        entropies: Array | None = None,
+    ) -> tuple[Array, LossMetrics]:
         """Computes `grpo_loss` with this recipe's choices: (loss [], LossMetrics)."""
+        if self.exact_kl and kls is None and ref_log_probs is not None:
+            raise ValueError("an exact KL needs kls [B,T], from `grpo_jax.log_probs.token_kls`")
         return grpo_loss(
             log_probs,
             old_log_probs,
@@ -66,10 +120,21 @@ class Recipe:
             ratio_level=self.ratio_level,
             surrogate=functools.partial(self.surrogate, **self.clip),
             kl_estimator=self.kl_estimator,
-            kl_coef=self.kl_coef,
+            kl_coef=self.kl_coef if self.kl_placement == "loss" else 0.0,
             kl_ratio_corrected=self.kl_ratio_corrected,
+            kls=kls,
+            entropies=None if self.entropy_coef is None else entropies,
+            entropy_coef=0.0 if self.entropy_coef is None else self.entropy_coef,
+            penalty_weights=penalty_weights,
+            max_staleness=self.max_staleness,
         )
 
+
+jax.tree_util.register_dataclass(
+    Recipe,
+    data_fields=_NUMBERS,
+    meta_fields=[field.name for field in dataclasses.fields(Recipe) if field.name not in _NUMBERS],
+)
 
 grpo = Recipe(
     name="grpo",
@@ -81,18 +146,27 @@ grpo = Recipe(
 dr_grpo = Recipe(
     name="dr_grpo",
     paper="Liu et al. 2025, https://arxiv.org/abs/2503.20783, section 3.1: no std, no length in the weights",
-    advantage_scale="none",
+    advantage=ADVANTAGES["none"],
     clip={"clip_range": 0.2},
     reduction="constant",
 )
 
-# The loss half of DAPO: clip-higher and token-level weights. Dynamic sampling and overlong reward
-# shaping belong to the actor.
 dapo = Recipe(
     name="dapo",
-    paper="Yu et al. 2025, https://arxiv.org/abs/2503.14476, equations 8 to 10",
+    paper="Yu et al. 2025, https://arxiv.org/abs/2503.14476, equations 8 to 13",
     clip={"clip_range": 0.2, "clip_range_high": 0.28},
     reduction="token",
+    overlong_share=0.2,  # section 4.1: 4,096 of 20,480 tokens
+    dynamic_sampling=True,
+)
+
+# Not the "Beta normalization" of arXiv 2506.02864: TRL gives this name to a mean over the tokens of each
+# micro-batch. The only recipe that depends on num_microbatches, by definition.
+bnpo = Recipe(
+    name="bnpo",
+    paper='loss_type="bnpo" of TRL, https://huggingface.co/docs/trl/grpo_trainer',
+    clip={"clip_range": 0.2},
+    reduction="local_token",
 )
 
 _GSPO_CLIP = {"clip_range": 3e-4, "clip_range_high": 4e-4}  # section 5.1; sequence ratios stay close to 1
@@ -126,73 +200,107 @@ sapo = Recipe(
     clip={"tau": 1.0, "tau_negative": 1.05},
 )
 
+gmpo = Recipe(
+    name="gmpo",
+    paper="Zhao et al. 2025, https://arxiv.org/abs/2507.20673, equation 4",
+    surrogate=gmpo_surrogate,
+    clip={"log_clip_range": 0.4},
+)
+
+# One action per completion: the log-prob of the whole sequence, and the KL in its reward.
+rloo = Recipe(
+    name="rloo",
+    paper="Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740, section 3.2",
+    advantage=ADVANTAGES["leave_one_out"],
+    ratio_level="sequence",
+    surrogate=reinforce_surrogate,
+    kl_estimator=kl_k1,
+    kl_placement="reward",
+    kl_coef=0.03,
+    reduction="sequence_sum",
+)
+
 # The check without any of it: centred rewards, the plain policy gradient. One pass per rollout.
 reinforce = Recipe(
     name="reinforce",
     paper="Williams 1992, https://doi.org/10.1007/BF00992696, with the group's mean as baseline",
-    advantage_scale="none",
+    advantage=ADVANTAGES["none"],
     surrogate=reinforce_surrogate,
     reduction="token",
 )
 
-RECIPES = {recipe.name: recipe for recipe in (grpo, dr_grpo, dapo, gspo, gspo_token, cispo, sapo, reinforce)}
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (grpo, dr_grpo, dapo, bnpo, gspo, gspo_token, cispo, sapo, gmpo, rloo, reinforce)
+}
 
-# `ratio_k1` and `ratio_k3` are k1 and k3 times the importance ratio, see `grpo_loss`.
-KL_NAMES = (*KL_ESTIMATORS, "ratio_k1", "ratio_k3")
+# name of a choice -> what it may be called
+_CHOICES = {
+    "advantage": tuple(ADVANTAGES),
+    "ratio_level": RATIO_LEVELS,
+    "surrogate": tuple(SURROGATES),
+    "kl_estimator": KL_NAMES,
+    "kl_placement": KL_PLACEMENTS,
+    "reduction": REDUCTIONS,
+    "aggregation": AGGREGATIONS,
+    "missing": MISSING,
+}
 
 
-def make_recipe(
-    name: str,
-    *,
-    kl_coef: float | None = None,
-    kl_estimator: str | None = None,
-    ratio_level: str | None = None,
-    reduction: str | None = None,
-    advantage_scale: str | None = None,
-    **clip: float | None,
-) -> Recipe:
+def make_recipe(name: str, **choices: Any) -> Recipe:
     """Returns the named recipe with some of its choices replaced. None keeps the recipe's own.
 
     Args:
         name: a key of `RECIPES`.
-        kl_coef: weight of the KL term.
-        kl_estimator: one of `KL_NAMES`.
-        ratio_level: see `log_ratios`.
-        reduction: see `loss_weights`.
-        advantage_scale: see `group_advantages`.
-        **clip: keywords of the recipe's surrogate, such as `clip_range`. Giving `clip_range` alone
-            makes the clip symmetric, whatever the recipe's own upper bound is.
+        **choices: fields of `Recipe`, where those that are functions go by their names (`ADVANTAGES`,
+            `SURROGATES`, `KL_NAMES`); and keywords of the surrogate, such as `clip_range`. Giving that
+            alone makes the clip symmetric, whatever the recipe's own upper bound is. Another surrogate than
+            the recipe's starts from its own defaults.
 
     Raises:
-        ValueError: unknown recipe or name of a choice, or a clip keyword that the surrogate does not have.
+        ValueError: unknown recipe or name of a choice, a clip keyword that the surrogate does not have, or
+            choices that contradict each other.
+
+    >>> make_recipe("grpo", clip_range_high=0.28, kl_coef=0.0).clip
+    {'clip_range': 0.2, 'clip_range_high': 0.28}
     """
     if name not in RECIPES:
         raise ValueError(f"recipe: {name!r}; choose one of {', '.join(RECIPES)}")
-    for key, value, choices in (
-        ("kl_estimator", kl_estimator, KL_NAMES),
-        ("ratio_level", ratio_level, RATIO_LEVELS),
-        ("reduction", reduction, REDUCTIONS),
-        ("advantage_scale", advantage_scale, SCALES),
-    ):
-        if value is not None and value not in choices:
-            raise ValueError(f"{key}: {value!r}; choose one of {', '.join(choices)}")
+    choices = {key: value for key, value in choices.items() if value is not None}
+    for key, known in _CHOICES.items():
+        if key in choices and choices[key] not in known:
+            raise ValueError(f"{key}: {choices[key]!r}; choose one of {', '.join(known)}")
     recipe = RECIPES[name]
-    clip = {key: value for key, value in clip.items() if value is not None}
-    keywords = inspect.signature(recipe.surrogate).parameters
-    for key in clip:
-        if key not in keywords or keywords[key].kind is not inspect.Parameter.KEYWORD_ONLY:
-            raise ValueError(f"{key} means nothing to {recipe.surrogate.__name__}, the surrogate of {name!r}")
-    base = {} if "clip_range" in clip else recipe.clip
-    changes = {
-        "kl_coef": kl_coef,
-        "kl_estimator": kl_estimator and KL_ESTIMATORS[kl_estimator.removeprefix("ratio_")],
-        "kl_ratio_corrected": kl_estimator and kl_estimator.startswith("ratio_"),
-        "ratio_level": ratio_level,
-        "reduction": reduction,
-        "advantage_scale": advantage_scale,
-    }
-    changes = {key: value for key, value in changes.items() if value is not None}
-    return recipe.replace(clip={**base, **clip}, **changes)
+    if "surrogate" in choices:
+        surrogate = SURROGATES[choices.pop("surrogate")]
+        recipe = recipe.replace(
+            surrogate=surrogate, clip=recipe.clip if surrogate is recipe.surrogate else {}
+        )
+    if "advantage" in choices:
+        choices["advantage"] = ADVANTAGES[choices["advantage"]]
+    if "kl_estimator" in choices:
+        kl_name = choices.pop("kl_estimator")
+        choices["kl_ratio_corrected"] = kl_name.startswith("ratio_")
+        choices["kl_estimator"] = {**KL_ESTIMATORS, "exact": kl_exact}[kl_name.removeprefix("ratio_")]
+    fields = {field.name for field in dataclasses.fields(Recipe)} - {"name", "paper", "clip"}
+    recipe = recipe.replace(
+        clip=_clip(recipe, {key: value for key, value in choices.items() if key not in fields}),
+        **{key: value for key, value in choices.items() if key in fields},
+    )
+    if recipe.kl_placement == "reward" and recipe.kl_estimator is not kl_k1:
+        raise ValueError("kl_placement: 'reward' adds up k1, so kl_estimator must be 'k1' with it")
+    return recipe
 
 
-__all__ = ["KL_NAMES", "RECIPES", "LossMetrics", "Recipe", "make_recipe", *RECIPES]
+def _clip(recipe: Recipe, given: dict[str, float]) -> dict[str, float]:
+    """Returns the surrogate's keywords: the recipe's own, replaced by those given."""
+    for key in given:
+        if key not in clip_keywords(recipe.surrogate):
+            raise ValueError(
+                f"{key} means nothing to {recipe.surrogate.__name__}, the surrogate of {recipe.name!r}"
+            )
+    symmetric = {"clip_range", "log_clip_range"} & set(given)
+    return {**({} if symmetric else recipe.clip), **given}
+
+
+__all__ = ["KL_NAMES", "KL_PLACEMENTS", "RECIPES", "Recipe", "make_recipe", *RECIPES]

@@ -63,13 +63,13 @@ def test_parts_of_the_main_task(tmp_path, model):
 def test_algorithm_settings_reach_the_recipe(tmp_path, model):
     changes = {
         "name": "dapo", "kl_coef": 0.3, "kl_estimator": "k1", "clip_range": 0.1, "clip_range_high": 0.4,
-        "ratio_level": "sequence", "reduction": "constant", "advantage_scale": "batch",
+        "ratio_level": "sequence", "reduction": "constant", "advantage": "batch",
     }  # fmt: skip
     config = small_run.config(tmp_path, **{f"algorithm__{k}": v for k, v in changes.items()})
     recipe = build(config, model=model).recipe
     assert (recipe.name, recipe.kl_coef, recipe.kl_estimator.__name__) == ("dapo", 0.3, "kl_k1")
     assert recipe.clip == {"clip_range": 0.1, "clip_range_high": 0.4}
-    assert (recipe.ratio_level, recipe.reduction, recipe.advantage_scale) == ("sequence", "constant", "batch")
+    assert (recipe.ratio_level, recipe.reduction, recipe.advantage) == ("sequence", "constant", "batch")
 
 
 def test_settings_reach_the_optimizer(tmp_path, model):
