@@ -1,7 +1,7 @@
 """The actor: prompts -> rollout -> rewards -> Experience. The boundary between device and host."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,17 @@ import numpy as np
 
 from grpo_jax.data import Example
 from grpo_jax.decoding import generate
+from grpo_jax.experience import has_signal, make_experience, shaped_rewards
+from grpo_jax.groups import Groups, fill_batch, join_groups, take_groups, widen_prompts
 from grpo_jax.log_probs import completion_log_probs
 from grpo_jax.metrics import reward_metrics, rollout_metrics
 from grpo_jax.models import Model, decode, encode, pad_prompts
 from grpo_jax.recipes import Recipe
-from grpo_jax.rewards import Reward, combine, score
-from grpo_jax.types import Array, Experience, Params, Rollout
+from grpo_jax.rewards import Reward, reward_means, score
+from grpo_jax.types import Array, Experience, Judged, Params, Rollout
+
+# round -> (examples of its N prompts, key of its noise); rounds are counted from 0 within a rollout
+Draw = Callable[[int], tuple[Sequence[Example], Array]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +36,9 @@ class Actor:
         prompt_length: S of every Experience; no prompt may be longer.
         max_new_tokens: T.
         sampling: temperature, top_k, top_p, min_p of `generate`.
-        num_microbatches: slices of the batch in scoring.
+        num_microbatches: slices of each optimizer batch in scoring.
+        num_minibatches: optimizer batches that one rollout is cut into.
+        max_rounds: rounds of sampling at most, for a recipe with dynamic sampling; others make one.
     """
 
     model: Model
@@ -42,6 +49,8 @@ class Actor:
     max_new_tokens: int
     sampling: Mapping[str, float]
     num_microbatches: int = 1
+    num_minibatches: int = 1
+    max_rounds: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +59,10 @@ class Collected:
 
     experience: Experience
     metrics: dict[str, float]
-    samples: list[dict[str, Any]]  # B rows: prompt, completion, reward, advantage, rewards/<name>
+    samples: list[dict[str, Any]]  # one per row: prompt, completion, reward, advantage, rewards/<name>
+    num_tokens: int  # prompt and completion tokens of everything sampled
+    num_rounds: int  # rounds of prompts drawn
+    leftovers: Groups | None = None  # informative groups that found no room
 
 
 def bucket_length(length: int, limit: int) -> int:
@@ -65,9 +77,7 @@ def bucket_length(length: int, limit: int) -> int:
     return min(size, limit)
 
 
-def judge(
-    rewards: Sequence[Reward], examples: Sequence[Example], texts: Sequence[str]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def judge(rewards: Sequence[Reward], examples: Sequence[Example], texts: Sequence[str]) -> np.ndarray:
     """Scores completions with every reward function.
 
     Args:
@@ -76,63 +86,155 @@ def judge(
         texts: B completions.
 
     Returns:
-        (scores [B,R] with NaN for missing, rewards [B] weighted sums, valid [B] bool).
+        [B,R] float32, NaN for missing.
 
     Raises:
         RewardError: a reward function failed, named with its row.
     """
     columns = {name: [example.columns[name] for example in examples] for name in examples[0].columns}
-    scores = score(rewards, [example.prompt for example in examples], texts, columns)
-    return scores, *combine(scores, [reward.weight for reward in rewards])
+    return score(rewards, [example.prompt for example in examples], texts, columns)
 
 
 def collect(
-    actor: Actor, params: Params, ref_params: Params | None, examples: Sequence[Example], key: Array
+    actor: Actor, params: Params, ref_params: Params | None, draw: Draw, leftovers: Groups | None = None
 ) -> Collected:
     """Samples completions of N prompts, scores and rewards them.
+
+    With dynamic sampling only groups with a signal train: further rounds are drawn until there are enough of
+    them or max_rounds is reached; groups too many are returned for the next rollout.
 
     Args:
         actor: what stays the same.
         params: of the policy that samples.
-        ref_params: of the frozen reference; None: no KL term.
-        examples: N prompts with their columns.
-        key: of this step; see `generate`.
+        ref_params: of the reference, for a KL estimate; None: no KL term, or an exact one.
+        draw: what each round samples.
+        leftovers: of the rollout before.
 
     Raises:
         RewardError: a reward function failed.
         ValueError: a prompt is longer than actor.prompt_length.
     """
+    rounds: list[_Round] = []
+    if not actor.recipe.dynamic_sampling:
+        rounds.append(_sample_round(actor, params, ref_params, *draw(0)))
+        batch, num_live, leftovers = rounds[0].groups, None, None
+    else:
+        batch, num_live, leftovers = _informative_batch(actor, params, ref_params, draw, leftovers, rounds)
+        if leftovers is not None:  # one shape, whatever the length bucket of the round
+            judged = widen_prompts(leftovers.judged, actor.prompt_length)
+            leftovers = Groups(judged=judged, samples=leftovers.samples)
+    started = time.perf_counter()
+    experience = make_experience(
+        batch.judged,
+        actor.recipe,
+        reward_weights=[reward.weight for reward in actor.rewards],
+        group_size=actor.group_size,
+        prompt_length=actor.prompt_length,
+        max_length=actor.max_new_tokens,
+        num_live=num_live,
+        num_minibatches=actor.num_minibatches,
+        num_microbatches=actor.num_microbatches,
+    )
+    everything = join_groups([one.groups for one in rounds]).judged
+    measured = {**_measure(actor, everything), **reward_means(actor.rewards, np.asarray(everything.scores))}
+    jax.block_until_ready(experience)
+    times = {name: sum(one.times[name] for one in rounds) for name in rounds[0].times}
+    times["time/score"] += time.perf_counter() - started
+    if num_live is not None:
+        kept = len(leftovers.samples) // actor.group_size if leftovers else 0
+        measured |= {
+            "dynamic_sampling/rounds": len(rounds),
+            "dynamic_sampling/missing_groups": len(batch.samples) // actor.group_size - num_live,
+            "dynamic_sampling/leftover_groups": kept,
+        }
+    advantages = np.asarray(experience.advantages)
+    return Collected(
+        experience=experience,
+        metrics={name: float(value) for name, value in {**measured, **times}.items()},
+        samples=[
+            {**sample, "advantage": float(value)}
+            for sample, value in zip(batch.samples, advantages, strict=True)
+        ],
+        num_tokens=int(everything.rollout.prompt_mask.sum() + everything.rollout.mask.sum()),
+        num_rounds=len(rounds),
+        leftovers=leftovers,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Round:
+    groups: Groups
+    times: dict[str, float]
+
+
+def _informative_batch(actor, params, ref_params, draw, leftovers, rounds: list[_Round]):
+    """Samples round after round, appended to `rounds`; returns what `fill_batch` does."""
+    informative, dead, found, count = leftovers, None, 0, None
+    if leftovers is not None:
+        found = len(leftovers.samples) // actor.group_size
+    while len(rounds) < actor.max_rounds and (count is None or found < count):
+        one = _sample_round(actor, params, ref_params, *draw(len(rounds)))
+        rounds.append(one)
+        signal = has_signal(one.groups.judged, actor.recipe, group_size=actor.group_size, **_settings(actor))
+        count = len(signal)
+        if signal.any():
+            alive = take_groups(one.groups, np.flatnonzero(signal), actor.group_size)
+            informative = alive if informative is None else join_groups([informative, alive])
+        if not signal.all():
+            dead = take_groups(one.groups, np.flatnonzero(~signal), actor.group_size)
+        found += int(signal.sum())
+    return fill_batch(informative, dead, count=count, group_size=actor.group_size)
+
+
+def _settings(actor: Actor) -> dict[str, Any]:
+    return {
+        "reward_weights": [reward.weight for reward in actor.rewards],
+        "max_length": actor.max_new_tokens,
+    }
+
+
+def _sample_round(actor, params, ref_params, examples: Sequence[Example], key: Array) -> _Round:
     started = time.perf_counter()
     rollout = _rollout(actor, params, examples, key)
     texts = decode(actor.model, np.asarray(rollout.tokens), np.asarray(rollout.mask))
     generated = time.perf_counter()
 
     # Dispatched, not awaited: the device scores while the host rewards.
-    old_log_probs, ref_log_probs = _score(actor, params, ref_params, rollout)
+    old_log_probs, entropies = _score(actor, params, rollout)
+    ref_log_probs = None if ref_params is None else _score(actor, ref_params, rollout)[0]
     repeated = [example for example in examples for _ in range(actor.group_size)]
-    scores, rewards, valid = judge(actor.rewards, repeated, texts)
+    scores = judge(actor.rewards, repeated, texts)
     rewarded = time.perf_counter()
-
-    groups = (len(examples), actor.group_size)
-    advantages = actor.recipe.advantages(rewards.reshape(groups), valid=valid.reshape(groups)).reshape(-1)
-    measured = {
-        **reward_metrics(rewards.reshape(groups), valid.reshape(groups)),
-        **rollout_metrics(rollout, old_log_probs),
-    }
-    experience = _experience(actor, rollout, advantages, old_log_probs, ref_log_probs)
-    jax.block_until_ready((experience, measured))
-    metrics = {
-        **{name: float(value) for name, value in measured.items()},
-        **_each_reward(actor.rewards, scores),
+    judged = Judged(
+        rollout=rollout,
+        old_log_probs=old_log_probs,
+        entropies=entropies,
+        ref_log_probs=ref_log_probs,
+        scores=scores,
+    )
+    totals, valid = shaped_rewards(judged, actor.recipe, **_settings(actor))
+    samples = _samples(actor.rewards, repeated, texts, scores, totals, valid)
+    jax.block_until_ready(judged)
+    times = {
         "time/generate": generated - started,
         "time/reward": rewarded - generated,
         "time/score": time.perf_counter() - rewarded,
     }
-    return Collected(
-        experience=experience,
-        metrics=metrics,
-        samples=_samples(actor.rewards, repeated, texts, scores, rewards, valid, np.asarray(advantages)),
-    )
+    return _Round(groups=Groups(judged=judged, samples=samples), times=times)
+
+
+def _measure(actor: Actor, judged: Judged) -> dict[str, Any]:
+    """Computes the metrics of everything that was sampled."""
+    rewards, valid = shaped_rewards(judged, actor.recipe, **_settings(actor))
+    groups = (-1, actor.group_size)
+    measured = {
+        **reward_metrics(rewards.reshape(groups), valid.reshape(groups)),
+        **rollout_metrics(judged.rollout, judged.old_log_probs),
+    }
+    if actor.recipe.aggregation != "sum_then_normalize":
+        signal = has_signal(judged, actor.recipe, group_size=actor.group_size, **_settings(actor))
+        measured["frac_reward_zero_std"] = 1.0 - signal.mean()
+    return measured
 
 
 def _rollout(actor: Actor, params: Params, examples: Sequence[Example], key: Array) -> Rollout:
@@ -154,47 +256,18 @@ def _rollout(actor: Actor, params: Params, examples: Sequence[Example], key: Arr
     return jax.block_until_ready(rollout)
 
 
-def _score(actor: Actor, params: Params, ref_params: Params | None, rollout: Rollout):
-    """Returns (old_log_probs [B,T], ref_log_probs [B,T] | None)."""
-
-    def log_probs(params):
-        return completion_log_probs(
-            actor.model.policy,
-            params,
-            rollout,
-            temperature=actor.sampling["temperature"],
-            num_microbatches=actor.num_microbatches,
-        )[0]
-
-    return log_probs(params), None if ref_params is None else log_probs(ref_params)
-
-
-def _experience(actor: Actor, rollout: Rollout, advantages, old_log_probs, ref_log_probs) -> Experience:
-    # Generation runs in length buckets; the learner compiles once, for the longest prompt of the run.
-    padding = ((0, 0), (actor.prompt_length - rollout.prompt_tokens.shape[1], 0))
-    return Experience(
-        prompt_tokens=jnp.pad(rollout.prompt_tokens, padding),
-        prompt_mask=jnp.pad(rollout.prompt_mask, padding),
-        tokens=rollout.tokens,
-        mask=rollout.mask,
-        advantages=advantages,
-        weights=actor.recipe.weights(rollout.mask, max_length=actor.max_new_tokens),
-        old_log_probs=old_log_probs,
-        ref_log_probs=ref_log_probs,
+def _score(actor: Actor, params: Params, rollout: Rollout) -> tuple[Array, Array]:
+    """Returns (log_probs [B,T], entropies [B,T])."""
+    return completion_log_probs(
+        actor.model.policy,
+        params,
+        rollout,
+        temperature=actor.sampling["temperature"],
+        num_microbatches=actor.num_microbatches * actor.num_minibatches,
     )
 
 
-def _each_reward(rewards: Sequence[Reward], scores: np.ndarray) -> dict[str, float]:
-    """Returns rewards/<name>/mean and /std over the values each function gave (0 if it gave none)."""
-    metrics = {}
-    for reward, column in zip(rewards, scores.astype(np.float64).T, strict=True):
-        values = column[~np.isnan(column)]
-        metrics[f"rewards/{reward.name}/mean"] = float(values.mean()) if values.size else 0.0
-        metrics[f"rewards/{reward.name}/std"] = float(values.std(ddof=1)) if values.size > 1 else 0.0
-    return metrics
-
-
-def _samples(rewards, examples, texts, scores, totals, valid, advantages) -> list[dict[str, Any]]:
+def _samples(rewards, examples, texts, scores, totals, valid) -> list[dict[str, Any]]:
     def number(value: float) -> float | None:
         return None if np.isnan(value) else float(value)
 
@@ -203,10 +276,7 @@ def _samples(rewards, examples, texts, scores, totals, valid, advantages) -> lis
             "prompt": example.prompt,
             "completion": text,
             "reward": float(total) if ok else None,
-            "advantage": float(advantage),
             **{f"rewards/{reward.name}": number(value) for reward, value in zip(rewards, row, strict=True)},
         }
-        for example, text, row, total, ok, advantage in zip(
-            examples, texts, scores, totals, valid, advantages, strict=True
-        )
+        for example, text, row, total, ok in zip(examples, texts, scores, totals, valid, strict=True)
     ]

@@ -19,8 +19,9 @@ from grpo_jax.cli import enable_compilation_cache, parse_record, run_command
 from grpo_jax.config import Config
 from grpo_jax.data import Example
 from grpo_jax.decoding import generate
+from grpo_jax.experience import combine
 from grpo_jax.models import Model, decode, encode, pad_prompts
-from grpo_jax.rewards import Reward
+from grpo_jax.rewards import Reward, reward_means
 from grpo_jax.runs import Parts, build, load_model_or_run, read_config
 from grpo_jax.types import Params
 
@@ -168,25 +169,22 @@ def evaluate(
     }
     greedy = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     texts, _, _ = sample_texts(model, params, examples, group_size=1, sampling=greedy, **settings)
-    greedy_scores, _, _ = judge(rewards, examples, texts)
+    greedy_scores = judge(rewards, examples, texts)
 
     texts, lengths, finished = sample_texts(
         model, params, examples, group_size=num_samples, sampling=sampling, **settings
     )
     repeated = [example for example in examples for _ in range(num_samples)]
-    scores, totals, valid = judge(rewards, repeated, texts)
+    scores = judge(rewards, repeated, texts)
+    totals, valid = combine(scores, [reward.weight for reward in rewards])
     correct = (np.nan_to_num(scores[:, 0], nan=0.0) >= 1).reshape(len(examples), num_samples)
-    each = {
-        f"eval/rewards/{reward.name}/mean": float(column[~np.isnan(column)].mean())
-        for reward, column in zip(rewards, scores.astype(np.float64).T, strict=True)
-        if not np.isnan(column).all()
-    }
+    means = reward_means(rewards, scores).items()
     return {
         "eval/greedy_accuracy": float(np.mean(np.nan_to_num(greedy_scores[:, 0], nan=0.0) >= 1)),
         f"eval/mean@{num_samples}": float(correct.mean()),
         f"eval/pass@{num_samples}": pass_at_k(correct, num_samples),
         "eval/reward": float(totals[valid].mean()) if valid.any() else 0.0,
-        **each,
+        **{f"eval/{name}": value for name, value in means if name.endswith("/mean")},
         "eval/mean_length": float(lengths.mean()),
         "eval/clipped_ratio": float(1.0 - finished.mean()),
     }

@@ -81,7 +81,7 @@ def kl_exact(logits: Array, ref_logits: Array) -> Array:
     """Returns ``sum_v pi_v (log pi_v - log ref_v)`` of two distributions, with its exact gradient.
 
     No estimator and no sample. It needs the logits of both policies, so call it on a chunk of positions at a
-    time: `grpo_jax.log_probs.token_kls` does, and [B,L,V] never exists.
+    time: `grpo_jax.log_probs.token_log_probs_and_kls` does, and [B,L,V] never exists.
 
     Args:
         logits: [..., V], of pi. They need not be normalised; -inf means probability 0.

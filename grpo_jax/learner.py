@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
-from grpo_jax.log_probs import CHUNK_SIZE, completion_hidden, split_rows, token_log_probs
+from grpo_jax.log_probs import (
+    CHUNK_SIZE,
+    completion_hidden,
+    split_rows,
+    token_log_probs,
+    token_log_probs_and_kls,
+)
 from grpo_jax.losses import LossMetrics
 from grpo_jax.metrics import Metrics, loss_metrics_dict, merge_loss_metrics, token_mean
 from grpo_jax.recipes import Recipe
@@ -23,8 +29,9 @@ class TrainState(train_state.TrainState):
     """
 
     policy: Policy
-    skipped: Array  # [] int32, updates skipped since the start
+    skipped: Array  # [] int32, updates skipped since the start because something was not finite
     skipped_in_a_row: Array  # [] int32, since the last good one
+    idle: Array  # [] int32, updates without any gradient since the start: nothing moved
 
 
 def init_train_state(policy: Policy, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
@@ -56,36 +63,53 @@ def init_train_state(policy: Policy, params: Params, optimizer: optax.GradientTr
         policy=policy,
         skipped=jnp.zeros((), jnp.int32),
         skipped_in_a_row=jnp.zeros((), jnp.int32),
+        idle=jnp.zeros((), jnp.int32),
     )
 
 
 def experience_loss(
-    params: Params, policy: Policy, experience: Experience, *, recipe: Recipe, temperature, chunk_size: int
+    params: Params,
+    policy: Policy,
+    experience: Experience,
+    *,
+    recipe: Recipe,
+    ref_params: Params | None = None,
+    temperature: float | Array,
+    chunk_size: int,
 ) -> tuple[Array, tuple[LossMetrics, Array]]:
-    """Computes the recipe's loss of params: (loss [], (LossMetrics, sum of token entropies [])).
+    """Computes the recipe's loss of params: (loss [], (LossMetrics, token mean of the entropies [])).
 
     Args:
         params: the parameters being trained.
         policy: the model's functions.
         experience: B rows, or a slice of them (weights are those of the whole batch).
         recipe: the objective.
+        ref_params: of the reference, for an exact KL term; None: the KL term, if any, is an estimate.
         temperature: the sampling temperature.
         chunk_size: see `token_log_probs`.
     """
-    hidden = completion_hidden(policy, params, experience)
-    log_probs, entropies = token_log_probs(
-        policy, params, hidden, experience.tokens, temperature=temperature, chunk_size=chunk_size
-    )
+    e = experience
+    hidden, kls = completion_hidden(policy, params, e), None
+    settings = {"temperature": temperature, "chunk_size": chunk_size}
+    if ref_params is None:
+        log_probs, entropies = token_log_probs(policy, params, hidden, e.tokens, **settings)
+    else:
+        ref_hidden = completion_hidden(policy, ref_params, e)
+        log_probs, entropies, kls = token_log_probs_and_kls(
+            policy, params, ref_params, hidden, ref_hidden, e.tokens, **settings
+        )
     loss, metrics = recipe.loss(
         log_probs,
-        experience.old_log_probs,
-        experience.advantages,
-        experience.mask,
-        experience.weights,
-        experience.ref_log_probs,
+        e.old_log_probs,
+        e.advantages,
+        e.mask,
+        e.weights,
+        e.ref_log_probs,
+        penalty_weights=e.penalty_weights,
+        kls=kls,
+        entropies=entropies,
     )
-    entropy = jax.lax.stop_gradient(token_mean(entropies, experience.mask))
-    return loss, (metrics, entropy)
+    return loss, (metrics, jax.lax.stop_gradient(token_mean(entropies, e.mask)))
 
 
 def _gradients(state, experience, num_microbatches, loss_fn):
@@ -112,6 +136,7 @@ def train_step(
     experience: Experience,
     *,
     recipe: Recipe,
+    ref_params: Params | None = None,
     num_microbatches: int = 1,
     temperature: float | Array = 1.0,
     chunk_size: int = CHUNK_SIZE,
@@ -120,12 +145,14 @@ def train_step(
 
     The gradient is that of `grpo_loss` over the whole batch; micro-batches only bound memory. If the
     loss or any gradient is not finite, parameters and optimizer stay as they are and the update is
-    counted as skipped.
+    counted as skipped. They also stay if every gradient is exactly 0, as when all groups are dead:
+    without a signal neither momentum nor weight decay moves the policy, and the update is counted as idle.
 
     Args:
         state: donated: do not use it afterwards.
         experience: B rows.
         recipe: the objective. Its kl_coef and clip values are traced; the rest is static.
+        ref_params: of the frozen reference, needed only by a recipe with an exact KL term.
         num_microbatches: slices of the batch, a divisor of B.
         temperature: the temperature the rollout was sampled with.
         chunk_size: see `token_log_probs`.
@@ -134,8 +161,10 @@ def train_step(
         (new state, metrics: scalars by their logged names, see `grpo_jax.metrics`).
 
     Raises:
-        ValueError: num_microbatches does not divide B.
+        ValueError: num_microbatches does not divide B, or ref_params and the kind of KL do not go together.
     """
+    if ref_params is not None and not recipe.exact_kl:
+        raise ValueError("ref_params are only for a recipe whose kl_estimator is exact")
     e = experience
     chex.assert_rank([e.prompt_tokens, e.tokens], 2)
     chex.assert_equal_shape([e.prompt_tokens, e.prompt_mask])
@@ -145,15 +174,22 @@ def train_step(
     if e.ref_log_probs is not None:
         chex.assert_equal_shape([e.tokens, e.ref_log_probs])
     loss_fn = functools.partial(
-        experience_loss, recipe=recipe, temperature=temperature, chunk_size=chunk_size
+        experience_loss,
+        recipe=recipe,
+        ref_params=ref_params,
+        temperature=temperature,
+        chunk_size=chunk_size,
     )
     grads, loss, loss_metrics, entropy = _gradients(state, experience, num_microbatches, loss_fn)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    moving = grad_norm > 0
     updates, opt_state = state.tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+        lambda new, old: jnp.where(finite & moving, new, old),
+        (params, opt_state),
+        (state.params, state.opt_state),
     )
     state = state.replace(
         step=state.step + 1,
@@ -161,6 +197,7 @@ def train_step(
         opt_state=opt_state,
         skipped=state.skipped + ~finite,
         skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+        idle=state.idle + (finite & ~moving),
     )
     metrics = {
         "loss": loss,
@@ -169,5 +206,16 @@ def train_step(
         "grad_norm": grad_norm,
         "skipped_updates": state.skipped,
         "skipped_updates_in_a_row": state.skipped_in_a_row,
+        "idle_updates": state.idle,
     }
     return state, metrics
+
+
+@jax.jit
+def mix_params(params: Params, ref_params: Params, alpha: float | Array) -> Params:
+    """Moves a reference towards the policy: ``alpha * params + (1 - alpha) * ref_params``.
+
+    The soft update of TR-DPO, https://arxiv.org/abs/2404.09656, equation 5; alpha 1 copies the policy. The
+    result is a tree of its own, whatever becomes of the arguments.
+    """
+    return jax.tree.map(lambda new, old: alpha * new + (1 - alpha) * old, params, ref_params)

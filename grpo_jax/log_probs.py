@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.decoding import positions_from_mask
+from grpo_jax.kl import kl_exact
 from grpo_jax.sampling import scale_logits
 from grpo_jax.types import Array, Experience, Params, Policy, Rollout
 
@@ -58,23 +59,75 @@ def token_log_probs(
         (log_probs [B,T], entropies [B,T]), float32, of softmax(logits / temperature); nats.
     """
     chex.assert_equal_shape_prefix([hidden, tokens], 2)
-    shape, count = tokens.shape, tokens.size
-    chunk_size = min(chunk_size, count)
-    chunks = -(-count // chunk_size)
-    padding = chunks * chunk_size - count
-    hidden = jnp.pad(hidden.reshape(count, -1), ((0, padding), (0, 0))).reshape(chunks, chunk_size, -1)
-    tokens = jnp.pad(tokens.reshape(count), (0, padding)).reshape(chunks, chunk_size)
 
-    @jax.checkpoint
     def one_chunk(params, hidden, tokens):
-        log_probs = jax.nn.log_softmax(scale_logits(policy.unembed(params, hidden), temperature))
-        entropies = -jnp.sum(jnp.exp(log_probs) * jnp.maximum(log_probs, -1e30), axis=-1)
-        return jnp.take_along_axis(log_probs, tokens[:, None], axis=-1)[:, 0], entropies
+        return _of_logits(scale_logits(policy.unembed(params, hidden), temperature), tokens)
 
-    if chunks == 1:
-        results = one_chunk(params, hidden[0], tokens[0])
+    return _over_chunks(one_chunk, params, (hidden, tokens), chunk_size)
+
+
+def token_log_probs_and_kls(
+    policy: Policy,
+    params: Params,
+    ref_params: Params,
+    hidden: Array,
+    ref_hidden: Array,
+    tokens: Array,
+    *,
+    temperature: float | Array = 1.0,
+    chunk_size: int = CHUNK_SIZE,
+) -> tuple[Array, Array, Array]:
+    """Computes what `token_log_probs` does, and the exact KL(pi || ref) of every position's distribution.
+
+    Args:
+        policy: the model's functions.
+        params: its parameters.
+        ref_params: parameters of the reference; no gradient flows into them.
+        hidden: [B,T,D], under params.
+        ref_hidden: [B,T,D], under ref_params.
+        tokens: [B,T] int32.
+        temperature: as in `token_log_probs`; of both distributions.
+        chunk_size: tokens whose two sets of logits exist at a time.
+
+    Returns:
+        (log_probs [B,T], entropies [B,T], kls [B,T]), float32 nats.
+    """
+    chex.assert_equal_shape_prefix([hidden, ref_hidden, tokens], 2)
+    ref_params, ref_hidden = jax.lax.stop_gradient((ref_params, ref_hidden))
+
+    def one_chunk(params, hidden, ref_hidden, tokens):
+        logits = scale_logits(policy.unembed(params, hidden), temperature)
+        ref_logits = scale_logits(policy.unembed(ref_params, ref_hidden), temperature)
+        return *_of_logits(logits, tokens), kl_exact(logits, ref_logits)
+
+    return _over_chunks(one_chunk, params, (hidden, ref_hidden, tokens), chunk_size)
+
+
+def _of_logits(logits: Array, tokens: Array) -> tuple[Array, Array]:
+    """Returns (log-probs of tokens [...], entropies [...]) of logits [..., V]."""
+    log_probs = jax.nn.log_softmax(logits)
+    entropies = -jnp.sum(jnp.exp(log_probs) * jnp.maximum(log_probs, -1e30), axis=-1)
+    return jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0], entropies
+
+
+def _over_chunks(one_chunk, params: Params, arrays: tuple[Array, ...], chunk_size: int) -> tuple[Array, ...]:
+    """Calls one_chunk(params, *chunks) on chunk_size tokens of arrays [B,T,...] at a time: arrays [B,T]."""
+    shape = arrays[0].shape[:2]
+    count = shape[0] * shape[1]
+    chunk_size = min(chunk_size, count)
+    num_chunks = -(-count // chunk_size)
+    padding = num_chunks * chunk_size - count
+
+    def cut(x):
+        x = jnp.pad(x.reshape(count, *x.shape[2:]), ((0, padding), *((0, 0),) * (x.ndim - 2)))
+        return x.reshape(num_chunks, chunk_size, *x.shape[1:])
+
+    one_chunk = jax.checkpoint(one_chunk)
+    chunks = jax.tree.map(cut, arrays)
+    if num_chunks == 1:
+        results = one_chunk(params, *(x[0] for x in chunks))
     else:
-        results = jax.lax.map(lambda chunk: one_chunk(params, *chunk), (hidden, tokens))
+        results = jax.lax.map(lambda chunk: one_chunk(params, *chunk), chunks)
     return tuple(x.reshape(-1)[:count].reshape(shape) for x in results)
 
 

@@ -54,6 +54,7 @@ def merge_loss_metrics(parts: LossMetrics) -> LossMetrics:
         ratio_max=jnp.max(parts.ratio_max),
         clip_low=jnp.sum(share * parts.clip_low),
         clip_high=jnp.sum(share * parts.clip_high),
+        stale=jnp.sum(share * parts.stale),
         num_tokens=jnp.sum(tokens),
     )
 
@@ -68,6 +69,7 @@ def loss_metrics_dict(metrics: LossMetrics) -> Metrics:
         "clip_ratio/low_mean": metrics.clip_low,
         "clip_ratio/high_mean": metrics.clip_high,
         "clip_ratio/region_mean": metrics.clip_low + metrics.clip_high,
+        "stale_tokens": metrics.stale,
     }
 
 

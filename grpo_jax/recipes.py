@@ -27,6 +27,7 @@ from grpo_jax.surrogates import (
 # `ratio_k1` and `ratio_k3` are k1 and k3 times the importance ratio, see `grpo_loss`; `exact` is `kl_exact`.
 KL_NAMES = (*KL_ESTIMATORS, "ratio_k1", "ratio_k3", "exact")
 KL_PLACEMENTS = ("loss", "reward")
+CLIP_KEYWORDS = frozenset(key for surrogate in SURROGATES.values() for key in clip_keywords(surrogate))
 
 
 _NUMBERS = ("clip", "kl_coef", "entropy_coef", "top_entropy", "max_staleness", "importance_cap")
@@ -72,6 +73,12 @@ class Recipe:
         """Whether the KL term needs the reference's whole distributions and not only its log-probs."""
         return self.kl_estimator is kl_exact
 
+    @property
+    def separate_penalty(self) -> bool:
+        """Whether KL and entropy terms have other weights than the policy term."""
+        factors = self.top_entropy is not None or self.importance_cap is not None
+        return factors or not self.kl_on_dead_groups
+
     def overlong_tokens(self, max_length: int) -> int:
         """Returns the buffer of `overlong_penalty` for a completion limit in tokens; 0: no penalty."""
         if self.overlong_buffer is not None:
@@ -109,7 +116,7 @@ class Recipe:
     ) -> tuple[Array, LossMetrics]:
         """Computes `grpo_loss` with this recipe's choices: (loss [], LossMetrics)."""
         if self.exact_kl and kls is None and ref_log_probs is not None:
-            raise ValueError("an exact KL needs kls [B,T], from `grpo_jax.log_probs.token_kls`")
+            raise ValueError("an exact KL needs kls [B,T], see `token_log_probs_and_kls`")
         return grpo_loss(
             log_probs,
             old_log_probs,
@@ -303,4 +310,4 @@ def _clip(recipe: Recipe, given: dict[str, float]) -> dict[str, float]:
     return {**({} if symmetric else recipe.clip), **given}
 
 
-__all__ = ["KL_NAMES", "KL_PLACEMENTS", "RECIPES", "Recipe", "make_recipe", *RECIPES]
+__all__ = ["CLIP_KEYWORDS", "KL_NAMES", "KL_PLACEMENTS", "RECIPES", "Recipe", "make_recipe", *RECIPES]

@@ -291,23 +291,12 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def combine(scores: np.ndarray, weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Adds up the rewards of every completion.
-
-    Args:
-        scores: [B, R], NaN where a function gave none.
-        weights: R factors.
-
-    Returns:
-        (rewards [B] float32, the weighted sum over the functions that gave a value; valid [B] bool, False
-        with reward 0 where none did).
-    """
-    scores = np.asarray(scores, np.float64)
-    if scores.ndim != 2 or scores.shape[1] != len(weights):
-        raise ValueError(f"scores have the shape {scores.shape}, weights are {len(weights)}")
-    there = ~np.isnan(scores)
-    total = np.zeros(len(scores))
-    # Column by column: the same order of additions in every row, so equal scores give equal rewards.
-    for column, given, weight in zip(scores.T, there.T, weights, strict=True):
-        total += np.where(given, column, 0.0) * weight
-    return total.astype(np.float32), there.any(axis=1)
+def reward_means(rewards: Sequence[Reward], scores: np.ndarray) -> dict[str, float]:
+    """Returns rewards/<name>/mean and /std (ddof 1) over the values each function gave; absent if none."""
+    metrics = {}
+    for reward, column in zip(rewards, scores.astype(np.float64).T, strict=True):
+        values = column[~np.isnan(column)]
+        if values.size:
+            metrics[f"rewards/{reward.name}/mean"] = float(values.mean())
+            metrics[f"rewards/{reward.name}/std"] = float(values.std(ddof=1)) if values.size > 1 else 0.0
+    return metrics

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from grpo_jax.data import Example, Task, load_data
 from grpo_jax.learner import TrainState, init_train_state
 from grpo_jax.models import Model, encode, load_model
 from grpo_jax.optimizers import make_optimizer, make_schedule
-from grpo_jax.recipes import Recipe, make_recipe
+from grpo_jax.recipes import CLIP_KEYWORDS, Recipe, make_recipe
 from grpo_jax.rewards import Reward, check_columns, load_rewards
 from grpo_jax.types import Params
 
@@ -57,8 +57,14 @@ class Parts:
 
     @property
     def num_prompts(self) -> int:
-        """N, prompts per rollout."""
-        return self.config.training.batch_size // self.config.algorithm.group_size
+        """N, prompts per rollout (and per round of one)."""
+        algorithm = self.config.algorithm
+        return self.config.training.batch_size * algorithm.num_minibatches // algorithm.group_size
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer steps made from one rollout."""
+        return self.config.algorithm.num_iterations * self.config.algorithm.num_minibatches
 
     @property
     def sampling(self) -> dict[str, float]:
@@ -68,8 +74,13 @@ class Parts:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the frozen reference takes part at all."""
+        """Whether the reference takes part at all."""
         return self.recipe.kl_coef > 0
+
+    @property
+    def scores_reference(self) -> bool:
+        """Whether rollouts are scored under the reference; an exact KL reads it in the update instead."""
+        return self.needs_reference and not self.recipe.exact_kl
 
     def actor(self) -> Actor:
         """Makes the actor of this run."""
@@ -82,6 +93,8 @@ class Parts:
             max_new_tokens=self.config.sampling.max_new_tokens,
             sampling=self.sampling,
             num_microbatches=self.config.training.num_microbatches,
+            num_minibatches=self.config.algorithm.num_minibatches,
+            max_rounds=self.config.algorithm.max_sampling_rounds,
         )
 
     def init_state(self) -> TrainState:
@@ -112,30 +125,55 @@ def build(config: Config, *, model: Model | None = None) -> Parts:
     evaluation = task.evaluation[: config.evaluation.num_prompts]
     evaluation, eval_lengths, _ = _fit(evaluation, model, limit, config.data.over_length, "evaluation")
 
-    rollouts = training.num_epochs * len(train) / (training.batch_size // algorithm.group_size)
-    num_steps = training.num_steps or max(1, math.ceil(rollouts - 1e-9)) * algorithm.num_iterations
+    recipe = _make_recipe(config)
+    rollout_prompts = training.batch_size * algorithm.num_minibatches // algorithm.group_size
+    rollouts = max(1, math.ceil(training.num_epochs * len(train) / rollout_prompts - 1e-9))
+    num_steps = training.num_steps or rollouts * algorithm.num_iterations * algorithm.num_minibatches
     schedule = make_schedule(
         training.learning_rate,
         lr_schedule=training.lr_schedule,
         warmup_steps=training.warmup_steps,
         num_steps=num_steps,
     )
-    overrides = {
-        k: v for k, v in asdict(algorithm).items() if k not in ("name", "group_size", "num_iterations")
-    }
     return Parts(
         config=config,
         model=model,
         task=replace(task, train=train, evaluation=evaluation),
         num_dropped=num_dropped,
         rewards=rewards,
-        recipe=make_recipe(algorithm.name, **overrides),
+        recipe=recipe,
         schedule=schedule,
         optimizer=_make_optimizer(config, schedule),
         num_steps=num_steps,
         prompt_lengths=lengths,
         eval_prompt_length=max(eval_lengths, default=0),
     )
+
+
+def _make_recipe(config: Config) -> Recipe:
+    """Returns the recipe that the config names and changes.
+
+    Raises:
+        ValueError: choices that contradict each other or the rest of the config.
+    """
+    algorithm, limit = config.algorithm, config.sampling.max_new_tokens
+    choices = {field.name for field in fields(Recipe)} | CLIP_KEYWORDS
+    recipe = make_recipe(
+        algorithm.name, **{k: v for k, v in asdict(algorithm).items() if k in choices - {"name"}}
+    )
+    if recipe.overlong_tokens(limit) > limit:
+        raise ValueError(
+            f"algorithm.overlong_buffer {algorithm.overlong_buffer} is more than the {limit} tokens of "
+            "sampling.max_new_tokens; it counts the last tokens before that limit"
+        )
+    needs_kl = {"kl_target": algorithm.kl_target, "ref_sync_every": algorithm.ref_sync_every}
+    for name, value in needs_kl.items():
+        if value and recipe.kl_coef == 0:
+            raise ValueError(
+                f"algorithm.{name}: {value} needs a KL term, but {recipe.name} has kl_coef 0; set "
+                "algorithm.kl_coef above 0"
+            )
+    return recipe
 
 
 def _load_named_model(config: Config) -> Model:

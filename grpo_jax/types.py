@@ -61,6 +61,17 @@ class Rollout:
 
 
 @flax.struct.dataclass(kw_only=True)
+class Judged:
+    """A rollout of whole groups, scored by the model and by the reward functions."""
+
+    rollout: Rollout  # B rows
+    old_log_probs: Array  # [B,T] float32, under the policy that sampled, as the scorer computes them
+    entropies: Array  # [B,T] float32, of the distributions the tokens were drawn from, nats
+    ref_log_probs: Array | None  # [B,T] float32, under the reference; None where it is not needed
+    scores: Array  # [B,R] float32, NaN where a reward function gave none
+
+
+@flax.struct.dataclass(kw_only=True)
 class Experience:
     """Everything one optimizer batch needs. All of it is data: no gradient flows into it."""
 
@@ -71,4 +82,5 @@ class Experience:
     advantages: Array  # [B] float32
     weights: Array  # [B,T] float32, from loss_weights over the whole optimizer batch
     old_log_probs: Array  # [B,T] float32, under the policy that sampled
-    ref_log_probs: Array | None = None  # [B,T] float32, under the frozen reference; None when kl_coef is 0
+    ref_log_probs: Array | None = None  # [B,T] float32, under the reference; None when there is no KL term
+    penalty_weights: Array | None = None  # [B,T] float32, of KL and entropy terms; None: weights

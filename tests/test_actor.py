@@ -62,9 +62,14 @@ def make_actor(model, rewards=(correct, length), **changes) -> Actor:
     return Actor(**settings | changes)
 
 
+def draw(key=KEY):
+    """Every round samples the same examples."""
+    return lambda round_: (EXAMPLES, jax.random.fold_in(key, round_) if round_ else key)
+
+
 @pytest.fixture(scope="module")
 def collected(model, ref_params):
-    return collect(make_actor(model), model.params, ref_params, EXAMPLES, KEY)
+    return collect(make_actor(model), model.params, ref_params, draw())
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000))
@@ -92,7 +97,7 @@ def test_judge_gives_columns_in_the_order_of_the_rows():
         return list(range(len(completions)))
 
     examples = [e for e in EXAMPLES[:2] for _ in range(2)]
-    scores, rewards, valid = judge((Reward(name="f", function=f, weight=2.0),), examples, list("wxyz"))
+    scores = judge((Reward(name="f", function=f, weight=2.0),), examples, list("wxyz"))
     assert seen == {
         "prompts": ["12+34=", "12+34=", "7+8=", "7+8="],
         "completions": ["w", "x", "y", "z"],
@@ -100,8 +105,6 @@ def test_judge_gives_columns_in_the_order_of_the_rows():
         "tag": ["a", "a", "b", "b"],
     }
     np.testing.assert_array_equal(scores, [[0], [1], [2], [3]])
-    np.testing.assert_array_equal(rewards, [0, 2, 4, 6])
-    assert valid.all()
 
 
 def test_judge_hands_messages_to_conversations():
@@ -124,10 +127,8 @@ def test_judge_of_missing_rewards():
         return [None, None, 0.5]
 
     rewards = (Reward(name="some", function=some), Reward(name="none", function=none, weight=4.0))
-    scores, totals, valid = judge(rewards, EXAMPLES, ["x"] * 3)
+    scores = judge(rewards, EXAMPLES, ["x"] * 3)
     np.testing.assert_array_equal(np.isnan(scores), [[True, True], [False, True], [True, False]])
-    np.testing.assert_array_equal(totals, [0.0, 1.0, 2.0])
-    np.testing.assert_array_equal(valid, [False, True, True])
 
 
 def test_rows_are_prompt_major(collected, model):
@@ -155,7 +156,7 @@ def test_advantages_and_weights_are_the_recipes(collected, model):
     )
     assert [row["advantage"] for row in collected.samples] == np.asarray(e.advantages).tolist()
     np.testing.assert_array_equal(e.weights, loss_weights(e.mask, reduction="sequence"))
-    other = collect(make_actor(model, recipe=dr_grpo), model.params, None, EXAMPLES, KEY)
+    other = collect(make_actor(model, recipe=dr_grpo), model.params, None, draw())
     np.testing.assert_array_equal(
         other.experience.weights, loss_weights(e.mask, reduction="constant", max_length=NEW)
     )
@@ -175,18 +176,18 @@ def test_old_and_reference_log_probs(collected, model, ref_params):
 
 
 def test_without_a_reference(model):
-    assert collect(make_actor(model), model.params, None, EXAMPLES, KEY).experience.ref_log_probs is None
+    assert collect(make_actor(model), model.params, None, draw()).experience.ref_log_probs is None
 
 
 def test_log_probs_are_those_of_the_temperature(model):
     actor = make_actor(model, sampling={**SAMPLING, "temperature": 0.5})
-    e = collect(actor, model.params, None, EXAMPLES, KEY).experience
+    e = collect(actor, model.params, None, draw()).experience
     expected = completion_log_probs(model.policy, model.params, e, temperature=0.5)[0]
     chex.assert_trees_all_close(e.old_log_probs, expected, atol=1e-5)
 
 
 def test_micro_batches_change_nothing(collected, model, ref_params):
-    sliced = collect(make_actor(model, num_microbatches=3), model.params, ref_params, EXAMPLES, KEY)
+    sliced = collect(make_actor(model, num_microbatches=3), model.params, ref_params, draw())
     chex.assert_trees_all_close(sliced.experience, collected.experience, atol=1e-5)
 
 
@@ -195,7 +196,7 @@ def test_padding_changes_nothing(size, collected, model, ref_params, monkeypatch
     # Generation pads to a bucket, the experience to the run's length; neither changes a token.
     monkeypatch.setattr(actor_module, "bucket_length", lambda *_: size)
     actor = make_actor(model, prompt_length=20)
-    other = collect(actor, model.params, ref_params, EXAMPLES, KEY)
+    other = collect(actor, model.params, ref_params, draw())
     e, o = collected.experience, other.experience
     assert o.prompt_tokens.shape[1] == o.prompt_mask.shape[1] == 20
     np.testing.assert_array_equal(o.prompt_mask.sum(1), e.prompt_mask.sum(1))
@@ -232,35 +233,35 @@ def test_missing_rewards_teach_nothing(model):
     def never(completions):
         return [None] * len(completions)
 
-    got = collect(make_actor(model, rewards=(every_other, never)), model.params, None, EXAMPLES, KEY)
+    got = collect(make_actor(model, rewards=(every_other, never)), model.params, None, draw())
     advantages = np.asarray(got.experience.advantages)
     assert (advantages[1::2] == 0).all() and (advantages[0::2] != 0).all()
     assert [row["reward"] for row in got.samples][:4] == [0.0, None, 2.0, None]
     assert got.samples[1]["rewards/every_other"] is None and got.samples[0]["rewards/never"] is None
     # 0, 2, 4, ..., 10
     assert got.metrics["rewards/every_other/mean"] == 5.0 and got.metrics["reward"] == 5.0
-    assert got.metrics["rewards/never/mean"] == got.metrics["rewards/never/std"] == 0.0
+    assert "rewards/never/mean" not in got.metrics  # no value is not the value 0
     assert np.isfinite(advantages).all()
 
 
 def test_the_key_and_nothing_else_decides(collected, model, ref_params):
-    again = collect(make_actor(model), model.params, ref_params, EXAMPLES, KEY)
+    again = collect(make_actor(model), model.params, ref_params, draw())
     chex.assert_trees_all_equal(again.experience, collected.experience)
     assert again.samples == collected.samples
-    other = collect(make_actor(model), model.params, ref_params, EXAMPLES, jax.random.fold_in(KEY, 1))
+    other = collect(make_actor(model), model.params, ref_params, draw(jax.random.fold_in(KEY, 1)))
     assert not jnp.array_equal(other.experience.tokens, collected.experience.tokens)
 
 
 def test_own_params_of_the_model_are_not_used(collected, model, ref_params):
     shapes = jax.eval_shape(lambda p: p, model.params)
     actor = make_actor(dataclasses.replace(model, params=shapes))
-    got = collect(actor, model.params, ref_params, EXAMPLES, KEY)
+    got = collect(actor, model.params, ref_params, draw())
     chex.assert_trees_all_equal(got.experience, collected.experience)
 
 
 def test_prompt_beyond_the_runs_length(model):
     with pytest.raises(ValueError, match="a prompt has 6 tokens, more than the 5 of this run"):
-        collect(make_actor(model, prompt_length=5), model.params, None, EXAMPLES, KEY)
+        collect(make_actor(model, prompt_length=5), model.params, None, draw())
 
 
 def test_failing_reward_names_function_and_row(model):
@@ -268,4 +269,4 @@ def test_failing_reward_names_function_and_row(model):
         return [{"a": 1.0, "b": 1.0}[t] for t in tag]
 
     with pytest.raises(RewardError, match=r"reward `fails` .*KeyError\('c'\).* row 8 "):
-        collect(make_actor(model, rewards=(fails,)), model.params, None, EXAMPLES, KEY)
+        collect(make_actor(model, rewards=(fails,)), model.params, None, draw())

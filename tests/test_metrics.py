@@ -71,7 +71,14 @@ def test_slices_without_any_token_give_finite_zeros(batch):
 
 def test_every_field_has_its_logged_name():
     fields = LossMetrics(
-        policy_loss=1.0, kl=2.0, ratio_mean=3.0, ratio_max=4.0, clip_low=0.25, clip_high=0.5, num_tokens=9
+        policy_loss=1.0,
+        kl=2.0,
+        ratio_mean=3.0,
+        ratio_max=4.0,
+        clip_low=0.25,
+        clip_high=0.5,
+        stale=0.125,
+        num_tokens=9,
     )
     assert loss_metrics_dict(fields) == {
         "policy_loss": 1.0,
@@ -81,8 +88,9 @@ def test_every_field_has_its_logged_name():
         "clip_ratio/low_mean": 0.25,
         "clip_ratio/high_mean": 0.5,
         "clip_ratio/region_mean": 0.75,
+        "stale_tokens": 0.125,
     }
-    assert len(dataclasses.fields(fields)) == 7  # a new field needs a name
+    assert len(dataclasses.fields(fields)) == 8  # a new field needs a name
 
 
 # Rewards

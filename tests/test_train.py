@@ -126,9 +126,9 @@ def test_every_rollout_has_its_own_prompts(tmp_path, shared):
 def test_every_rollout_has_its_own_noise(tmp_path, shared, monkeypatch):
     keys, collect = [], train_module.collect
 
-    def noting(actor, params, ref_params, examples, key):
-        keys.append(tuple(np.asarray(jax.random.key_data(key)).tolist()))
-        return collect(actor, params, ref_params, examples, key)
+    def noting(actor, params, ref_params, draw, leftovers):
+        keys.append(tuple(np.asarray(jax.random.key_data(draw(0)[1])).tolist()))
+        return collect(actor, params, ref_params, draw, leftovers)
 
     monkeypatch.setattr(train_module, "collect", noting)
     for seed in (0, 1):
