@@ -7,34 +7,40 @@
     <directory>/corrupted/<step>    a checkpoint that failed its checksums, moved out of the way
 
 A save is written to a temporary directory and renamed when complete, so a process killed at any time
-leaves the previous checkpoint whole. Orbax keeps no checksums of what it stores: ours are verified on
-every restore. One process writes; arrays sharded over its devices are gathered on the host.
+leaves the previous checkpoint whole. Orbax keeps no checksums of what it stores: ours (`stored_leaves`)
+are verified on every restore. One process writes; arrays sharded over its devices are gathered on the host.
 """
 
-import json
 import logging
 import shutil
 import tempfile
 import warnings
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-PyTree = Any
-Leaves = dict[str, np.ndarray]
+from grpo_jax.stored_leaves import (
+    Descriptions,
+    PyTree,
+    Template,
+    check_fits,
+    describe,
+    fill_template,
+    seal,
+    to_device,
+    to_host,
+    unseal,
+)
+
 # What may be saved beside the state. Fixed, because orbax is told of every item when a directory is opened.
 OTHER_ITEMS = (
     "experience",  # the rollout in use, where the step falls between two passes over it
     "leftovers",  # rows of a rollout that wait for a later step; their number varies from step to step
     "reference",  # the reference parameters, where they move during the run; `save_reference` has frozen ones
 )
-_LEAVES, _CRC = "_leaves", "_crc32"  # our keys in the stored JSON
 
 
 class CorruptedCheckpoint(ValueError):
@@ -93,8 +99,9 @@ class Checkpoints:
         latest = self.latest_step()  # waits for the previous save, and raises its error
         if latest is not None and step <= latest:
             raise ValueError(f"checkpoint step {step} is not after step {latest}, saved in {self.directory}")
-        items = {name: _to_host(tree, name) for name, tree in {"state": state, **_checked(others)}.items()}
-        document = _seal(extra, items)
+        trees = {"state": state, **_check_names(others)}
+        items = {item: to_host(tree, item) for item, tree in trees.items()}
+        document = seal(extra, items)
         self._saving = step
         args = {name: ocp.args.PyTreeSave(leaves) for name, leaves in items.items()}
         try:
@@ -108,7 +115,7 @@ class Checkpoints:
         self,
         step: int,
         state_template: PyTree,
-        other_templates: Mapping[str, PyTree | Callable[[int], PyTree]] | None = None,
+        other_templates: Mapping[str, Template] | None = None,
     ) -> tuple[PyTree, dict[str, Any], dict[str, PyTree]]:
         """Reads one checkpoint and verifies its checksums.
 
@@ -129,20 +136,19 @@ class Checkpoints:
             ValueError: there is no such step, a template has another name, or the checkpoint does not fit
                 the templates.
         """
-        wanted = _checked(other_templates)
-        document = self._document(step)
-        saved = document.pop(_LEAVES)
-        others = {name: _resolve(t, name, saved[name]) for name, t in wanted.items() if name in saved}
+        wanted = _check_names(other_templates)
+        extra, saved = self._document(step)
+        others = {item: fill_template(t, saved[item], item) for item, t in wanted.items() if item in saved}
         templates = {"state": state_template, **others}
-        for name, template in templates.items():
-            _check_fits(saved[name], template, self.directory / str(step) / name)
-        restored = {name: self._restore_item(step, name, saved[name], t) for name, t in templates.items()}
-        return restored.pop("state"), document, restored
+        for item, template in templates.items():
+            check_fits(saved[item], template, self.directory / str(step) / item)
+        restored = {item: self._restore_item(step, item, saved[item], t) for item, t in templates.items()}
+        return restored.pop("state"), extra, restored
 
     def restore_latest(
         self,
         state_template: PyTree,
-        other_templates: Mapping[str, PyTree | Callable[[int], PyTree]] | None = None,
+        other_templates: Mapping[str, Template] | None = None,
     ) -> tuple[int, PyTree, dict[str, Any], dict[str, PyTree]]:
         """Restores the newest checkpoint that is whole.
 
@@ -175,7 +181,7 @@ class Checkpoints:
 
     def extra(self, step: int) -> dict[str, Any]:
         """Reads only the JSON that was saved with a step. Raises as `restore` does."""
-        return {key: value for key, value in self._document(step).items() if key != _LEAVES}
+        return self._document(step)[0]
 
     def steps(self) -> list[int]:
         """Returns the saved steps, oldest first, after waiting for a save under way."""
@@ -236,31 +242,28 @@ class Checkpoints:
             self._reference = Checkpoints(self.directory / "reference", keep=1, read_only=self._read_only)
         return self._reference
 
-    def _document(self, step: int) -> dict[str, Any]:
+    def _document(self, step: int) -> tuple[dict[str, Any], dict[str, Descriptions]]:
+        """Returns the caller's JSON, and for each item what was stored."""
         if step not in self.steps():
             raise ValueError(f"no checkpoint of step {step} in {self.directory}; there are {self.steps()}")
         try:
             args = ocp.args.Composite(extra=ocp.args.JsonRestore())
-            document = self._manager.restore(step, args=args)["extra"]
-            if document.pop(_CRC) != _crc(document):
-                raise ValueError("its checksum does not match")
-            return document
+            return unseal(self._manager.restore(step, args=args)["extra"])
         except Exception as error:  # whatever orbax makes of a damaged file
             raise CorruptedCheckpoint(self.directory / str(step) / "extra", error) from error
 
-    def _restore_item(self, step: int, name: str, saved: dict[str, list], template: PyTree) -> PyTree:
-        path = self.directory / str(step) / name
+    def _restore_item(self, step: int, item: str, saved: Descriptions, template: PyTree) -> PyTree:
+        path = self.directory / str(step) / item
         restore_args = {leaf: ocp.RestoreArgs(restore_type=np.ndarray) for leaf in saved}
         args = ocp.args.PyTreeRestore(item=dict.fromkeys(saved, 0), restore_args=restore_args)
         try:
-            leaves = self._manager.restore(step, args=ocp.args.Composite(**{name: args}))[name]
+            leaves = self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
         except Exception as error:  # as above
             raise CorruptedCheckpoint(path, error) from error
         for leaf, description in saved.items():
-            if _describe(leaves[leaf]) != description:
+            if describe(leaves[leaf]) != description:
                 raise CorruptedCheckpoint(path / leaf, "its checksum does not match")
-        arrays = [_to_device(leaves[leaf], struct) for leaf, _, struct in _named(template)]
-        return jax.tree.structure(template).unflatten(arrays)
+        return to_device(leaves, template)
 
     def _set_aside(self, step: int) -> None:
         if self._read_only:
@@ -312,23 +315,13 @@ def _check_directory(directory: Path, read_only: bool) -> None:
         raise ValueError(f"checkpoint directory {directory} cannot be written: {_one_line(error)}") from error
 
 
-def _checked(others: Mapping[str, Any] | None) -> dict[str, Any]:
+def _check_names(others: Mapping[str, Any] | None) -> dict[str, Any]:
     unknown = set(others or {}) - set(OTHER_ITEMS)
     if unknown:
         raise ValueError(
             f"checkpoint items {sorted(unknown)} are unknown; there are {', '.join(OTHER_ITEMS)}"
         )
     return dict(others or {})
-
-
-def _resolve(template: PyTree | Callable[[int], PyTree], item: str, saved: dict[str, list]) -> PyTree:
-    """Returns the template, made for the stored number of rows where it is a function of it."""
-    if not callable(template):
-        return template
-    leaf, (_, shape, _) = next(iter(saved.items()))
-    if not shape:
-        raise ValueError(f"checkpoint item {item} has no rows to count: its first leaf {leaf} is a scalar")
-    return template(shape[0])
 
 
 class _WithoutOrbax(logging.Filter):
@@ -339,88 +332,6 @@ class _WithoutOrbax(logging.Filter):
 
 
 _WITHOUT_ORBAX = _WithoutOrbax()
-
-
-def _named(tree: PyTree) -> list[tuple[str, Any, jax.ShapeDtypeStruct]]:
-    """Lists the leaves: name, value, and shape, dtype and weak type as `jit` sees them."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    structs = jax.tree.leaves(jax.eval_shape(lambda t: t, tree))
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") or "array" for path, _ in leaves]
-    return [(name, leaf, s) for name, (_, leaf), s in zip(names, leaves, structs, strict=True)]
-
-
-def _to_host(tree: PyTree, item: str) -> Leaves:
-    """Copies every leaf of an item to the host, refusing what would come back as something else."""
-    leaves: Leaves = {}
-    for name, leaf, struct in _named(tree):
-        if jnp.issubdtype(struct.dtype, jax.dtypes.prng_key):
-            raise ValueError(
-                f"checkpoint leaf {item}/{name} is a typed PRNG key: store jax.random.key_data(key)"
-            )
-        # A copy, not a view: the caller donates its state to the next train_step while we are still
-        # writing, and on CPU np.asarray(jax array) is the very buffer that XLA then overwrites.
-        value = np.array(leaf, dtype=struct.dtype if np.isscalar(leaf) else None, order="C", copy=True)
-        if value.dtype != struct.dtype:
-            raise ValueError(
-                f"checkpoint leaf {item}/{name} is {value.dtype}, which jit turns into {struct.dtype}"
-            )
-        if struct.weak_type and struct.ndim:
-            raise ValueError(
-                f"checkpoint leaf {item}/{name} is a weakly typed array: give it a dtype of its own"
-            )
-        if value.size == 0:
-            raise ValueError(
-                f"checkpoint leaf {item}/{name} has shape {value.shape}: empty arrays are not stored"
-            )
-        if name in leaves:
-            raise ValueError(f"checkpoint leaf {item}/{name}: two leaves have this name")
-        leaves[name] = value
-    if not leaves:
-        raise ValueError(f"checkpoint item {item}: the pytree has no leaves")
-    return leaves
-
-
-def _to_device(value: np.ndarray, struct: jax.ShapeDtypeStruct) -> jax.Array:
-    # Only a Python scalar makes a weakly typed array; anything else would compile train_step again.
-    return jnp.array(value if not struct.weak_type or value.ndim else value.item())
-
-
-def _describe(value: np.ndarray) -> list:
-    data = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
-    return [str(value.dtype), list(value.shape), zlib.crc32(data)]
-
-
-def _check_fits(saved: dict[str, list], template: PyTree, path: Path) -> None:
-    expected = {name: f"{struct.dtype}{list(struct.shape)}" for name, _, struct in _named(template)}
-    found = {name: f"{dtype}{shape}" for name, (dtype, shape, _) in saved.items()}
-    wrong = [
-        f"{name}: found {found.get(name, 'nothing')}, expected {expected.get(name, 'nothing')}"
-        for name in {**expected, **found}
-        if found.get(name) != expected.get(name)
-    ]
-    if wrong:
-        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
-        raise ValueError(
-            f"the checkpoint was written by another configuration: {path}: {'; '.join(wrong[:3])}{more}"
-        )
-
-
-def _seal(extra: dict[str, Any], items: dict[str, Leaves]) -> dict[str, Any]:
-    if {_LEAVES, _CRC} & set(extra):
-        raise ValueError(f"checkpoint extra: the keys {_LEAVES!r} and {_CRC!r} are ours")
-    try:
-        faithful = json.loads(json.dumps(extra, allow_nan=False)) == extra
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"checkpoint extra is not JSON: {error}") from error
-    if not faithful:
-        raise ValueError("checkpoint extra changes on its way through JSON: use str keys and lists")
-    leaves = {item: {name: _describe(value) for name, value in v.items()} for item, v in items.items()}
-    document = {**extra, _LEAVES: leaves}
-    return {**document, _CRC: _crc(document)}
-
-
-def _crc(document: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(document, sort_keys=True).encode())
 
 
 def _one_line(error: Exception | str) -> str:

@@ -23,7 +23,7 @@ FLOORS = {
     2: ("config", "decoding", "log_probs", "lora", "meshes", "optimizers"),
     # the outside world
     3: ("checkpoints", "data", "families", "models", "notices", "reward_functions", "reward_sources",
-        "rewards", "sources", "tasks", "trackers", "verifiers", "weights"),
+        "rewards", "sources", "stored_leaves", "tasks", "trackers", "verifiers", "weights"),
     # the two halves
     4: ("actor", "learner"),
     # the commands, and what they share
