@@ -10,7 +10,7 @@ import grain
 from grpo_jax.config import DataConfig
 from grpo_jax.tasks import Example, Task, load_task
 
-__all__ = ["Example", "Task", "batch", "load_data", "load_jsonl", "load_task", "num_steps_per_epoch"]
+__all__ = ["Example", "Task", "batch", "load_data", "load_jsonl", "load_task"]
 
 RESERVED_COLUMNS = ("prompts", "completions")  # a reward function's own arguments
 
@@ -76,11 +76,6 @@ def batch(examples: Sequence[Example], *, seed: int, step: int, num_prompts: int
     # `seed()` hashes, where `shuffle(seed=...)` adds the epoch: runs with seeds 0 and 1 would share shuffles.
     order = grain.MapDataset.source(examples).seed(seed).shuffle().repeat()
     return [order[index] for index in range(step * num_prompts, (step + 1) * num_prompts)]
-
-
-def num_steps_per_epoch(examples: Sequence[Example], num_prompts: int) -> int:
-    """Counts the steps of `num_prompts` prompts after which every example has been seen."""
-    return -(-len(examples) // num_prompts)
 
 
 def _parse_line(line: bytes) -> Example:

@@ -118,16 +118,16 @@ def _one_step(parts: Parts, actor: Actor, progress: Progress, key: jax.Array) ->
     index = progress.step % parts.updates_per_rollout
     if index == 0:
         _new_rollout(parts, actor, progress, key)
+    # The schedule counts the updates that moved something.
+    moved = progress.step - int(progress.state.skipped) - int(progress.state.idle)
     update_started, kl_coef = time.perf_counter(), progress.kl_coef
     updated = _update(parts, progress, index % parts.config.algorithm.num_minibatches)
     now = time.perf_counter()
-    # The schedule counts the updates that moved something.
-    moved = progress.step - updated["skipped_updates"] - updated["idle_updates"]
     metrics = {
         **progress.rollout_metrics,
         **updated,
         "kl_coef": kl_coef,
-        "learning_rate": float(parts.schedule(max(int(moved), 0))),
+        "learning_rate": float(parts.schedule(moved)),
         "num_tokens": progress.num_tokens,
         "time/update": now - update_started,
         "step_time": now - started,

@@ -5,7 +5,7 @@ from itertools import chain
 import pytest
 
 from grpo_jax.config import DataConfig
-from grpo_jax.data import Example, batch, load_data, load_jsonl, num_steps_per_epoch
+from grpo_jax.data import Example, batch, load_data, load_jsonl
 
 
 def make_examples(n):
@@ -50,11 +50,6 @@ def test_seeds_do_not_share_shuffles():
         tuple(epoch) for seed in range(4) for epoch in indices(24, seed=seed, steps=range(3), num_prompts=24)
     ]
     assert len(set(epochs)) == 12
-
-
-def test_num_steps_per_epoch_rounds_up():
-    examples = make_examples(24)
-    assert [num_steps_per_epoch(examples, n) for n in (1, 5, 24, 25)] == [24, 5, 1, 1]
 
 
 def test_batch_refuses_nonsense():

@@ -1,0 +1,202 @@
+"""Breaks each formula in turn and shows that the tests notice: a table of mutants, all killed.
+
+    python scripts/mutation_check.py                 # all of them, about ten minutes on two cores
+    python scripts/mutation_check.py --only kl       # those whose file or name contains a text
+
+A mutant is one replacement in one file of a copy of the package; the test modules named for that file then
+run against the copy, and at least one test has to fail. Without a mutation they all have to pass.
+"""
+
+import argparse
+import concurrent.futures
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+# file -> the test modules that hold it
+TESTS = {
+    "advantages.py": ("advantages",),
+    "kl.py": ("kl", "every_recipe"),
+    "surrogates.py": ("surrogates", "losses", "golden", "every_recipe"),
+    "losses.py": ("losses", "golden", "every_recipe", "recipes"),
+    "shaping.py": ("shaping",),
+    "experience.py": ("experience",),
+    "groups.py": ("groups",),
+    "metrics.py": ("metrics",),
+    "log_probs.py": ("log_probs",),
+    "learner.py": ("learner",),
+}
+
+# file -> (what is broken, the text, its replacement)
+MUTANTS = {
+    "advantages.py": [
+        ("sign of the baseline", "jnp.where(valid & alive, rewards - mean, 0)", "jnp.where(valid & alive, rewards + mean, 0)"),
+        ("no baseline", "jnp.where(valid & alive, rewards - mean, 0)", "jnp.where(valid & alive, rewards, 0)"),
+        ("float noise of dead groups", "jnp.where(valid & alive, rewards - mean, 0)", "jnp.where(valid, rewards - mean, 0)"),
+        ("advantages of invalid rows", "jnp.where(valid & alive, rewards - mean, 0)", "jnp.where(alive, rewards - mean, 0)"),
+        ("invalid rewards take part", "    rewards = jnp.where(valid, rewards, 0)\n", ""),
+        ("ddof", "jnp.maximum(count - ddof, 1)", "jnp.maximum(count, 1)"),
+        ("no epsilon", "divisor = std + epsilon", "divisor = std"),
+        ("batch std of the group", "total, ddof, axis=None)", "total, ddof, axis=-1)"),
+        ("signal decided by tolerance", "return highest > lowest", "return highest > lowest + 1e-3"),
+        ("leave-one-out factor", "* count / jnp.maximum(count - 1, 1)", "* jnp.maximum(count - 1, 1) / count"),
+        ("missing terms renormalised wrongly", "(abs(weights).sum() / (there", "(1.0 / (there"),
+        ("drop keeps the row", "row_valid & (valid | (weights == 0)).all(axis=-1)", "row_valid"),
+        ("dropped rows in the statistics", "valid & (row_weights != 0))", "valid)"),
+    ],
+    "kl.py": [
+        ("sign of k1", "    return log_probs - ref_log_probs\n", "    return ref_log_probs - log_probs\n"),
+        ("k2 without the half", "0.5 * (log_probs", "1.0 * (log_probs"),
+        ("direction of k3", "difference = ref_log_probs - log_probs", "difference = log_probs - ref_log_probs"),
+        ("k3 without the -1", "bounded_exp(difference) - difference - 1.0", "bounded_exp(difference) - difference"),
+        ("exponent unbounded", "jnp.exp(jnp.minimum(x, MAX_LOG_RATIO))", "jnp.exp(x)"),
+        ("exact KL of the wrong distribution", "jnp.where(possible, jnp.exp(log_probs), 0)", "jnp.where(possible, jnp.exp(ref_log_probs), 0)"),
+        ("controller pushes the wrong way", "1.0 + kl_adaptation", "1.0 - kl_adaptation"),
+        ("controller not clipped", "jnp.clip(kl / kl_target - 1.0, -0.2, 0.2)", "kl / kl_target - 1.0"),
+    ],
+    "surrogates.py": [
+        ("clip on the wrong side", "-jnp.minimum(capped", "-jnp.maximum(capped"),
+        ("sign of the clipped surrogate", "losses = -jnp.minimum(", "losses = jnp.minimum("),
+        ("lower clip bound", "jnp.clip(ratios, 1.0 - clip_range,", "jnp.clip(ratios, 1.0 + clip_range,"),
+        ("upper clip bound", "1.0 - clip_range, 1.0 + high)", "1.0 - clip_range, 1.0 + clip_range)"),
+        ("delta on the wrong side", "jnp.minimum(ratios, delta)", "jnp.maximum(ratios, delta)"),
+        ("dual clip for positive advantages", "jnp.where(advantages < 0, jnp.minimum(losses", "jnp.where(advantages > 0, jnp.minimum(losses"),
+        ("cispo differentiates its weight", "jax.lax.stop_gradient(jnp.minimum(bounded_exp(log_ratios), cap))", "jnp.minimum(bounded_exp(log_ratios), cap)"),
+        ("cispo without a cap", "jnp.minimum(bounded_exp(log_ratios), cap)", "bounded_exp(log_ratios)"),
+        ("sapo's temperatures swapped", "jnp.where(advantages > 0, tau, tau_negative)", "jnp.where(advantages > 0, tau_negative, tau)"),
+        ("sapo's slope at ratio 1", "-4.0 / taus", "-2.0 / taus"),
+        ("gmpo clips the wrong side", "jnp.minimum(log_ratios, high), jnp.maximum(log_ratios, -log_clip_range)", "jnp.maximum(log_ratios, -log_clip_range), jnp.minimum(log_ratios, high)"),
+        ("gmpo's mean over padding", "lengths = jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1)", "lengths = jnp.full(mask[:, :1].shape, mask.shape[1])"),
+        ("sign of reinforce", "    return -advantages * log_probs\n", "    return advantages * log_probs\n"),
+    ],
+    "losses.py": [
+        ("exp before the mask", "    log_probs = jnp.where(mask, log_probs, 0)\n    difference", "    difference"),
+        ("gradient into the old policy", "jax.lax.stop_gradient(jnp.where(mask, old_log_probs, 0))", "jnp.where(mask, old_log_probs, 0)"),
+        ("sequence ratio not normalised", "jnp.sum(difference, axis=-1, keepdims=True) / lengths", "jnp.sum(difference, axis=-1, keepdims=True)"),
+        ("sequence_token: gradient of the mean", "        mean = jax.lax.stop_gradient(mean)\n", ""),
+        ("sequence weights without B", "return weights / jnp.maximum(lengths, 1) / rows", "return weights / jnp.maximum(lengths, 1)"),
+        ("token weights per row", "return weights / jnp.maximum(jnp.sum(lengths), 1)", "return weights / jnp.maximum(lengths, 1)"),
+        ("constant weights by length", "rows * (mask.shape[1] if max_length is None else max_length)", "rows * lengths"),
+        ("sum over sequences, not mean", "    if reduction == \"sequence_sum\":\n        return weights / rows", "    if reduction == \"sequence_sum\":\n        return weights"),
+        ("local weights not averaged", "jnp.maximum(per_row, 1) / num_microbatches", "jnp.maximum(per_row, 1)"),
+        ("padding rows counted", "mask.shape[0] if num_sequences is None else jnp.maximum(num_sequences, 1)", "mask.shape[0]"),
+        ("masked tokens in the loss", "jnp.where(mask & ~stale, surrogate", "jnp.where(~stale, surrogate"),
+        ("stale sequences train", "jnp.where(mask & ~stale, surrogate", "jnp.where(mask, surrogate"),
+        ("staleness of good sequences", "return (advantages < 0) &", "return (advantages > 0) &"),
+        ("sign of the KL term", "loss = loss + kl_coef", "loss = loss - kl_coef"),
+        ("KL weighed like the policy", "kl_coef * jnp.sum(penalty_weights * kls)", "kl_coef * jnp.sum(weights * kls)"),
+        ("sign of the entropy bonus", "loss = loss - entropy_coef", "loss = loss + entropy_coef"),
+        ("ratio correction dropped", "kls * bounded_exp(log_ratios) if kl_ratio_corrected else kls", "kls"),
+        ("gradient into the reference", "ref_log_probs = jax.lax.stop_gradient(jnp.where(mask, ref_log_probs, 0))", "ref_log_probs = jnp.where(mask, ref_log_probs, 0)"),
+        ("gradient into advantages and weights", "= jax.lax.stop_gradient(\n        (old_log_probs, advantages[:, None], weights, penalty_weights)\n    )", "= (old_log_probs, advantages[:, None], weights, penalty_weights)"),
+        ("clip fractions swapped", "clip_low=mean(cut & (ratios < 1))", "clip_low=mean(cut & (ratios > 1))"),
+    ],
+    "shaping.py": [
+        ("overlong penalty one buffer late", "(max_length - buffer - jnp", "(max_length - jnp"),
+        ("KL penalty over padding", "jnp.where(mask, log_probs - ref_log_probs, 0)", "(log_probs - ref_log_probs)"),
+        ("lowest entropies kept", "mask & (entropies >= descending[last])", "mask & (entropies <= descending[last])"),
+        ("importance weights uncapped", "jnp.minimum(bounded_exp(difference), cap)", "bounded_exp(difference)"),
+        ("importance weights inverted", "bounded_exp(difference), cap", "bounded_exp(-difference), cap"),
+    ],
+    "experience.py": [
+        ("filled rows train", "jnp.asarray(rollout.mask) & live[:, None]", "jnp.asarray(rollout.mask)"),
+        ("filled rows count", "num_sequences=int(live[part].sum())", "num_sequences=None"),
+        ("truncated completions train", "(rollout.finished[part, None] | (not recipe.mask_truncated))", "True"),
+        ("KL in the reward with the wrong sign", "penalty = -np.asarray(recipe.kl_coef", "penalty = np.asarray(recipe.kl_coef"),
+        ("dead groups feel the KL", "base if recipe.kl_on_dead_groups else base * signal[part, None]", "base"),
+        ("weights of the whole rollout", "np.split(np.arange(rows), num_minibatches)", "[np.arange(rows)]"),
+    ],
+    "groups.py": [
+        ("a leftover group is lost", "range(count, live)", "range(count + 1, live)"),
+        ("a group is used twice", "range(count, live)", "range(count - 1, live)"),
+    ],
+    "metrics.py": [
+        ("slices averaged, not weighed", "share = tokens / jnp.maximum(jnp.sum(tokens), 1)", "share = jnp.ones_like(tokens) / tokens.shape[0]"),
+        ("reward_std with ddof 0", "jnp.maximum(counts - 1, 1)", "jnp.maximum(counts, 1)"),
+    ],
+    "log_probs.py": [
+        ("scored one token late", "return hidden[:, prompt_length - 1 :]", "return jnp.roll(hidden, -1, axis=1)[:, prompt_length - 1 :]"),
+        ("sign of the entropy", "entropies = -jnp.sum(", "entropies = jnp.sum("),
+        ("gradient into the reference's parameters", "    ref_params, ref_hidden = jax.lax.stop_gradient((ref_params, ref_hidden))\n", ""),
+    ],
+    "learner.py": [
+        ("gradients of the last micro-batch", "return jax.tree.map(jnp.add, total, grads), (loss, aux)", "return grads, (loss, aux)"),
+        ("non-finite updates applied", "jnp.where(finite & moving, new, old)", "jnp.where(moving, new, old)"),
+        ("momentum moves without a gradient", "jnp.where(finite & moving, new, old)", "jnp.where(finite, new, old)"),
+        ("reference mixed the wrong way", "alpha * new + (1 - alpha) * old", "alpha * old + (1 - alpha) * new"),
+    ],
+}  # fmt: skip
+
+
+def run_tests(package: Path, modules: tuple[str, ...]) -> tuple[bool, str]:
+    """Runs test modules against the copy of the package: (whether all passed, the first failing test)."""
+    paths = [f"tests/test_{module}.py" for module in modules]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *paths]
+    environment = {**os.environ, "PYTHONPATH": str(package), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, cwd=package, env=environment, capture_output=True, text=True)
+    if done.returncode not in (0, 1):
+        sys.exit(f"pytest could not run {paths}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return done.returncode == 0, failed[0].split(" - ")[0].removeprefix("FAILED ") if failed else ""
+
+
+def check(file: str, name: str, old: str, new: str) -> tuple[str, str, bool, str, float]:
+    """Tests one mutant in a copy of its own; an empty name tests the package as it is."""
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as directory:
+        package = Path(directory)
+        for part in ("grpo_jax", "tests"):
+            shutil.copytree(ROOT / part, package / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", package)
+        path = package / "grpo_jax" / file
+        path.write_text(mutate(path.read_text(), old, new) if name else path.read_text())
+        passed, test = run_tests(package, TESTS[file])
+    return file, name, passed, test, time.perf_counter() - started
+
+
+def mutate(text: str, old: str, new: str) -> str:
+    """Replaces the one place that the mutant means.
+
+    Raises:
+        ValueError: the text does not occur exactly once.
+    """
+    if text.count(old) != 1:
+        raise ValueError(f"occurs {text.count(old)} times, not once: {old!r}")
+    return text.replace(old, new)
+
+
+def main() -> None:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", default="", help="text that the file or the name contains")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    arguments = parser.parse_args()
+    chosen = [
+        (file, *mutant)
+        for file, mutants in MUTANTS.items()
+        for mutant in mutants
+        if arguments.only in f"{file} {mutant[0]}"
+    ]
+    files = list(dict.fromkeys(file for file, *_ in chosen))
+    with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
+        baselines = pool.map(lambda file: check(file, "", "", ""), files)
+        if broken := [f"{file}: {test}" for file, _, passed, test, _ in baselines if not passed]:
+            sys.exit(f"the tests fail without any mutation: {'; '.join(broken)}")
+        print("| file | what is broken | killed by |\n|---|---|---|")
+        survivors = []
+        for file, name, passed, test, _ in pool.map(lambda mutant: check(*mutant), chosen):
+            print(f"| {file} | {name} | {'SURVIVED' if passed else test} |", flush=True)
+            survivors += [f"{file}: {name}"] if passed else []
+    print(f"\n{len(chosen) - len(survivors)} of {len(chosen)} mutants killed")
+    if survivors:
+        sys.exit("survived: " + "; ".join(survivors))
+
+
+if __name__ == "__main__":
+    main()
