@@ -40,11 +40,17 @@ def draw(results: dict[str, list[dict]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4))
-    for name, rows in results.items():
+    for number, (name, rows) in enumerate(results.items()):
         rewards = [row["reward"] for row in rows if "reward" in row]
         means = [sum(rewards[i : i + 10]) / len(rewards[i : i + 10]) for i in range(0, len(rewards), 10)]
-        axes.plot(range(10, 10 * len(means) + 1, 10), means, label=name)
-    axes.set(xlabel="update", ylabel="reward of training rollouts", ylim=(0, 1.02))
+        axes.plot(
+            range(10, 10 * len(means) + 1, 10),
+            means,
+            color=f"C{number}",
+            ls="-" if number < 10 else "--",
+            label=name,
+        )
+    axes.set(xlabel="update", ylabel="reward of training rollouts", ylim=(0.5, 1.0))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.tight_layout()
