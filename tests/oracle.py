@@ -5,8 +5,82 @@ out is skipped by `if`. Gradients are derivatives worked out by hand, beside the
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
+
+
+# -------------------------------------------------------------------------------------------- recipes
+class Paper(NamedTuple):
+    """What a paper says, in the words of this file."""
+
+    source: str
+    scale: str  # of `advantages`
+    level: str  # of `log_ratio_rows`
+    surrogate: str
+    clip: dict
+    reduction: str  # of `weights`
+    kl: tuple = ("k3", 0.0, "loss")  # estimator, coefficient, placement
+
+
+PAPERS = {
+    "grpo": Paper(
+        "2402.03300", "std", "token", "clipped", {"clip_range": 0.2}, "sequence", ("k3", 0.04, "loss")
+    ),
+    "dr_grpo": Paper("2503.20783", "none", "token", "clipped", {"clip_range": 0.2}, "constant"),
+    "dapo": Paper(
+        "2503.14476", "std", "token", "clipped", {"clip_range": 0.2, "clip_range_high": 0.28}, "token"
+    ),
+    "bnpo": Paper("TRL", "std", "token", "clipped", {"clip_range": 0.2}, "local_token"),
+    "gspo": Paper(
+        "2507.18071", "std", "sequence", "clipped", {"clip_range": 3e-4, "clip_range_high": 4e-4}, "sequence"
+    ),
+    "gspo_token": Paper(
+        "2507.18071",
+        "std",
+        "sequence_token",
+        "clipped",
+        {"clip_range": 3e-4, "clip_range_high": 4e-4},
+        "sequence",
+    ),
+    "cispo": Paper("2506.13585", "std", "token", "cispo", {"cap": 5.0}, "token"),
+    "sapo": Paper("2511.20347", "std", "token", "sapo", {"tau": 1.0, "tau_negative": 1.05}, "sequence"),
+    "gmpo": Paper("2507.20673", "std", "token", "gmpo", {"log_clip_range": 0.4}, "sequence"),
+    "rloo": Paper(
+        "2402.14740", "leave_one_out", "sequence", "reinforce", {}, "sequence_sum", ("k1", 0.03, "reward")
+    ),
+    "reinforce": Paper("Williams 1992", "none", "token", "reinforce", {}, "token"),
+}
+
+
+def objective(paper, batch, *, max_length, num_microbatches=1, **choices):
+    """From rewards to the gradient, as one optimizer batch: `loss` of everything the paper says.
+
+    `batch` has rewards [N,G], valid [N,G] and, [B,T], log_probs, old, ref, mask; and where they are wanted
+    factors (of the weights of the policy term), kls, entropies.
+    """
+    base = weights(
+        batch["mask"], reduction=paper.reduction, max_length=max_length, num_microbatches=num_microbatches
+    )
+    groups = advantages(batch["rewards"], batch["valid"], scale=paper.scale)
+    return loss(
+        batch["log_probs"],
+        batch["old"],
+        [a for group in groups for a in group],
+        batch["mask"],
+        [
+            [w * float(f) for w, f in zip(*rows, strict=True)]
+            for rows in zip(base, batch["factors"], strict=True)
+        ],
+        penalty_weights=base,
+        ref=batch["ref"],
+        kls=batch.get("kls"),
+        entropies=batch["entropies"],
+        level=paper.level,
+        name=paper.surrogate,
+        **paper.clip,
+        **choices,
+    )
 
 
 # ---------------------------------------------------------------------------------------- advantages
@@ -42,23 +116,100 @@ def std(values, ddof):
     return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / max(len(values) - ddof, 1))
 
 
+def reward_weights(valid, weights, *, missing):
+    """What each function counts in one row, some being missing: (weights [R], whether the row counts)."""
+    used = [r for r in range(len(weights)) if weights[r] != 0]
+    there = [r for r in used if valid[r]]
+    if not there or (missing == "drop" and there != used):
+        return [0.0] * len(weights), False
+    factor = 1.0
+    if missing == "renormalize":
+        factor = math.fsum(abs(weights[r]) for r in used) / math.fsum(abs(weights[r]) for r in there)
+    return [weights[r] * factor if r in there else 0.0 for r in range(len(weights))], True
+
+
+def normalize_then_sum(scores, weights, valid, *, scale="std", missing="skip"):
+    """Advantages of each function [N,G,R] alone, then their weighted sum [N,G]."""
+    groups, size, functions = np.shape(scores)
+    rows = [
+        [reward_weights(valid[n][g], weights, missing=missing) for g in range(size)] for n in range(groups)
+    ]
+    out = np.zeros((groups, size))
+    for r in range(functions):
+        values = [[scores[n][g][r] if valid[n][g][r] else 0.0 for g in range(size)] for n in range(groups)]
+        there = [
+            [valid[n][g][r] and rows[n][g][1] and weights[r] != 0 for g in range(size)] for n in range(groups)
+        ]
+        alone = advantages(values, there, scale=scale)
+        for n in range(groups):
+            for g in range(size):
+                out[n, g] += rows[n][g][0][r] * alone[n, g]
+    return out
+
+
+def scale_by_batch(values, valid, *, epsilon=1e-4):
+    """The values over the standard deviation of all that are there."""
+    everything = [values[n][g] for n in range(len(values)) for g in range(len(values[n])) if valid[n][g]]
+    divisor = std(everything, 1) + epsilon if everything else 1.0
+    out = np.zeros(np.shape(values))
+    for n in range(len(values)):
+        for g in range(len(values[n])):
+            out[n, g] = values[n][g] / divisor if valid[n][g] else 0.0
+    return out
+
+
 # -------------------------------------------------------------------------------------------- weights
-def weights(mask, *, reduction, max_length=None, num_sequences=None):
+def weights(mask, *, reduction, max_length=None, num_sequences=None, num_microbatches=1):
     """loss_weights, one token at a time."""
     mask = np.asarray(mask, bool)
     rows = len(mask) if num_sequences is None else num_sequences
     total = sum(bool(m) for row in mask for m in row)
+    rows_of_a_slice = len(mask) // num_microbatches
     out = np.zeros(mask.shape)
     for i, row in enumerate(mask):
         length = sum(bool(m) for m in row)
+        first = i // rows_of_a_slice * rows_of_a_slice
+        local = sum(bool(m) for other in mask[first : first + rows_of_a_slice] for m in other)
         for t, m in enumerate(row):
             if m:
                 out[i, t] = {
                     "sequence": 1 / (rows * length),
                     "token": 1 / total,
                     "constant": 1 / (rows * (max_length or mask.shape[1])),
+                    "sequence_sum": 1 / rows,
+                    "local_token": 1 / (num_microbatches * local),
                 }[reduction]
     return out
+
+
+# -------------------------------------------------------------------------------------------- shaping
+def overlong(length, *, max_length, buffer):
+    """DAPO, equation 13, its three cases."""
+    if length <= max_length - buffer:
+        return 0.0
+    if length <= max_length:
+        return (max_length - buffer - length) / buffer
+    return -1.0
+
+
+def kl_in_reward(log_probs, ref_log_probs, mask):
+    """sum_t (log pi - log ref) of every row."""
+    return [
+        math.fsum(float(log_probs[i][t]) - float(ref_log_probs[i][t]) for t, m in enumerate(row) if m)
+        for i, row in enumerate(mask)
+    ]
+
+
+def top_entropies(entropies, mask, share):
+    """The tokens (row, column) of the highest entropies: `share`, a Fraction, of all; ties at the end too."""
+    tokens = [(i, t) for i, row in enumerate(mask) for t, m in enumerate(row) if m]
+    ranked = sorted((float(entropies[i][t]) for i, t in tokens), reverse=True)
+    count = math.ceil(share * len(tokens))
+    return {(i, t) for i, t in tokens if entropies[i][t] >= ranked[count - 1]}
+
+
+def importance(log_prob, sampler_log_prob, cap):
+    return min(math.exp(log_prob - sampler_log_prob), cap)
 
 
 # ----------------------------------------------------------------------- per token: (value, derivative)
@@ -93,6 +244,41 @@ def surrogate(name, rho, log_prob, advantage, **clip):
     raise KeyError(name)
 
 
+def gmpo(log_ratios, advantage, *, log_clip_range=0.4, log_clip_range_high=None):
+    """One row's GMPO: (value, its derivative by each token's log ratio).
+
+    value = -A exp(mean_t c_t), c_t the log ratio clipped where that lowers A times it; so a token that is not
+    clipped has the derivative value / n.
+    """
+    high = log_clip_range if log_clip_range_high is None else log_clip_range_high
+    clipped = [min(d, high) if advantage > 0 else max(d, -log_clip_range) for d in log_ratios]
+    value = -advantage * math.exp(math.fsum(clipped) / len(clipped))
+    return value, [value / len(clipped) if c == d else 0.0 for c, d in zip(clipped, log_ratios, strict=True)]
+
+
+def row_surrogate(name, log_ratios, log_probs, advantage, weights, **clip):
+    """The surrogates of one row's tokens.
+
+    Returns:
+        (sum of weights times values; its derivative by each log ratio; its derivative by each log-prob
+        itself; for each token whether no gradient passes it).
+    """
+    if name == "gmpo":  # the value of the row stands at each of its tokens
+        value, slopes = gmpo(log_ratios, advantage, **clip)
+        total = math.fsum(weights)
+        return total * value, [total * s for s in slopes], [0.0] * len(slopes), [s == 0 for s in slopes]
+    terms = [
+        surrogate(name, math.exp(d), log_prob, advantage, **clip)
+        for d, log_prob in zip(log_ratios, log_probs, strict=True)
+    ]
+    return (
+        math.fsum(w * value for w, (value, _, _) in zip(weights, terms, strict=True)),
+        [w * slope for w, (_, slope, _) in zip(weights, terms, strict=True)],
+        [w * direct for w, (_, _, direct) in zip(weights, terms, strict=True)],
+        [slope + direct == 0 for _, slope, direct in terms],
+    )
+
+
 def kl(name, log_prob, ref_log_prob):
     """One token's KL estimate and its derivative with respect to log_prob."""
     d = ref_log_prob - log_prob
@@ -103,6 +289,36 @@ def kl(name, log_prob, ref_log_prob):
     if name == "k3":
         return math.exp(d) - d - 1, 1 - math.exp(d)
     raise KeyError(name)
+
+
+# --------------------------------------------------------------------- distributions: (value, gradient)
+def softmax(logits):
+    """(probabilities, log-probs) of one row of logits; -inf is probability 0."""
+    top = max(logits)
+    log_total = top + math.log(math.fsum(math.exp(z - top) for z in logits))
+    return [math.exp(z - log_total) for z in logits], [z - log_total for z in logits]
+
+
+def token_log_prob(logits, token):
+    """log p_token and its gradient by the logits: [v = token] - p_v."""
+    probs, log_probs = softmax(logits)
+    return log_probs[token], [(v == token) - p for v, p in enumerate(probs)]
+
+
+def entropy(logits):
+    """H = -sum p log p and its gradient by the logits: -p_v (log p_v + H)."""
+    probs, log_probs = softmax(logits)
+    value = -math.fsum(p * x for p, x in zip(probs, log_probs, strict=True) if p > 0)
+    return value, [-p * (x + value) if p > 0 else 0.0 for p, x in zip(probs, log_probs, strict=True)]
+
+
+def kl_exact(logits, ref_logits):
+    """KL = sum p (log p - log q) and its gradient by the logits of p: p_v (log p_v - log q_v - KL)."""
+    probs, log_probs = softmax(logits)
+    _, ref_log_probs = softmax(ref_logits)
+    d = [x - y if p > 0 else 0.0 for p, x, y in zip(probs, log_probs, ref_log_probs, strict=True)]
+    value = math.fsum(p * x for p, x in zip(probs, d, strict=True))
+    return value, [p * (x - value) for p, x in zip(probs, d, strict=True)]
 
 
 # ----------------------------------------------------------------------------------------- the loss
@@ -129,50 +345,118 @@ def loss(
     name="clipped",
     estimator="k3",
     kl_coef=0.0,
+    kls=None,
+    entropies=None,
+    entropy_coef=0.0,
+    penalty_weights=None,
+    max_staleness=None,
     **clip,
 ):
-    """grpo_loss: (loss, gradient [B,T], metrics). `ratio_k1` and `ratio_k3` are times the ratio."""
+    """grpo_loss: (loss, gradient [B,T] by log_probs, metrics). `ratio_k1` and `ratio_k3` are times the ratio.
+
+    `kls` and `entropies` enter the loss as values; what they add to a gradient by logits is in
+    `loss_of_logits`.
+    """
     mask = np.asarray(mask, bool)
+    penalty_weights = weights if penalty_weights is None else penalty_weights
     log_ratios = log_ratio_rows(log_probs, old_log_probs, mask, level)
     gradient = np.zeros(mask.shape)
-    policy_loss = kl_loss = 0.0
-    kls, ratios, cut_low, cut_high = [], [], 0, 0
+    policy_loss = kl_loss = bonus = 0.0
+    used_kls, ratios, cut_low, cut_high, num_stale = [], [], 0, 0, 0
     for i, row in enumerate(mask):
         tokens = [t for t, m in enumerate(row) if m]
+        if not tokens:
+            continue
 
         def move_ratio(t, slope, i=i, tokens=tokens):
             """Adds a derivative by the log ratio: at the sequence level every token moves the row's mean."""
             for s in tokens if level == "sequence" else [t]:
                 gradient[i, s] += slope / len(tokens) if level == "sequence" else slope
 
-        for t in tokens:
-            rho, w, log_prob = math.exp(log_ratios[i, t]), float(weights[i][t]), float(log_probs[i][t])
-            value, by_ratio, direct = surrogate(name, rho, log_prob, float(advantages[i]), **clip)
-            policy_loss += w * value
+        fallen = math.fsum(float(old_log_probs[i][t]) - float(log_probs[i][t]) for t in tokens) / len(tokens)
+        stale = max_staleness is not None and advantages[i] < 0 and fallen > max_staleness
+        row_loss, by_ratio, direct, cut = row_surrogate(
+            name,
+            [float(log_ratios[i, t]) for t in tokens],
+            [float(log_probs[i][t]) for t in tokens],
+            float(advantages[i]),
+            [float(weights[i][t]) for t in tokens],
+            **clip,
+        )
+        if stale:
+            num_stale += len(tokens)
+        else:
+            policy_loss += row_loss
+            for k, t in enumerate(tokens):
+                move_ratio(t, by_ratio[k])
+                gradient[i, t] += direct[k]
+        for k, t in enumerate(tokens):
+            rho, w = math.exp(log_ratios[i, t]), float(penalty_weights[i][t])
             ratios.append(rho)
-            if by_ratio + direct == 0 and advantages[i] != 0:
+            if cut[k] and advantages[i] != 0:
                 cut_low, cut_high = cut_low + (rho < 1), cut_high + (rho > 1)
-            move_ratio(t, w * by_ratio)
-            gradient[i, t] += w * direct
-            if ref is not None:
-                value, slope = kl(estimator.removeprefix("ratio_"), log_prob, float(ref[i][t]))
+            if entropies is not None:
+                bonus += w * float(entropies[i][t])
+            if kls is not None:
+                used_kls.append(float(kls[i][t]))
+                kl_loss += w * used_kls[-1]
+            elif ref is not None:
+                value, slope = kl(estimator.removeprefix("ratio_"), float(log_probs[i][t]), float(ref[i][t]))
                 if estimator.startswith("ratio_"):
                     move_ratio(t, kl_coef * w * rho * value)
                     value, slope = rho * value, rho * slope
-                kls.append(value)
+                used_kls.append(value)
                 kl_loss += w * value
                 gradient[i, t] += kl_coef * w * slope
     n = len(ratios)
     metrics = {
         "policy_loss": policy_loss,
-        "kl": sum(kls) / n if kls else 0.0,
+        "kl": sum(used_kls) / n if used_kls else 0.0,
         "ratio_mean": sum(ratios) / n if n else 0.0,
         "ratio_max": max(ratios, default=0.0),
         "clip_low": cut_low / n if n else 0.0,
         "clip_high": cut_high / n if n else 0.0,
+        "stale": num_stale / n if n else 0.0,
         "num_tokens": n,
     }
-    return policy_loss + kl_coef * kl_loss, gradient, metrics
+    return policy_loss + kl_coef * kl_loss - entropy_coef * bonus, gradient, metrics
+
+
+def loss_of_logits(logits, ref_logits, tokens, old_log_probs, advantages, mask, weights, **choices):
+    """grpo_loss as a function of the logits [B,T,V] of pi and the reference: (loss, gradient [B,T,V])."""
+    exact = choices.get("estimator") == "exact"
+    kl_coef, entropy_coef = choices.get("kl_coef", 0.0), choices.get("entropy_coef", 0.0)
+    penalty_weights = choices.get("penalty_weights", weights)
+    log_probs, ref, kls, entropies = (np.zeros(np.shape(mask)) for _ in range(4))
+    gradient, by_log_prob = np.zeros(np.shape(logits)), np.zeros(np.shape(logits))
+    for i, row in enumerate(mask):
+        for t, m in enumerate(row):
+            if not m:
+                continue
+            z, token, w = [float(x) for x in logits[i][t]], tokens[i][t], float(penalty_weights[i][t])
+            log_probs[i, t], by_log_prob[i, t] = token_log_prob(z, token)
+            ref[i, t], _ = token_log_prob([float(x) for x in ref_logits[i][t]], token)
+            entropies[i, t], slopes = entropy(z)
+            gradient[i, t] -= [entropy_coef * w * s for s in slopes]
+            kls[i, t], slopes = kl_exact(z, [float(x) for x in ref_logits[i][t]])
+            if exact:
+                gradient[i, t] += [kl_coef * w * s for s in slopes]
+    value, by_token, metrics = loss(
+        log_probs,
+        old_log_probs,
+        advantages,
+        mask,
+        weights,
+        ref=ref,
+        kls=kls if exact else None,
+        entropies=entropies,
+        **choices,
+    )
+    for i, row in enumerate(mask):
+        for t, m in enumerate(row):
+            if m:
+                gradient[i, t] += by_token[i, t] * by_log_prob[i, t]
+    return value, gradient, metrics
 
 
 # --------------------------------------------------------------------------------------------- sampling
