@@ -265,8 +265,8 @@ def make_recipe(name: str, **choices: Any) -> Recipe:
             the recipe's starts from its own defaults.
 
     Raises:
-        ValueError: unknown recipe or name of a choice, a clip keyword that the surrogate does not have, or
-            choices that contradict each other.
+        ValueError: unknown recipe or name of a choice, a clip keyword that the surrogate does not have, a
+            negative kl_coef, or choices that contradict each other.
 
     >>> make_recipe("grpo", clip_range_high=0.28, kl_coef=0.0).clip
     {'clip_range': 0.2, 'clip_range_high': 0.28}
@@ -294,7 +294,11 @@ def make_recipe(name: str, **choices: Any) -> Recipe:
         clip=_clip(recipe, {key: value for key, value in choices.items() if key not in fields}),
         **{key: value for key, value in choices.items() if key in fields},
     )
-    if recipe.kl_placement == "reward" and recipe.kl_estimator is not kl_k1:
+    if not recipe.kl_coef >= 0:
+        raise ValueError(
+            f"kl_coef: {recipe.kl_coef}; 0 or more (a negative one would push away from the reference)"
+        )
+    if recipe.kl_placement == "reward" and (recipe.kl_estimator is not kl_k1 or recipe.kl_ratio_corrected):
         raise ValueError("kl_placement: 'reward' adds up k1, so kl_estimator must be 'k1' with it")
     return recipe
 
