@@ -71,8 +71,8 @@ def top_entropy_mask(entropies: Array, mask: Array, *, share: float | Array) -> 
     chex.assert_equal_shape([entropies, mask])
     count = jnp.sum(mask)
     descending = -jnp.sort(-jnp.where(mask, entropies, -jnp.inf).reshape(-1))
-    # 1e-6: 0.2 * 10 in float32 must not become 3 tokens.
-    last = jnp.clip(jnp.ceil(share * count - 1e-6).astype(jnp.int32) - 1, 0, descending.size - 1)
+    # In float32 0.6 * 105 is more than 63, by a relative 6e-8, and must not become 64 tokens.
+    last = jnp.clip(jnp.ceil(share * count * (1 - 3e-7)).astype(jnp.int32) - 1, 0, descending.size - 1)
     return mask & (entropies >= descending[last])
 
 
