@@ -188,7 +188,7 @@ def normalize_then_sum(
     Returns:
         [..., G]; exactly 0 in a group in which every function's valid values are all equal.
 
-    >>> normalize_then_sum(jnp.array([[0., 5.], [1., 5.]]), [1., 1.]).round(2).tolist()
+    >>> [round(a, 2) for a in normalize_then_sum(jnp.array([[0., 5.], [1., 5.]]), [1., 1.]).tolist()]
     [-0.71, 0.71]
     """
     scores, weights = jnp.asarray(scores), jnp.asarray(weights)
@@ -217,4 +217,5 @@ def scale_by_batch(advantages: Array, *, valid: Array | None = None, epsilon: fl
     advantages, valid, count = _prepare(advantages, valid)
     total = jnp.sum(count)
     mean = jnp.sum(advantages) / jnp.maximum(total, 1)
-    return advantages / (_std(jnp.where(valid, advantages - mean, 0), total, 1, axis=None) + epsilon)
+    divisor = _std(jnp.where(valid, advantages - mean, 0), total, 1, axis=None) + epsilon
+    return advantages / jnp.where(divisor > 0, divisor, 1)

@@ -1,3 +1,6 @@
+"""The advantage axis by loops, exact zeros, missing rewards, and several reward functions."""
+
+import doctest
 import functools
 
 import chex
@@ -10,7 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from grpo_jax.advantages import group_advantages, informative_groups, leave_one_out_advantages
+from grpo_jax import advantages
+from grpo_jax.advantages import (
+    ADVANTAGES,
+    MISSING,
+    group_advantages,
+    informative_groups,
+    leave_one_out_advantages,
+    normalize_then_sum,
+    reward_weights,
+    scale_by_batch,
+)
 
 FAST = settings(max_examples=150, deadline=None, derandomize=True)
 SCALES = ("std", "batch", "none", "leave_one_out")
@@ -169,8 +182,136 @@ def test_integers_become_float32():
     assert leave_one_out_advantages(jnp.array([[True, False]])).tolist() == [[1.0, -1.0]]
 
 
+def test_choices_by_name():
+    rewards, valid = jax.random.normal(jax.random.key(0), (N, G)), np.arange(N * G).reshape(N, G) % 4 > 0
+    assert tuple(ADVANTAGES) == SCALES
+    for scale, function in ADVANTAGES.items():
+        np.testing.assert_allclose(
+            function(rewards, valid=valid),
+            oracle.advantages(rewards, valid, scale=scale),
+            rtol=1e-4,
+            atol=1e-6,
+        )
+
+
+# ------------------------------------------------------------------------- several reward functions
+R = 3
+WEIGHTS = st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, -1.0]), min_size=R, max_size=R)
+SCORES = hnp.arrays(np.float32, (N, G, R), elements=st.sampled_from([0.0, 1.0, 0.35, 0.95, -2.0, 10.0]))
+SCORES_VALID = st.one_of(st.just(np.ones((N, G, R), bool)), hnp.arrays(bool, (N, G, R)))
+
+
+@FAST
+@given(SCORES_VALID, WEIGHTS, st.sampled_from(MISSING))
+def test_reward_weights_are_the_loop(valid, weights, missing):
+    rows = [oracle.reward_weights(row, weights, missing=missing) for row in valid.reshape(-1, R)]
+    for array in (np.asarray, jnp.asarray):  # the same code for both
+        row_weights, row_valid = reward_weights(array(valid), array(weights, np.float32), missing=missing)
+        assert type(row_weights) is type(row_valid) is type(array(valid))
+        np.testing.assert_allclose(row_weights.reshape(-1, R), [w for w, _ in rows], rtol=1e-6)
+        np.testing.assert_array_equal(row_valid.reshape(-1), [v for _, v in rows])
+
+
+def test_reward_weights_policy_by_policy():
+    weights, valid = np.array([1.0, 3.0, -2.0]), np.array([[1, 1, 1], [1, 0, 1], [0, 0, 0]], bool)
+    skip, renormalize, drop = (reward_weights(valid, weights, missing=policy) for policy in MISSING)
+    np.testing.assert_allclose(skip[0], [[1, 3, -2], [1, 0, -2], [0, 0, 0]])
+    np.testing.assert_allclose(renormalize[0], [[1, 3, -2], [2, 0, -4], [0, 0, 0]])  # 6 in absolute value
+    np.testing.assert_allclose(drop[0], [[1, 3, -2], [0, 0, 0], [0, 0, 0]])
+    assert skip[1].tolist() == renormalize[1].tolist() == [True, True, False]
+    assert drop[1].tolist() == [True, False, False]
+    # A function of weight 0 decides nothing.
+    assert reward_weights(valid, np.array([1.0, 0.0, 2.0]), missing="drop")[1].tolist() == [True, True, False]
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "missing"))
+def jitted_normalize_then_sum(scores, weights, valid, *, scale, missing):
+    return normalize_then_sum(scores, weights, valid=valid, advantage_fn=ADVANTAGES[scale], missing=missing)
+
+
+@FAST
+@given(SCORES, SCORES_VALID, WEIGHTS, st.sampled_from(SCALES), st.sampled_from(MISSING))
+def test_normalize_then_sum_is_the_loop(scores, valid, weights, scale, missing):
+    choices = {"scale": scale, "missing": missing}
+    result = jitted_normalize_then_sum(scores, np.float32(weights), valid, **choices)
+    chex.assert_shape(result, (N, G))
+    expected = oracle.normalize_then_sum(scores, weights, valid, **choices)
+    np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-4)
+    # What stands where there is no score has no influence.
+    dirty = np.where(valid, scores, np.float32(np.nan))
+    np.testing.assert_array_equal(
+        jitted_normalize_then_sum(dirty, np.float32(weights), valid, **choices), result
+    )
+    scaled = scale_by_batch(result, valid=valid.any(axis=-1))
+    np.testing.assert_allclose(
+        scaled, oracle.scale_by_batch(np.asarray(result), valid.any(axis=-1)), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_normalize_then_sum_eagerly_in_float64():
+    rng = np.random.default_rng(0)
+    scores, valid = rng.standard_normal((N, G, R)), rng.random((N, G, R)) < 0.8
+    weights = [1.0, 0.5, 2.0]
+    with jax.enable_x64(True):
+        for missing in MISSING:
+            result = normalize_then_sum(scores, weights, valid=valid, missing=missing)
+            expected = oracle.normalize_then_sum(scores, weights, valid, missing=missing)
+            np.testing.assert_allclose(result, expected, rtol=1e-12, atol=1e-12)
+            there = np.array(
+                [[oracle.reward_weights(v, weights, missing=missing)[1] for v in row] for row in valid]
+            )
+            np.testing.assert_allclose(
+                scale_by_batch(result, valid=there), oracle.scale_by_batch(expected, there), rtol=1e-12
+            )
+
+
+def test_normalize_then_sum_is_what_gdpo_is_for():
+    """Sum first: (1, 0) and (0, 1) are one reward, and the function of larger scale hides the other."""
+    scores = jnp.array([[[0.0, 0.0], [1.0, 0.0], [0.0, 100.0], [1.0, 100.0]]])
+    alone = normalize_then_sum(scores, [1.0, 1.0])
+    np.testing.assert_allclose(alone[0, 1], alone[0, 2], atol=1e-3)
+    summed = group_advantages(jnp.sum(scores, axis=-1))
+    assert summed[0, 2] - summed[0, 1] > 1.5
+    # One function: the two orders are the same.
+    one = scores[..., :1]
+    np.testing.assert_allclose(normalize_then_sum(one, [1.0]), group_advantages(one[..., 0]), rtol=1e-6)
+
+
+def test_several_dead_functions_give_exactly_nothing():
+    scores = jnp.broadcast_to(jnp.array([0.35, 0.95, 0.1]), (N, G, R))
+    for advantage_fn in ADVANTAGES.values():
+        result = normalize_then_sum(scores, [1.0, 0.3, 2.0], advantage_fn=advantage_fn)
+        for value in (result, scale_by_batch(result), scale_by_batch(result, epsilon=0.0)):
+            assert (np.asarray(value) == 0).all()
+    nothing = normalize_then_sum(scores, [1.0, 0.3, 2.0], valid=jnp.zeros((N, G, R), bool))
+    assert (np.asarray(nothing) == 0).all()
+
+
+def test_scale_by_batch():
+    values = np.array([[1.0, -1.0, np.nan], [4.0, -4.0, 0.0]], np.float32)
+    valid = ~np.isnan(values)
+    for function in (scale_by_batch, jax.jit(scale_by_batch)):
+        result = np.asarray(function(values, valid=valid))
+        np.testing.assert_allclose(result, oracle.scale_by_batch(values, valid), rtol=1e-6)
+        assert result[0, 2] == result[1, 2] == 0
+    np.testing.assert_allclose(np.std(result[valid], ddof=1), 1, rtol=1e-4)
+    # The size of the rewards, and with it the number of functions, no longer matters.
+    np.testing.assert_allclose(scale_by_batch(1000 * values, valid=valid), result, rtol=1e-4)
+
+
 def test_errors():
     with pytest.raises(ValueError, match="'group'; choose 'std', 'batch' or 'none'"):
         group_advantages(jnp.zeros((2, 2)), scale="group")
     with pytest.raises(AssertionError):
         group_advantages(jnp.zeros((2, 2)), valid=jnp.ones((2, 3), bool))
+    with pytest.raises(ValueError, match="missing: 'zero'; choose one of skip, renormalize, drop"):
+        reward_weights(np.ones((2, 2), bool), np.ones(2), missing="zero")
+    with pytest.raises(ValueError, match="missing: 'zero'"):
+        normalize_then_sum(jnp.zeros((2, 2, 1)), [1.0], missing="zero")
+    with pytest.raises(AssertionError):
+        normalize_then_sum(jnp.zeros((2, 2, 1)), [1.0], valid=jnp.ones((2, 2), bool))
+
+
+def test_examples_in_the_docstrings():
+    result = doctest.testmod(advantages)
+    assert result.attempted and not result.failed
