@@ -120,7 +120,7 @@ def make_experience(
         prompt_mask=jnp.pad(rollout.prompt_mask, padding),
         tokens=jnp.asarray(rollout.tokens),
         mask=mask,
-        advantages=_advantages(judged, recipe, live, **settings),
+        advantages=_advantages(judged, recipe, live, signal, **settings),
         weights=jnp.concatenate(weights),
         old_log_probs=jnp.asarray(judged.old_log_probs),
         ref_log_probs=None if judged.ref_log_probs is None else jnp.asarray(judged.ref_log_probs),
@@ -147,7 +147,7 @@ def _policy_factors(judged: Judged, recipe: Recipe, trained: Array, part: np.nda
     return factors
 
 
-def _advantages(judged, recipe, live, *, reward_weights, max_length, group_size) -> Array:
+def _advantages(judged, recipe, live, signal, *, reward_weights, max_length, group_size) -> Array:
     """Computes the advantages [B]; KL in the reward, where the recipe wants it, enters here."""
     rewards, valid = shaped_rewards(judged, recipe, reward_weights=reward_weights, max_length=max_length)
     valid = valid & live
@@ -155,21 +155,23 @@ def _advantages(judged, recipe, live, *, reward_weights, max_length, group_size)
     if recipe.kl_placement == "reward" and judged.ref_log_probs is not None:
         kls = kl_penalty(judged.old_log_probs, judged.ref_log_probs, judged.rollout.mask)
         penalty = -np.asarray(recipe.kl_coef * kls)
+        penalty = penalty if recipe.kl_on_dead_groups else penalty * signal
     groups = (-1, group_size)
     if recipe.aggregation == "sum_then_normalize":
         totals = np.where(valid, rewards + penalty, 0)
         return recipe.advantages(totals.reshape(groups), valid=valid.reshape(groups)).reshape(-1)
-    # What is added to the sum of rewards is one more function here, of weight 1.
     scores = np.asarray(judged.scores)
-    columns = np.column_stack([scores, _overlong(judged, recipe, max_length) + penalty])
-    there = ~np.isnan(columns) & valid[:, None]
+    there = ~np.isnan(scores) & valid[:, None]
     advantages = normalize_then_sum(
-        np.nan_to_num(columns).reshape(*groups, columns.shape[1]),
-        np.array([*reward_weights, 1.0], np.float32),
-        valid=there.reshape(*groups, columns.shape[1]),
+        np.nan_to_num(scores).reshape(*groups, scores.shape[1]),
+        np.asarray(reward_weights, np.float32),
+        valid=there.reshape(*groups, scores.shape[1]),
         advantage_fn=recipe.advantage,
         missing=recipe.missing,
     )
+    # What is added to the sum of rewards is one more function here, of weight 1 whatever is missing.
+    added = (_overlong(judged, recipe, max_length) + penalty).reshape(groups)
+    advantages = advantages + recipe.advantages(added, valid=valid.reshape(groups))
     if recipe.aggregation == "gdpo":
         advantages = scale_by_batch(advantages, valid=valid.reshape(groups))
     return advantages.reshape(-1)
