@@ -1,3 +1,6 @@
+"""Ratios, weights and the loss that is made of them; the surrogates have a module of their own."""
+
+import doctest
 import functools
 
 import chex
@@ -9,20 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_jax.kl import KL_ESTIMATORS
-from grpo_jax.losses import (
-    cispo_surrogate,
-    clipped_surrogate,
-    grpo_loss,
-    log_ratios,
-    loss_weights,
-    reinforce_surrogate,
-    sapo_surrogate,
-)
+from grpo_jax import losses
+from grpo_jax.kl import KL_ESTIMATORS, kl_exact, kl_k1
+from grpo_jax.losses import RATIO_LEVELS as LEVELS
+from grpo_jax.losses import REDUCTIONS, grpo_loss, log_ratios, loss_weights
+from grpo_jax.surrogates import clipped_surrogate, gmpo_surrogate, reinforce_surrogate
 
 B, T = 8, 6
-LEVELS = ("token", "sequence", "sequence_token")
-REDUCTIONS = ("sequence", "token", "constant")
 CLIP = {"clip_range": 0.2, "clip_range_high": 0.28, "delta": 1.6, "dual_clip": 1.4}
 KL_COEF = 0.04
 
@@ -124,51 +120,177 @@ def test_log_ratios_by_level():
     np.testing.assert_allclose(row_sums("token")[1, :, 1, :], np.diag([1, 1, 0]))
 
 
-@pytest.mark.parametrize("advantage", [1.5, -1.5, 0.0])
-def test_clipped_surrogate_token_by_token(advantage):
-    ratios = np.array([0.01, 0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 1.27, 1.29, 1.5, 1.7, 5.0])
-    for clip in (
-        {},
-        {"clip_range": 0.1},
-        {"clip_range_high": 0.28},
-        {"delta": 1.6},
-        {"dual_clip": 2.0},
-        CLIP,
-    ):
-        loss, slope = jax.vmap(
-            jax.value_and_grad(lambda d, clip=clip: clipped_surrogate(d, None, advantage, **clip)), 0
-        )(jnp.log(ratios))
-        expected = [oracle.clipped(rho, advantage, **clip) for rho in ratios]
-        np.testing.assert_allclose(loss, [value for value, _ in expected], rtol=1e-6, err_msg=str(clip))
-        np.testing.assert_allclose(slope, [s for _, s in expected], rtol=1e-6, err_msg=str(clip))
+# -------------------------------------------------------------------- from the logits, with everything on
+V = 4
+SURROGATE_CHOICES = {
+    "clipped": (clipped_surrogate, CLIP),
+    "gmpo": (gmpo_surrogate, {"log_clip_range": 0.4}),
+    "reinforce": (reinforce_surrogate, {}),
+}
 
 
-@pytest.mark.parametrize("advantage", [1.5, -1.5, 0.0])
+def loss_of_logits(logits, ref_logits, tokens, batch, weights, numbers, *, level, name, estimator):
+    """As the learner does: log-probs, entropies and exact KLs of distributions, and what is made of them."""
+
+    def loss(logits):
+        log_probs, ref_log_probs = (
+            jnp.take_along_axis(jax.nn.log_softmax(x), tokens[..., None], axis=-1)[..., 0]
+            for x in (logits, ref_logits)
+        )
+        probs = jax.nn.softmax(logits)
+        surrogate, clip = SURROGATE_CHOICES[name]
+        return grpo_loss(
+            log_probs,
+            batch["old"],
+            batch["advantages"],
+            batch["mask"],
+            weights * batch["factors"],
+            ref_log_probs=ref_log_probs,
+            ratio_level=level,
+            surrogate=functools.partial(surrogate, **clip),
+            kl_estimator=KL_ESTIMATORS.get(estimator.removeprefix("ratio_")),
+            kl_ratio_corrected=estimator.startswith("ratio_"),
+            kls=kl_exact(logits, ref_logits) if estimator == "exact" else None,
+            entropies=-jnp.sum(probs * jax.nn.log_softmax(logits), axis=-1),
+            penalty_weights=weights,
+            **numbers,
+        )
+
+    return jax.value_and_grad(loss, has_aux=True)(logits)
+
+
+jitted_loss_of_logits = jax.jit(loss_of_logits, static_argnames=("level", "name", "estimator"))
+
+
+@pytest.mark.parametrize("estimator", ["exact", "k2"])
 @pytest.mark.parametrize(
-    ("surrogate", "name", "clip"),
-    [
-        (cispo_surrogate, "cispo", {"cap": 5.0}),
-        (cispo_surrogate, "cispo", {"cap": 0.6}),
-        (sapo_surrogate, "sapo", {"tau": 1.0, "tau_negative": 1.05}),
-        (sapo_surrogate, "sapo", {"tau": 3.0, "tau_negative": 0.5}),
-        (reinforce_surrogate, "reinforce", {}),
-    ],
+    ("name", "level"),
+    [("clipped", "token"), ("clipped", "sequence"), ("gmpo", "token"), ("reinforce", "sequence_token")],
 )
-def test_other_surrogates_token_by_token(surrogate, name, clip, advantage):
-    ratios = np.array([0.01, 0.5, 0.61, 0.99, 1.0, 1.01, 2.0, 4.99, 5.01, 30.0])
-    log_probs = -np.linspace(0.1, 3.0, len(ratios))
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.integers(0, 10**6), st.sampled_from([0.0, 0.5]), st.sampled_from([0.0, 0.3]))
+def test_from_the_logits_it_is_the_loop(name, level, estimator, seed, kl_coef, entropy_coef):
+    rng = np.random.default_rng(seed)
+    batch = {**make_batch(seed), "factors": rng.choice([0.0, 1.0, 1.5], (B, T))}
+    batch["advantages"] = batch["advantages"].astype(np.float64)
+    logits, ref_logits = 2 * rng.standard_normal((2, B, T, V))
+    tokens = rng.integers(0, V, (B, T))
+    batch["old"] = oracle_log_probs(logits, tokens) + 0.4 * rng.standard_normal((B, T))
+    numbers = {"kl_coef": kl_coef, "entropy_coef": entropy_coef, "max_staleness": 0.1}
+    weights = oracle.weights(batch["mask"], reduction="sequence")
+    expected_loss, expected_gradient, expected_metrics = oracle.loss_of_logits(
+        logits,
+        ref_logits,
+        tokens,
+        batch["old"],
+        batch["advantages"],
+        batch["mask"],
+        weights * batch["factors"],
+        level=level,
+        name=name,
+        estimator=estimator,
+        penalty_weights=weights,
+        **numbers,
+        **SURROGATE_CHOICES[name][1],
+    )
+    choices = {"level": level, "name": name, "estimator": estimator}
     with jax.enable_x64(True):
-        loss, slopes = jax.vmap(
-            jax.value_and_grad(lambda d, x: surrogate(d, x, advantage, **clip), argnums=(0, 1))
-        )(jnp.log(ratios), jnp.asarray(log_probs))
-        pairs = zip(ratios, log_probs, strict=True)
-        expected = [oracle.surrogate(name, rho, x, advantage, **clip) for rho, x in pairs]
-        for result, column in zip((loss, *slopes), np.transpose(expected), strict=True):
-            np.testing.assert_allclose(result, column, rtol=1e-12, atol=1e-15)
-    if name != "cispo" or clip["cap"] > 1:  # at ratio 1 every one of them is the policy gradient
-        np.testing.assert_allclose(slopes[0][4] + slopes[1][4], -advantage, rtol=1e-12)
-    if advantage:  # and none cuts a gradient (at 30 times 3.0 SAPO's gate is closed to the last bit)
-        assert (np.sign(slopes[0] + slopes[1])[:-1] == -np.sign(advantage)).all()
+        data = jax.tree.map(jnp.asarray, (logits, ref_logits, tokens, batch, weights, numbers))
+        (loss, metrics), gradient = jitted_loss_of_logits(*data, **choices)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-11, atol=1e-13)
+    for key, value in expected_metrics.items():
+        np.testing.assert_allclose(getattr(metrics, key), value, rtol=1e-12, atol=1e-14, err_msg=key)
+
+
+def oracle_log_probs(logits, tokens):
+    return np.array(
+        [
+            [oracle.token_log_prob(list(z), token)[0] for z, token in zip(*row, strict=True)]
+            for row in zip(logits, tokens, strict=True)
+        ]
+    )
+
+
+# -------------------------------------------------------------------------------- penalties, one by one
+def penalty_of(batch, name, values, coefficient, **settings):
+    """The loss of a batch without advantages, as a function of kls or entropies [B,T]."""
+    weights = loss_weights(batch["mask"])
+
+    def loss(values):
+        data = (batch["log_probs"], batch["old"], np.zeros(B, np.float32), batch["mask"], weights)
+        coefficients = {"kls": "kl_coef", "entropies": "entropy_coef"}
+        return grpo_loss(*data, **{name: values, coefficients[name]: coefficient}, **settings)[0]
+
+    return jax.value_and_grad(loss)(values)
+
+
+@pytest.mark.parametrize(("name", "sign"), [("kls", 1), ("entropies", -1)])
+def test_exact_kls_raise_the_loss_and_entropies_lower_it(name, sign):
+    batch, values = make_batch(16), np.random.default_rng(0).uniform(0, 2, (B, T)).astype(np.float32)
+    mask, weights = batch["mask"], np.asarray(loss_weights(batch["mask"]))
+    value, gradient = penalty_of(batch, name, values, 0.5)
+    np.testing.assert_allclose(value, sign * 0.5 * np.sum(weights[mask] * values[mask]), rtol=1e-5)
+    np.testing.assert_allclose(gradient, sign * 0.5 * weights, rtol=1e-6)
+    # Weights of their own, and nothing from what stands at masked positions.
+    other = np.where(mask, 3.0, 0.0).astype(np.float32)
+    dirty = np.where(mask, values, np.float32(np.nan))
+    value, gradient = penalty_of(batch, name, dirty, 0.5, penalty_weights=other)
+    np.testing.assert_allclose(value, sign * 1.5 * np.sum(values[mask]), rtol=1e-5)
+    np.testing.assert_allclose(gradient, sign * 0.5 * other, rtol=1e-6)
+
+
+def test_penalty_weights_leave_the_policy_term_alone():
+    batch = make_batch(17)
+    weights = loss_weights(batch["mask"])
+    data = [batch[name] for name in ("log_probs", "old", "advantages", "mask")]
+    whole, metrics = grpo_loss(*data, weights, ref_log_probs=batch["ref"], kl_coef=0.5)
+    same, _ = grpo_loss(*data, weights, ref_log_probs=batch["ref"], kl_coef=0.5, penalty_weights=weights)
+    assert same == whole
+    only_kl, no_policy = grpo_loss(
+        *data, 0 * weights, ref_log_probs=batch["ref"], kl_coef=0.5, penalty_weights=weights
+    )
+    assert no_policy.policy_loss == 0 and no_policy.kl == metrics.kl
+    np.testing.assert_allclose(only_kl + metrics.policy_loss, whole, rtol=1e-5)
+    no_kl, _ = grpo_loss(*data, weights, ref_log_probs=batch["ref"], kl_coef=0.5, penalty_weights=0 * weights)
+    np.testing.assert_allclose(no_kl, metrics.policy_loss, rtol=1e-6)
+
+
+def test_stale_sequences_do_not_train_the_policy():
+    """Rows whose mean log-prob fell by 0.4, 0.2 and -0.4, each with both signs of the advantage."""
+    mask = np.arange(3) < np.array([3, 3, 2, 2, 1, 1, 0])[:, None]
+    fallen = np.array([0.4, 0.4, 0.2, 0.2, -0.4, -0.4, 9.0], np.float32)
+    advantages = np.array([-1, 1, -1, 1, -1, 1, -1], np.float32)
+    log_probs = np.full((7, 3), -1.0, np.float32)
+    # The mean decides, not the single token; and masked positions take no part.
+    old = np.where(mask, log_probs + fallen[:, None], np.float32(1e4))
+    old[0, :2] += [0.3, -0.3]
+    weights = loss_weights(mask)
+
+    def run(max_staleness, advantages=advantages):
+        def loss(log_probs):
+            ref = log_probs + 0.1
+            data = (log_probs, old, advantages, mask, weights)
+            return grpo_loss(
+                *data, ref_log_probs=ref, kl_coef=1.0, kl_estimator=kl_k1, max_staleness=max_staleness
+            )
+
+        (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(log_probs)
+        return metrics, np.asarray(gradient) - np.asarray(weights)  # without that of k1
+
+    off, gradient_off = run(None)
+    assert off.stale == 0
+    for max_staleness, dropped in [(0.3, [0]), (0.1, [0, 2]), (0.5, []), (float("inf"), [])]:
+        metrics, gradient = run(max_staleness)
+        expected = gradient_off.copy()
+        expected[dropped] = 0
+        np.testing.assert_allclose(gradient, expected, atol=1e-7)  # the KL term of a stale row stays
+        np.testing.assert_allclose(metrics.stale, mask[dropped].sum() / mask.sum())
+        assert (
+            metrics.num_tokens == mask.sum() and metrics.kl == off.kl and metrics.ratio_mean == off.ratio_mean
+        )
+    assert run(0.1, advantages=np.abs(advantages))[0].stale == 0
+    assert run(0.1, advantages=0 * advantages)[0].stale == 0
 
 
 # -------------------------------------------------------------------------------------- inert padding
@@ -305,16 +427,28 @@ def test_runaway_tokens_stay_finite(level, sign):
                     chex.assert_tree_all_finite(metrics)
 
 
-def test_no_gradient_into_the_data():
+@pytest.mark.parametrize("level", LEVELS)
+def test_no_gradient_into_the_data(level):
     batch = make_batch(11)
 
-    def loss(data):
-        return loss_of(batch["log_probs"], data[0], data[1], batch["mask"], data[2], data[3], CLIP, KL_COEF)[
-            0
-        ]
+    def loss(old, advantages, weights, ref, penalty_weights):
+        return grpo_loss(
+            batch["log_probs"],
+            old,
+            advantages,
+            batch["mask"],
+            weights,
+            ref_log_probs=ref,
+            ratio_level=level,
+            kl_coef=KL_COEF,
+            kl_ratio_corrected=True,
+            penalty_weights=penalty_weights,
+            max_staleness=0.1,
+        )[0]
 
-    data = (batch["old"], batch["advantages"], loss_weights(batch["mask"]), batch["ref"])
-    chex.assert_trees_all_equal(jax.grad(loss)(data), jax.tree.map(jnp.zeros_like, data))
+    weights = loss_weights(batch["mask"])
+    data = (batch["old"], batch["advantages"], weights, batch["ref"], weights)
+    chex.assert_trees_all_equal(jax.grad(loss, argnums=range(5))(*data), jax.tree.map(jnp.zeros_like, data))
 
 
 def test_kl_term():
@@ -347,8 +481,33 @@ def test_weights(reduction):
         np.testing.assert_allclose(eager, oracle.weights(mask, reduction=reduction, **kwargs), rtol=1e-6)
         np.testing.assert_allclose(eager, jitted, rtol=1e-6)
     alive = mask.any(axis=1).sum()
-    total = {"sequence": alive / B, "token": 1.0, "constant": mask.sum() / (B * T)}[reduction]
+    total = {
+        "sequence": alive / B,
+        "token": 1.0,
+        "constant": mask.sum() / (B * T),
+        "sequence_sum": mask.sum() / B,
+        "local_token": 1.0,
+    }[reduction]
     np.testing.assert_allclose(loss_weights(mask, reduction=reduction).sum(), total, rtol=1e-6)
+
+
+def test_local_weights_depend_on_the_slices_and_no_others_do():
+    mask = make_batch(14)["mask"].copy()
+    mask[2:4] = False  # an empty slice of two rows: it counts as one of the M, and gives 0
+    for num_microbatches in (1, 2, 4, 8):
+        settings = {"num_microbatches": num_microbatches}
+        for reduction in REDUCTIONS:
+            weights = loss_weights(mask, reduction=reduction, **settings)
+            np.testing.assert_allclose(
+                weights, oracle.weights(mask, reduction=reduction, **settings), rtol=1e-6
+            )
+            same = (weights == loss_weights(mask, reduction=reduction)).all()
+            assert same == (reduction != "local_token" or num_microbatches == 1)
+        slices = np.asarray(loss_weights(mask, reduction="local_token", **settings)).reshape(
+            num_microbatches, -1
+        )
+        alive = mask.reshape(num_microbatches, -1).any(axis=1)
+        np.testing.assert_allclose(slices.sum(axis=1), alive / num_microbatches, rtol=1e-6)
 
 
 def test_bfloat16_log_probs_give_a_float32_loss():
@@ -365,8 +524,14 @@ def test_errors():
     ones = jnp.ones((2, 3))
     with pytest.raises(ValueError, match="'row'; choose 'token', 'sequence' or 'sequence_token'"):
         log_ratios(ones, ones, ones, level="row")
-    with pytest.raises(ValueError, match="'mean'; choose 'sequence', 'token' or 'constant'"):
+    with pytest.raises(ValueError, match="'mean'; choose one of sequence, token"):
         loss_weights(ones, reduction="mean")
+    with pytest.raises(ValueError, match="2 rows do not divide into 4 micro-batches"):
+        loss_weights(ones, reduction="local_token", num_microbatches=4)
+    with pytest.raises(AssertionError):
+        grpo_loss(ones, ones, jnp.ones(2), ones, ones, kls=ones[:1])
+    with pytest.raises(AssertionError):
+        grpo_loss(ones, ones, jnp.ones(2), ones, ones, entropies=ones[:1])
     with pytest.raises(AssertionError):
         grpo_loss(ones, ones, jnp.ones(3), ones, ones)  # advantages of three rows
     with pytest.raises(AssertionError):
@@ -375,3 +540,8 @@ def test_errors():
         grpo_loss(ones, ones, jnp.ones(2), ones, ones, ref_log_probs=ones[:, :2])
     with pytest.raises(AssertionError):
         log_ratios(ones[0], ones[0], ones[0])
+
+
+def test_examples_in_the_docstrings():
+    result = doctest.testmod(losses)
+    assert result.attempted and not result.failed
