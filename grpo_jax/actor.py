@@ -229,7 +229,7 @@ def _measure(actor: Actor, judged: Judged) -> dict[str, Any]:
     groups = (-1, actor.group_size)
     measured = {
         **reward_metrics(rewards.reshape(groups), valid.reshape(groups)),
-        **rollout_metrics(judged.rollout, judged.old_log_probs),
+        **rollout_metrics(judged.rollout, judged.old_log_probs, importance_cap=actor.recipe.importance_cap),
     }
     if actor.recipe.aggregation != "sum_then_normalize":
         signal = has_signal(judged, actor.recipe, group_size=actor.group_size, **_settings(actor))

@@ -1,35 +1,83 @@
-"""Metrics by definition. Names are TRL's where TRL has one.
+"""Metrics by definition: every name that a run logs. Names are TRL's where it has one for the same thing.
 
-    name                            definition
-    ------------------------------  -----------------------------------------------------------------
-    loss                            sum(weights * (surrogate + kl_coef * kl))
-    policy_loss                     sum(weights * surrogate); near 0 on-policy, as advantages are centred
-    kl                              token mean of the KL estimate to the reference, nats
-    entropy                         token mean of the policy's entropy over the vocabulary, nats
-    ratio/mean, ratio/max           token mean and largest of pi / pi_old (sequence ratios at that level)
-    clip_ratio/low_mean             share of tokens whose gradient the clip cuts at a ratio below 1
-    clip_ratio/high_mean            the same above 1
-    clip_ratio/region_mean          the sum of both
-    grad_norm                       global norm of the gradient before clipping
-    learning_rate                   of this update
-    skipped_updates                 updates skipped so far because loss or gradient was not finite
-    reward, reward_std              mean of the valid rewards; mean over groups of their std (ddof 1)
-    rewards/<name>/mean, /std       mean and std (ddof 1) of one reward function over its values
-    frac_reward_zero_std            share of groups without a signal (all valid rewards equal)
-    completions/mean_length         tokens, the eos included; also min_length and max_length
-    completions/clipped_ratio       share of completions that hit the limit without an eos
-    completions/mean_terminated_length   mean length of those that did not; 0 if there are none
-    sampling/logp_difference_max    largest |sampler's - scorer's log-prob| of a sampled token
-    sampling/kept_mass              token mean of the probability that top-k/top-p/min-p left
-    num_tokens                      prompt and completion tokens processed since the start of the run
+Shapes are those of `grpo_jax.types`. In the formulas, ``sum_it`` runs over the n completion tokens of one
+optimizer batch, those of weight 0 included; only rows that fill a batch for which dynamic sampling found too
+few groups are left out. ``mean_it`` is that sum over n, and ``[...]`` is 1 where the condition holds, else 0.
+Without any token all of them are 0. w [B,T] are the weights, v [B,T] the penalty weights (w, unless the
+recipe tells them apart), A [B] the advantages, rho [B,T] the ratios pi / pi_old at the recipe's ratio level.
 
-A token mean is over all completion tokens of the optimizer batch.
+The update, in every row (`train_step`):
+
+    loss                        policy_loss + sum_it v_it (kl_coef kl_it - entropy_coef H_it); no KL term
+                                where KL is in the reward
+    policy_loss                 sum_it w_it surrogate_it, without stale rows; near 0 on-policy with centred A
+    kl                          mean_it(kl_it), nats: what the recipe's estimator (times rho, if it is
+                                corrected) gives, or the exact KL(pi || ref); 0 without a reference
+    entropy                     mean_it(H_it), H = -sum_v pi_v log pi_v over the vocabulary, nats
+    ratio/mean, ratio/max       mean_it(rho_it), max_it(rho_it)
+    clip_ratio/low_mean         mean_it([A_i != 0, rho_it < 1 and the surrogate's gradient is 0 there])
+    clip_ratio/high_mean        the same with rho_it > 1
+    clip_ratio/region_mean      the sum of both
+    stale_tokens                mean_it([row i was dropped as stale, see max_staleness])
+    grad_norm                   Euclidean norm of the gradient of loss, before max_grad_norm clips it
+    skipped_updates             updates so far that changed nothing as loss or gradient was not finite
+    skipped_updates_in_a_row    the same since the last one that was finite
+    idle_updates                updates so far that changed nothing as the gradient was exactly 0
+    learning_rate               schedule(c), c the updates before this one that were neither skipped nor idle
+    kl_coef                     the coefficient of this update; kl_target moves it between updates
+    num_tokens                  prompt and completion tokens of everything sampled since the run began
+
+The rollout, in the row of every update that is made from it (`collect`). B and N count everything sampled for
+it: with dynamic sampling all rounds, whether a group trains or not. r [N,G] is the weighted sum of what the
+reward functions gave, plus the overlong penalty, without any KL; valid where `missing` lets it count:
+
+    reward                      mean of the valid r
+    reward_std                  mean over the groups with a valid r of their standard deviation (ddof 1; 0 for
+                                a single one), whatever the advantages are divided by
+    frac_reward_zero_std        share of the N groups without a signal: all valid r equal; where aggregation
+                                normalises first, all valid values of every function (and penalties) equal
+    rewards/<name>/mean         of one function: mean of the values it gave, without its weight
+    rewards/<name>/std          their standard deviation over the B completions (ddof 1; 0 for a single one);
+                                both are absent if it gave none
+    rewards/<name>/missing      share of the B completions for which it gave none
+    completions/mean_length     mean over the B completions of their tokens, the eos included
+    completions/min_length      the shortest
+    completions/max_length      the longest
+    completions/clipped_ratio   share of the B completions that hit the limit without an eos
+    completions/mean_terminated_length  mean length of the others; 0 if there are none
+    sampling/logp_difference_max  max_it |sampler's - scorer's log-prob| of the sampled tokens, nats
+    sampling/kept_mass          mean_it of the probability that top-k, top-p and min-p left to sample from
+    sampling/importance_mean    with importance_cap: mean_it(min(q_it, importance_cap)), q = scorer / sampler
+    sampling/importance_capped  with importance_cap: mean_it([q_it > importance_cap])
+    dynamic_sampling/rounds     with dynamic_sampling: rounds of N prompts that were sampled
+    dynamic_sampling/missing_groups  groups with a signal that the batch lacks; filled up, and masked
+    dynamic_sampling/leftover_groups  groups with a signal beyond the batch, kept for the next rollout
+
+Seconds; the first three are 0 where an earlier rollout is used again:
+
+    time/generate               sampling, and decoding to text, of all rounds
+    time/reward                 in the reward functions; the device scores meanwhile
+    time/score                  waiting for old and reference log-probs, and making the Experience
+    time/update                 in `train_step`
+    step_time                   all of the step, without logging, evaluation and checkpoints
+
+Evaluation, in rows of its own; a completion is correct if the first reward function gives at least 1
+(`evaluate`):
+
+    eval/greedy_accuracy        share of the held-out prompts whose greedy completion is correct
+    eval/mean@k                 share of correct ones among all k samples of every prompt
+    eval/pass@k                 share of the prompts with a correct one among their k samples
+    eval/reward                 mean over the valid samples of the weighted sum, without overlong penalty
+    eval/rewards/<name>/mean    as above, of the samples
+    eval/mean_length            mean tokens of the samples, the eos included
+    eval/clipped_ratio          share of the samples that hit the limit without an eos
 """
 
 import jax.numpy as jnp
 
 from grpo_jax.advantages import informative_groups
 from grpo_jax.losses import LossMetrics
+from grpo_jax.shaping import importance_weights
 from grpo_jax.types import Array, Rollout
 
 Metrics = dict[str, Array]
@@ -88,12 +136,14 @@ def reward_metrics(rewards: Array, valid: Array) -> Metrics:
     }
 
 
-def rollout_metrics(rollout: Rollout, scored_log_probs: Array) -> Metrics:
+def rollout_metrics(
+    rollout: Rollout, scored_log_probs: Array, *, importance_cap: float | None = None
+) -> Metrics:
     """Computes the completion and sampling metrics of a rollout, scored again as [B,T]."""
     lengths = jnp.sum(rollout.mask, axis=1)
     finished = rollout.finished
     difference = jnp.abs(jnp.where(rollout.mask, rollout.log_probs - scored_log_probs, 0))
-    return {
+    metrics = {
         "completions/mean_length": jnp.mean(lengths),
         "completions/min_length": jnp.min(lengths),
         "completions/max_length": jnp.max(lengths),
@@ -102,3 +152,8 @@ def rollout_metrics(rollout: Rollout, scored_log_probs: Array) -> Metrics:
         "sampling/logp_difference_max": jnp.max(difference),
         "sampling/kept_mass": token_mean(rollout.kept_mass, rollout.mask),
     }
+    if importance_cap is not None:
+        ratios = importance_weights(scored_log_probs, rollout.log_probs, rollout.mask, cap=jnp.inf)
+        metrics["sampling/importance_mean"] = token_mean(jnp.minimum(ratios, importance_cap), rollout.mask)
+        metrics["sampling/importance_capped"] = token_mean(ratios > importance_cap, rollout.mask)
+    return metrics

@@ -292,11 +292,14 @@ def _short(value: Any) -> str:
 
 
 def reward_means(rewards: Sequence[Reward], scores: np.ndarray) -> dict[str, float]:
-    """Returns rewards/<name>/mean and /std (ddof 1) over the values each function gave; absent if none."""
+    """Returns rewards/<name>/mean and /std (ddof 1) over the values each function gave, absent if none; and
+    rewards/<name>/missing, the share of the rows without one.
+    """
     metrics = {}
     for reward, column in zip(rewards, scores.astype(np.float64).T, strict=True):
-        values = column[~np.isnan(column)]
+        name, values = f"rewards/{reward.name}", column[~np.isnan(column)]
         if values.size:
-            metrics[f"rewards/{reward.name}/mean"] = float(values.mean())
-            metrics[f"rewards/{reward.name}/std"] = float(values.std(ddof=1)) if values.size > 1 else 0.0
+            metrics[f"{name}/mean"] = float(values.mean())
+            metrics[f"{name}/std"] = float(values.std(ddof=1)) if values.size > 1 else 0.0
+        metrics[f"{name}/missing"] = 1.0 - values.size / column.size
     return metrics
