@@ -1,4 +1,4 @@
-"""The actor: row order, missing rewards, padding, buckets, metrics."""
+"""The actor: row order, missing rewards, padding, buckets, metrics, dynamic sampling."""
 
 import dataclasses
 
@@ -7,17 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_jax import actor as actor_module
 from grpo_jax.actor import Actor, bucket_length, collect, judge
 from grpo_jax.data import Example
+from grpo_jax.groups import Groups
 from grpo_jax.log_probs import completion_log_probs
 from grpo_jax.losses import loss_weights
 from grpo_jax.models import decode, load_model
-from grpo_jax.recipes import dr_grpo, grpo
+from grpo_jax.recipes import dapo, dr_grpo, grpo
 from grpo_jax.rewards import Reward, RewardError
+from grpo_jax.types import Judged, Rollout
 
 GROUP, NEW, PROMPT = 4, 5, 10
 SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
@@ -270,3 +272,216 @@ def test_failing_reward_names_function_and_row(model):
 
     with pytest.raises(RewardError, match=r"reward `fails` .*KeyError\('c'\).* row 8 "):
         collect(make_actor(model, rewards=(fails,)), model.params, None, draw())
+
+
+# Dynamic sampling: in a pattern, each letter is a group, A alive and d dead, each word a round of N = 3
+
+
+def alternating(completions, alive):
+    return [float(i % 2) if a else 1.0 for i, a in enumerate(alive)]
+
+
+class Rounds:
+    """What is drawn: the same prompts in every round, and groups that are alive or dead as the words say."""
+
+    def __init__(self, words: str):
+        self.words, self.drawn = words.split(), []
+
+    def __call__(self, round_: int):
+        self.drawn.append(round_)
+        alive = [letter == "A" for letter in self.words[round_]]
+        examples = [Example(e.prompt, {"alive": a}) for e, a in zip(EXAMPLES, alive, strict=True)]
+        return examples, self.key(round_)
+
+    @staticmethod
+    def key(round_: int):
+        return jax.random.fold_in(KEY, round_)
+
+
+PLAIN = dapo.replace(overlong_buffer=0)  # without it only `alternating` decides who is alive
+
+
+def dynamic(model, words, *, leftovers=None, recipe=PLAIN, **changes):
+    """Collects with dynamic sampling: (what was collected, the rounds drawn)."""
+    draw, settings = Rounds(words), {"rewards": (alternating,), "recipe": recipe, "max_rounds": 3}
+    got = collect(make_actor(model, **settings | changes), model.params, None, draw, leftovers)
+    return got, draw.drawn
+
+
+@pytest.fixture(scope="module")
+def rounds(model):
+    """The Experience of each round, whoever is alive."""
+    draws = [lambda _, r=r: (EXAMPLES, Rounds.key(r)) for r in range(3)]
+    return [collect(make_actor(model), model.params, None, draw).experience for draw in draws]
+
+
+@pytest.fixture(scope="module")
+def sampled(rounds):
+    """The tokens [N,G,T] of each round."""
+    return [np.asarray(e.tokens).reshape(3, GROUP, NEW) for e in rounds]
+
+
+def test_every_round_has_its_own_noise(sampled):
+    for r in range(3):
+        assert not np.array_equal(sampled[r], sampled[r - 1])
+
+
+@pytest.mark.parametrize("num_minibatches", [1, 3])
+@pytest.mark.parametrize(
+    ("words", "count", "trained", "filling", "left"),
+    [
+        ("AAA", 1, [(0, 0), (0, 1), (0, 2)], [], []),
+        ("AdA dAd", 2, [(0, 0), (0, 2), (1, 1)], [], []),
+        ("dAA AdA", 2, [(0, 1), (0, 2), (1, 0)], [], [(1, 2)]),
+        ("AAd AAA", 2, [(0, 0), (0, 1), (1, 0)], [], [(1, 1), (1, 2)]),
+        ("dAd ddd dAA", 3, [(0, 1), (2, 1), (2, 2)], [], []),
+        ("ddA ddd ddd", 3, [(0, 2)], [(2, 0), (2, 1)], []),
+        ("ddd dAd Add", 3, [(1, 1), (2, 0)], [(2, 1)], []),
+    ],
+)
+def test_only_informative_groups_train(words, count, trained, filling, left, num_minibatches, model, sampled):
+    got, drawn = dynamic(model, words, num_minibatches=num_minibatches)
+    assert drawn == list(range(count)) and got.num_rounds == count
+    e, live = got.experience, len(trained) * GROUP
+    tokens = np.concatenate([sampled[r][n] for r, n in trained + filling])
+    np.testing.assert_array_equal(e.tokens, tokens)
+    assert not np.any(e.mask[live:]) and not np.any(e.weights[live:]) and not np.any(e.advantages[live:])
+    assert np.all(np.any(e.mask[:live], axis=1)) and np.all(e.advantages[:live] != 0)
+    for part in np.split(np.arange(3 * GROUP), num_minibatches):
+        np.testing.assert_array_equal(e.weights[part], loss_weights(e.mask[part], reduction="token"))
+    assert got.metrics["dynamic_sampling/rounds"] == count
+    assert got.metrics["dynamic_sampling/missing_groups"] == 3 - len(trained)
+    assert got.metrics["dynamic_sampling/leftover_groups"] == len(left)
+    if left:
+        rollout = got.leftovers.judged.rollout
+        np.testing.assert_array_equal(rollout.tokens, np.concatenate([sampled[r][n] for r, n in left]))
+        # Generation pads these prompts to 8, a leftover has the length of the run: one shape in a checkpoint.
+        assert rollout.prompt_tokens.shape[1] == PROMPT
+    else:
+        assert got.leftovers is None
+    texts = decode(model, np.asarray(e.tokens), np.asarray(sampled_mask(e, got)))
+    assert [row["completion"] for row in got.samples] == texts
+    assert [row["advantage"] for row in got.samples] == np.asarray(e.advantages).tolist()
+
+
+def sampled_mask(experience, got):
+    """The mask of a batch before what fills it was masked: a completion ends with its first eos."""
+    mask = np.asarray(experience.mask).copy()
+    for row, sample in enumerate(got.samples):
+        mask[row, : len(sample["completion"])] = True
+    return mask
+
+
+def test_leftovers_come_first_and_are_scored_by_the_policy_that_sampled_them(model, ref_params, sampled):
+    first, _ = dynamic(model, "AAd dAA")
+    assert first.metrics["dynamic_sampling/leftover_groups"] == 1
+    actor = make_actor(model, rewards=(alternating,), recipe=PLAIN, max_rounds=3)
+    # The policy has moved meanwhile; what was sampled before keeps its log-probs.
+    second = collect(actor, ref_params, None, Rounds("Add AAA"), first.leftovers)
+    e = second.experience
+    np.testing.assert_array_equal(e.tokens[:GROUP], sampled[1][2])
+    alone = collect(actor, model.params, None, lambda _: Rounds("AAA AAA")(1)).experience
+    old = take_rows(alone, slice(2 * GROUP, 3 * GROUP))
+    np.testing.assert_array_equal(e.old_log_probs[:GROUP], old.old_log_probs)
+    np.testing.assert_array_equal(e.prompt_tokens[:GROUP], old.prompt_tokens)
+    np.testing.assert_array_equal(e.advantages[:GROUP], old.advantages)
+    assert [row["prompt"] for row in second.samples][::GROUP] == [EXAMPLES[i].prompt for i in (2, 0, 0)]
+    assert len(second.leftovers.samples) == 2 * GROUP
+    assert second.num_rounds == 2  # one leftover and one new group are not three
+    third = collect(actor, ref_params, None, Rounds("Add"), second.leftovers)
+    assert third.num_rounds == 1 and third.leftovers is None
+    again = collect(actor, ref_params, None, Rounds("Add AAA"), to_device(first.leftovers))
+    chex.assert_trees_all_equal(again.experience, e)  # from a checkpoint they come on the device
+
+
+def take_rows(tree, rows):
+    return jax.tree.map(lambda x: x[rows], tree)
+
+
+def to_device(groups):
+    return Groups(judged=jax.tree.map(jnp.asarray, groups.judged), samples=groups.samples)
+
+
+def test_metrics_are_of_everything_sampled(model, rounds):
+    got, _ = dynamic(model, "dAd AAA")
+    # Two dead groups of ones and four alive ones of 0, 1, 0, 1 have been seen.
+    assert got.metrics["reward"] == pytest.approx((2 * 1 + 4 * 0.5) / 6)
+    assert got.metrics["rewards/alternating/mean"] == pytest.approx((2 * 1 + 4 * 0.5) / 6)
+    assert got.metrics["frac_reward_zero_std"] == pytest.approx(2 / 6)
+    assert all(got.metrics[f"time/{phase}"] > 0 for phase in ("generate", "reward", "score"))
+    assert got.num_tokens == sum(e.prompt_mask.sum() + e.mask.sum() for e in rounds[:2])
+
+
+def test_without_dynamic_sampling_there_is_one_round(model, collected):
+    recipe = PLAIN.replace(dynamic_sampling=False)
+    left, _ = dynamic(model, "AAd dAA")
+    got, drawn = dynamic(model, "ddd AAA", recipe=recipe, leftovers=left.leftovers)
+    assert drawn == [0] and got.num_rounds == 1 and got.leftovers is None
+    assert not np.any(got.experience.advantages) and np.any(got.experience.mask)
+    assert not [name for name in (*got.metrics, *collected.metrics) if name.startswith("dynamic_sampling")]
+
+
+def test_the_overlong_penalty_is_a_signal(model):
+    # Equal rewards, but some completions are longer: DAPO's penalty makes the group informative.
+    got, _ = dynamic(model, "ddd ddd ddd", recipe=dapo.replace(overlong_buffer=NEW))
+    live = 3 - int(got.metrics["dynamic_sampling/missing_groups"])
+    lengths = np.asarray(got.experience.mask).sum(axis=1).reshape(3, GROUP)[:live]
+    assert live > 0 and all(len(set(group)) > 1 for group in lengths)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rollouts=st.lists(
+        st.lists(st.lists(st.booleans(), min_size=3, max_size=3), min_size=4, max_size=4),
+        min_size=1,
+        max_size=4,
+    ),
+    max_rounds=st.integers(1, 4),
+)
+def test_every_informative_group_trains_once(rollouts, max_rounds, model):
+    """The loop itself, over consecutive rollouts of fake rounds; the tokens are the group's number."""
+    actor = make_actor(model, rewards=(correct,), recipe=PLAIN, max_rounds=max_rounds)
+    made, used, leftovers, name = [], [], None, 0
+
+    def sample_round(actor, params, ref_params, signal, key):
+        nonlocal name
+        made.extend(name + i for i, alive in enumerate(signal) if alive)
+        groups = fake_groups(range(name, name + 3), signal)
+        name += 3
+        return actor_module._Round(groups=groups, times=dict.fromkeys(("time/generate", "time/score"), 0.0))
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(actor_module, "_sample_round", sample_round)
+        for rounds in rollouts:
+            got = collect(actor, None, None, lambda r, rounds=rounds: (rounds[r], None), leftovers)
+            e, leftovers = got.experience, got.leftovers
+            assert 1 <= got.num_rounds <= max_rounds
+            live = np.asarray(e.mask).any(axis=1)
+            assert e.tokens.shape == (3 * GROUP, NEW)
+            assert live.sum() == 3 * GROUP or (got.num_rounds == max_rounds and leftovers is None)
+            used += np.asarray(e.tokens)[live, 0][::GROUP].tolist()
+    waiting = [] if leftovers is None else leftovers.judged.rollout.tokens[::GROUP, 0].tolist()
+    assert used + waiting == made
+
+
+def fake_groups(names, signal) -> Groups:
+    tokens = np.repeat(np.array(names, np.int32), GROUP)[:, None] * np.ones(NEW, np.int32)
+    scores = np.tile(np.array([0, 1, 0, 1], np.float32), 3)[:, None] * np.repeat(signal, GROUP)[:, None]
+    ones = np.ones(tokens.shape, np.float32)
+    rollout = Rollout(
+        prompt_tokens=tokens[:, :2],
+        prompt_mask=np.ones((len(tokens), 2), bool),
+        tokens=tokens,
+        mask=np.ones(tokens.shape, bool),
+        log_probs=-ones,
+        kept_mass=ones,
+        finished=np.ones(len(tokens), bool),
+    )
+    judged = Judged(
+        rollout=rollout,
+        old_log_probs=-ones,
+        entropies=ones,
+        ref_log_probs=None,
+        scores=scores.astype(np.float32),
+    )
+    return Groups(judged=judged, samples=[{"prompt": str(t)} for t in tokens[:, 0]])
