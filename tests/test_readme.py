@@ -1,9 +1,17 @@
 """The README is true: its Python runs, its files exist, its length is kept."""
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
+
+from grpo_jax import metrics
+from grpo_jax.advantages import ADVANTAGES
+from grpo_jax.config import AlgorithmConfig
+from grpo_jax.kl import KL_ESTIMATORS
+from grpo_jax.recipes import RECIPES
+from grpo_jax.surrogates import SURROGATES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -30,5 +38,56 @@ def test_modules_of_the_floor_table_are_those_of_the_package():
     assert not missing, f"README's floor table lacks {sorted(missing)}"
 
 
+def cells(heading: str) -> list[list[str]]:
+    """Returns the rows of the table with that first line, without it."""
+    table = README[README.index(heading) :]
+    rows = table[: table.index("\n\n")].splitlines()[2:]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def numbers(text: str) -> list[float]:
+    return [float(x) for x in text.split("/")]
+
+
+def test_choices_of_the_recipe_table_are_those_of_the_recipes():
+    rows = cells("| recipe | paper | choices |")
+    assert [row[0].strip("`") for row in rows] == list(RECIPES)
+    names = {f: name for table in (ADVANTAGES, SURROGATES, KL_ESTIMATORS) for name, f in table.items()}
+    for recipe, (_, paper, choices, *_) in zip(RECIPES.values(), rows, strict=True):
+        advantage, ratio_level, surrogate, kl, reduction = choices.split(";")[0].split(", ")
+        assert (advantage, ratio_level, reduction) == (
+            names[recipe.advantage],
+            recipe.ratio_level,
+            recipe.reduction,
+        )
+        name, *clip = surrogate.split()
+        assert name == names[recipe.surrogate]
+        assert (numbers(clip[0]) if clip else []) == list(recipe.clip.values())
+        if kl == "–":
+            assert recipe.kl_coef == 0
+        else:
+            estimator, coefficient, *where = kl.split()
+            assert (estimator, float(coefficient)) == (names[recipe.kl_estimator], recipe.kl_coef)
+            assert recipe.kl_placement == (where[-1] if where else "loss")
+        assert ("dynamic sampling" in choices) == recipe.dynamic_sampling
+        assert ("overlong" in choices) == (recipe.overlong_tokens(100) > 0)
+        links = re.findall(r"\(https://(.*)\)", paper)
+        assert all(link in recipe.paper for link in links)
+
+
+def test_keys_of_the_algorithm_are_all_explained():
+    rows = cells("| `algorithm` key |")
+    named = {key for row in rows for key in re.findall(r"`(\w+)`", row[0])}
+    named |= set(re.findall(r"`algorithm\.(\w+)`", README))
+    assert named == {field.name for field in dataclasses.fields(AlgorithmConfig)}
+
+
+def test_metrics_with_healthy_ranges_are_logged():
+    rows = cells("| metric | healthy |")
+    for name in (name for row in rows for name in re.findall(r"`([\w/<>]+)`", row[0])):
+        assert re.search(rf"^    (.*, )?{name}(,|  )", metrics.__doc__, re.MULTILINE), name
+
+
 def test_length():
-    assert len(README.splitlines()) <= 200
+    # 240: one table maps every recipe to three other libraries, one every key around the loss to two.
+    assert len(README.splitlines()) <= 240
