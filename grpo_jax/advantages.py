@@ -65,7 +65,7 @@ def group_advantages(
     """Centres each reward on its group's mean and divides by a standard deviation.
 
     GRPO, https://arxiv.org/abs/2402.03300, section 4.1.2: ``A = (r - mean(r)) / std(r)``;
-    Dr. GRPO, https://arxiv.org/abs/2503.20783, section 3.1, drops the division (``scale="none"``).
+    Dr. GRPO, https://arxiv.org/abs/2503.20783, section 3.2, drops the division (``scale="none"``).
 
     Args:
         rewards: [..., G], any real numbers; the last axis is the group. Integers become float32.
@@ -105,7 +105,7 @@ def group_advantages(
 def leave_one_out_advantages(rewards: Array, *, valid: Array | None = None) -> Array:
     """Subtracts from each reward the mean of the *others* of its group.
 
-    RLOO, https://arxiv.org/abs/2402.14740, section 3.2: ``A_i = r_i - mean_{j != i} r_j``.
+    RLOO, https://arxiv.org/abs/2402.14740, section 2.3: ``A_i = r_i - mean_{j != i} r_j``.
 
     Args:
         rewards: [..., G], any real numbers; the last axis is the group.

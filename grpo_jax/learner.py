@@ -215,7 +215,7 @@ def train_step(
 def mix_params(params: Params, ref_params: Params, alpha: float | Array) -> Params:
     """Moves a reference towards the policy: ``alpha * params + (1 - alpha) * ref_params``.
 
-    The soft update of TR-DPO, https://arxiv.org/abs/2404.09656, equation 5; alpha 1 copies the policy. The
+    The soft update of TR-DPO, https://arxiv.org/abs/2404.09656; alpha 1 copies the policy. The
     result is a tree of its own, whatever becomes of the arguments.
     """
     return jax.tree.map(lambda new, old: alpha * new + (1 - alpha) * old, params, ref_params)

@@ -106,7 +106,7 @@ def loss_weights(
 
         sequence      1 / (B n_i)         mean over sequences of the mean over tokens (GRPO)
         token         1 / sum_i n_i       mean over all tokens of the batch (DAPO, equation 8)
-        constant      1 / (B max_length)  no length bias (Dr. GRPO, section 3.1)
+        constant      1 / (B max_length)  no length bias (Dr. GRPO, section 3.2)
         sequence_sum  1 / B               mean over sequences of the sum over tokens (RLOO)
         local_token   1 / (M sum_(i in slice) n_i)  mean over M micro-batches of their token means: the
             one reduction that, by definition, depends on how the batch is cut ("bnpo" in TRL)

@@ -152,7 +152,7 @@ grpo = Recipe(
 
 dr_grpo = Recipe(
     name="dr_grpo",
-    paper="Liu et al. 2025, https://arxiv.org/abs/2503.20783, section 3.1: no std, no length in the weights",
+    paper="Liu et al. 2025, https://arxiv.org/abs/2503.20783, section 3.2: no std, no length in the weights",
     advantage=ADVANTAGES["none"],
     clip={"clip_range": 0.2},
     reduction="constant",
@@ -196,7 +196,7 @@ cispo = Recipe(
     name="cispo",
     paper="MiniMax 2025, https://arxiv.org/abs/2506.13585, equations 4 and 5",
     surrogate=cispo_surrogate,
-    clip={"cap": 5.0},
+    clip={"cap": 5.0},  # the paper gives no number; this is ScaleRL's, https://arxiv.org/abs/2510.13786
     reduction="token",
 )
 
@@ -209,7 +209,7 @@ sapo = Recipe(
 
 gmpo = Recipe(
     name="gmpo",
-    paper="Zhao et al. 2025, https://arxiv.org/abs/2507.20673, equation 4",
+    paper="Zhao et al. 2025, https://arxiv.org/abs/2507.20673, equation 3",
     surrogate=gmpo_surrogate,
     clip={"log_clip_range": 0.4},
 )
@@ -217,13 +217,13 @@ gmpo = Recipe(
 # One action per completion: the log-prob of the whole sequence, and the KL in its reward.
 rloo = Recipe(
     name="rloo",
-    paper="Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740, section 3.2",
+    paper="Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740, section 2.3",
     advantage=ADVANTAGES["leave_one_out"],
     ratio_level="sequence",
     surrogate=reinforce_surrogate,
     kl_estimator=kl_k1,
     kl_placement="reward",
-    kl_coef=0.03,
+    kl_coef=0.03,  # of its summarisation runs, appendix C; 0.10 in dialogue
     reduction="sequence_sum",
 )
 

@@ -57,7 +57,8 @@ def kl_penalty(log_probs: Array, ref_log_probs: Array, mask: Array) -> Array:
 def top_entropy_mask(entropies: Array, mask: Array, *, share: float | Array) -> Array:
     """Says which tokens have the highest entropies of the batch; only those train the policy.
 
-    https://arxiv.org/abs/2506.01939, equation 5 (there the best share is 0.2).
+    https://arxiv.org/abs/2506.01939, section 5.1 (there the best share is 0.2). The paper divides by the
+    number of tokens kept; here, as in TRL, the other tokens stay in the normaliser.
 
     Args:
         entropies: [B,T], of the distribution each token was drawn from, nats.

@@ -107,7 +107,7 @@ def gmpo_surrogate(
 ) -> Array:
     """Computes GMPO's objective, to be minimised: ``-A`` times the geometric mean of the clipped ratios.
 
-    https://arxiv.org/abs/2507.20673, equation 4, clipped token by token in log space before the mean is
+    https://arxiv.org/abs/2507.20673, equation 3, clipped token by token in log space before the mean is
     taken, on the side that A favours: ``min(d, high)`` where A > 0, ``max(d, -low)`` where it is not.
 
     Args:
