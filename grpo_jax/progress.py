@@ -66,7 +66,7 @@ def restore(parts: Parts, sources: list[Path]) -> Progress | None:
     """
     config = parts.config
     templates = {"experience": _experience_template(parts), "leftovers": _leftovers_template(parts)}
-    if config.algorithm.ref_sync_every:
+    if parts.needs_reference:  # one that has moved is there even if from now on it stays
         templates["reference"] = parts.model.params
     for source in (source for source in sources if source.is_dir()):
         checkpoints = Checkpoints(source, read_only=source != Path(config.run_dir) / "checkpoints")
@@ -88,7 +88,9 @@ def restore(parts: Parts, sources: list[Path]) -> Progress | None:
                 "num_minibatches) this step lies inside one; continue with the settings it was made with"
             )
         extra["rollout_metrics"] = {k: float(v) for k, v in extra["rollout_metrics"].items()}
-        extra["kl_coef"] = float(extra["kl_coef"])
+        # With a target the coefficient is where the run stands; without one it is a setting.
+        kl_coef = extra["kl_coef"] if config.algorithm.kl_target else parts.recipe.kl_coef
+        extra["kl_coef"] = float(kl_coef)
         left = extra.pop("leftover_samples")
         leftovers = Groups(judged=others["leftovers"], samples=left) if left else None
         return Progress(

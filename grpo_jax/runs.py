@@ -158,9 +158,11 @@ def _make_recipe(config: Config) -> Recipe:
     """
     algorithm, limit = config.algorithm, config.sampling.max_new_tokens
     choices = {field.name for field in fields(Recipe)} | CLIP_KEYWORDS
-    recipe = make_recipe(
-        algorithm.name, **{k: v for k, v in asdict(algorithm).items() if k in choices - {"name"}}
-    )
+    given = {key: value for key, value in asdict(algorithm).items() if key in choices - {"name"}}
+    try:
+        recipe = make_recipe(algorithm.name, **given)
+    except ValueError as error:
+        raise ValueError(f"algorithm: {error}") from None
     if recipe.overlong_tokens(limit) > limit:
         raise ValueError(
             f"algorithm.overlong_buffer {algorithm.overlong_buffer} is more than the {limit} tokens of "

@@ -98,7 +98,8 @@ def _update(parts: Parts, progress: Progress, minibatch: int) -> dict[str, float
 def _after_update(parts: Parts, progress: Progress, updated: dict[str, float]) -> None:
     """Moves what moves between updates: the KL coefficient and the reference."""
     algorithm = parts.config.algorithm
-    if algorithm.kl_target is not None:
+    # An update without a gradient may have had no token to measure a KL on.
+    if algorithm.kl_target is not None and updated["grad_norm"] > 0:
         moved = adapt_kl_coef(
             progress.kl_coef,
             updated["kl"],

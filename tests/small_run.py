@@ -11,10 +11,11 @@ import jax
 import numpy as np
 import yaml
 
-from grpo_jax import runs
+from grpo_jax import runs, train
 from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.cli import parse_record
 from grpo_jax.config import Config
+from grpo_jax.notices import Notices
 from grpo_jax.trackers import is_timing
 
 ROOT = Path(__file__).parents[1]
@@ -99,7 +100,7 @@ def rows(run_dir, name: str = "metrics") -> list[dict]:
 
 
 @functools.cache
-def _template():
+def template():
     """Returns the shapes of a small run's state, the same for all of them."""
     return jax.eval_shape(runs.build(config("unused")).init_state)
 
@@ -109,7 +110,7 @@ def leaves(run_dir, step=None) -> dict[str, np.ndarray]:
     checkpoints = Checkpoints(Path(run_dir) / "checkpoints", read_only=True)
     try:
         step = checkpoints.latest_step() if step is None else step
-        state, _, _ = checkpoints.restore(step, _template())
+        state, _, _ = checkpoints.restore(step, template())
     finally:
         checkpoints.close()
     named = jax.tree_util.tree_leaves_with_path(state)
@@ -132,3 +133,37 @@ def write_yaml(path, content) -> str:
     """Writes a YAML file and returns its name."""
     Path(path).write_text(yaml.safe_dump(content))
     return str(path)
+
+
+class Crash(BaseException):
+    """Ends a run at once, past every `except Exception`."""
+
+
+PLACES = {  # where a run can be made to crash, and on which side of what happens there
+    "rollout": (train, "collect", "before"),
+    "rewarded": (train, "collect", "after"),
+    "updated": (train, "train_step", "after"),
+    "logged": (Notices, "about", "before"),
+    "evaluation": (train, "evaluate_parts", "before"),
+    "evaluated": (train, "evaluate_parts", "after"),
+    "save": (Checkpoints, "save", "before"),
+    "saved": (Checkpoints, "save", "after"),
+    "export": (train, "save_model", "before"),
+}
+
+
+def crash_at(monkeypatch, place: str, call: int) -> None:
+    """Makes the call-th call at a place crash."""
+    owner, name, when = PLACES[place]
+    original, calls = getattr(owner, name), []
+
+    def crashing(*args, **kwargs):
+        calls.append(1)
+        if when == "before" and len(calls) == call:
+            raise Crash
+        result = original(*args, **kwargs)
+        if len(calls) == call:
+            raise Crash
+        return result
+
+    monkeypatch.setattr(owner, name, crashing)

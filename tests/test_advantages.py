@@ -315,3 +315,11 @@ def test_errors():
 def test_examples_in_the_docstrings():
     result = doctest.testmod(advantages)
     assert result.attempted and not result.failed
+
+
+def test_the_smallest_difference_is_a_signal():
+    """A signal is decided by equality: rewards may be graded as finely as float32 can."""
+    rewards = jnp.array([[0.5, 0.5, jnp.nextafter(jnp.float32(0.5), jnp.float32(1.0))], [0.5, 0.5, 0.5]])
+    assert informative_groups(rewards).tolist() == [True, False]
+    advantages = group_advantages(rewards, scale="none")
+    assert (advantages[0] != 0).any() and (advantages[1] == 0).all()

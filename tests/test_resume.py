@@ -15,9 +15,7 @@ import small_run
 from safetensors.numpy import load_file, save_file
 
 import grpo_jax.train as train_module
-from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.models import load_model
-from grpo_jax.notices import Notices
 from grpo_jax.sources import PACKAGED
 from grpo_jax.train import train
 
@@ -69,40 +67,6 @@ def whole(argv, tmp_path_factory):
     return get
 
 
-class Crash(BaseException):
-    """Ends a run at once, past every `except Exception`."""
-
-
-PLACES = {
-    "rollout": (train_module, "collect", "before"),
-    "rewarded": (train_module, "collect", "after"),
-    "updated": (train_module, "train_step", "after"),
-    "logged": (Notices, "about", "before"),
-    "evaluation": (train_module, "evaluate_parts", "before"),
-    "evaluated": (train_module, "evaluate_parts", "after"),
-    "save": (Checkpoints, "save", "before"),
-    "saved": (Checkpoints, "save", "after"),
-    "export": (train_module, "save_model", "before"),
-}
-
-
-def crash_at(monkeypatch, place: str, call: int) -> None:
-    """Makes the call-th call at a place crash."""
-    owner, name, when = PLACES[place]
-    original, calls = getattr(owner, name), []
-
-    def crashing(*args, **kwargs):
-        calls.append(1)
-        if when == "before" and len(calls) == call:
-            raise Crash
-        result = original(*args, **kwargs)
-        if len(calls) == call:
-            raise Crash
-        return result
-
-    monkeypatch.setattr(owner, name, crashing)
-
-
 @pytest.mark.parametrize(
     ("num_iterations", "place", "call"),
     [
@@ -122,8 +86,8 @@ def crash_at(monkeypatch, place: str, call: int) -> None:
 def test_cut_anywhere(num_iterations, place, call, argv, whole, tmp_path, monkeypatch):
     command = argv(tmp_path, algorithm__num_iterations=num_iterations)
     with monkeypatch.context() as context:
-        crash_at(context, place, call)
-        with pytest.raises(Crash):
+        small_run.crash_at(context, place, call)
+        with pytest.raises(small_run.Crash):
             train_module.main(command)
     assert train_module.main(command) == 0
     small_run.assert_same_run(tmp_path, whole(num_iterations))
@@ -135,8 +99,8 @@ def test_cut_again_and_again(num_iterations, argv, whole, tmp_path, monkeypatch)
     command = argv(tmp_path, algorithm__num_iterations=num_iterations, checkpoints__every=1)
     for calls in (2, 3, 4):  # one, two, three steps of progress
         with monkeypatch.context() as context:
-            crash_at(context, "updated", calls)
-            with pytest.raises(Crash):
+            small_run.crash_at(context, "updated", calls)
+            with pytest.raises(small_run.Crash):
                 train_module.main(command)
     assert small_run.rows(tmp_path)[-1]["step"] == 6
     assert train_module.main(command) == 0
@@ -290,8 +254,8 @@ def test_run_continued_from_another_can_be_cut_too(argv, whole, tmp_path, monkey
     command = argv(run_dir, checkpoints__resume=source)
     for place, call in (("updated", 2), ("saved", 2)):
         with monkeypatch.context() as context:
-            crash_at(context, place, call)
-            with pytest.raises(Crash):
+            small_run.crash_at(context, place, call)
+            with pytest.raises(small_run.Crash):
                 train_module.main(command)
     assert train_module.main(command) == 0
     assert small_run.rows(run_dir) == [row for row in small_run.rows(whole(1)) if row["step"] > 3]
@@ -360,8 +324,8 @@ def test_reference_comes_from_the_checkpoint(argv, whole, tmp_path, monkeypatch)
     command = argv(tmp_path / "run", model__hf_model_name=tmp_path / "model")
     monkeypatch.setattr("grpo_jax.runs.load_model", load_model)  # not the shared one
     with monkeypatch.context() as context:
-        crash_at(context, "updated", 5)
-        with pytest.raises(Crash):
+        small_run.crash_at(context, "updated", 5)
+        with pytest.raises(small_run.Crash):
             train_module.main(command)
     shift_weights(tmp_path / "model")
     assert train_module.main(command) == 0
@@ -377,8 +341,8 @@ def test_fresh_start_has_a_fresh_reference(argv, tmp_path, monkeypatch):
     monkeypatch.setattr("grpo_jax.runs.load_model", load_model)
     for place, call in (("updated", 2), ("updated", 5)):
         with monkeypatch.context() as context:
-            crash_at(context, place, call)
-            with pytest.raises(Crash):
+            small_run.crash_at(context, place, call)
+            with pytest.raises(small_run.Crash):
                 train_module.main(command)
         if call == 2:
             shift_weights(tmp_path / "model")
@@ -392,11 +356,11 @@ def test_half_written_config_is_no_obstacle(argv, tmp_path, monkeypatch):
     command = argv(tmp_path, training__num_steps=1)
 
     def crash(*_):
-        raise Crash
+        raise small_run.Crash
 
     with monkeypatch.context() as context:
         context.setattr(os, "replace", crash)
-        with pytest.raises(Crash):
+        with pytest.raises(small_run.Crash):
             train_module.main(command)
     assert not (tmp_path / "config.yaml").exists()
     assert train_module.main(command) == 0
