@@ -263,6 +263,7 @@ def _score(actor: Actor, params: Params, rollout: Rollout) -> tuple[Array, Array
         params,
         rollout,
         temperature=actor.sampling["temperature"],
+        group_size=actor.group_size,
         num_microbatches=actor.num_microbatches * actor.num_minibatches,
     )
 

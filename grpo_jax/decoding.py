@@ -52,12 +52,24 @@ def row_keys(key: Array, rows: Array) -> Array:
 
 
 @flax.struct.dataclass
+class _Rows:
+    """What decoding needs of the rows still running, b of them; `row` says which of the B rows each is."""
+
+    row: Array  # [b]
+    cache: Cache
+    cache_mask: Array  # [b,L]
+    prompt_size: Array  # [b] prompt tokens
+    key: Array  # [b]
+    last: Array  # [b] the token drawn last
+    done: Array  # [b] bool
+
+
+@flax.struct.dataclass
 class _Decode:
     """What the decoding loop carries."""
 
     step: Array  # [] completion tokens drawn so far
-    cache: Cache
-    last: Array  # [B] the token drawn last
+    rows: _Rows
     done: Array  # [B] bool
     tokens: Array  # [B,T], as are the next three
     mask: Array
@@ -65,26 +77,47 @@ class _Decode:
     kept_mass: Array
 
 
-def _draw_and_record(policy, params, carry: _Decode, hidden, keys, eos_ids, sampling) -> _Decode:
-    """Draws token `carry.step` of every row from hidden [B,D] and writes it into the carry."""
+def _draw_and_record(policy, params, carry: _Decode, hidden, eos_ids, sampling) -> _Decode:
+    """Draws token `carry.step` of every running row from hidden [b,D] and writes it into the carry."""
     logits = policy.unembed(params, hidden)
-    t, live = carry.step, ~carry.done
-    uniforms = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, t)))(keys)
+    rows, t = carry.rows, carry.step
+    live = ~rows.done
+    uniforms = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, t)))(rows.key)
     processed = process_logits(logits, **sampling)
     tokens = jnp.where(live, draw(processed, uniforms), 0)
     scaled = scale_logits(logits, sampling["temperature"])
     log_normalizer = jax.nn.logsumexp(scaled, axis=-1)
     log_probs = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0] - log_normalizer
     kept_mass = jnp.minimum(jnp.exp(jax.nn.logsumexp(processed, axis=-1) - log_normalizer), 1.0)
+    done = rows.done | jnp.any(tokens[:, None] == eos_ids, axis=1)
     return carry.replace(
         step=t + 1,
-        last=tokens,
-        done=carry.done | jnp.any(tokens[:, None] == eos_ids, axis=1),
-        tokens=carry.tokens.at[:, t].set(tokens),
-        mask=carry.mask.at[:, t].set(live),
-        log_probs=carry.log_probs.at[:, t].set(jnp.where(live, log_probs, 0)),
-        kept_mass=carry.kept_mass.at[:, t].set(jnp.where(live, kept_mass, 0)),
+        rows=rows.replace(last=tokens, done=done),
+        done=carry.done.at[rows.row].set(done),
+        tokens=carry.tokens.at[rows.row, t].set(tokens),
+        mask=carry.mask.at[rows.row, t].set(live),
+        log_probs=carry.log_probs.at[rows.row, t].set(jnp.where(live, log_probs, 0)),
+        kept_mass=carry.kept_mass.at[rows.row, t].set(jnp.where(live, kept_mass, 0)),
     )
+
+
+def running_sizes(batch: int, max_new_tokens: int) -> tuple[int, ...]:
+    """Returns the numbers of rows that decoding runs with as rows finish: B, B/2, B/4, B/8.
+
+    Each size compiles the loop once more, so short completions and small batches keep one.
+    """
+    if max_new_tokens < 32:
+        return (batch,)
+    sizes = [batch]
+    while len(sizes) < 4 and sizes[-1] >= 8:
+        sizes.append(-(-sizes[-1] // 2))
+    return tuple(sizes)
+
+
+def _drop_finished(rows: _Rows, size: int) -> _Rows:
+    """Keeps `size` rows, all of the unfinished ones (at most that many) among them."""
+    kept = jnp.argsort(rows.done, stable=True)[:size]
+    return jax.tree.map(lambda x: x[kept] if jnp.ndim(x) else x, rows)
 
 
 @functools.partial(jax.jit, static_argnames=("group_size", "max_new_tokens"))
@@ -130,45 +163,57 @@ def generate(
     batch, length = num_prompts * group_size, prompt_length + max_new_tokens
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     eos_ids = jnp.asarray(eos_ids, jnp.int32).reshape(-1)
-    keys = row_keys(key, first_row + jnp.arange(batch))
 
     hidden, cache = prefill(policy, params, prompts, max_length=length)
     prompt_tokens, prompt_mask, hidden, cache = fork(
         (prompts.tokens, prompts.mask, hidden, cache), group_size
     )
-    cache_mask = jnp.concatenate([prompt_mask, jnp.ones((batch, max_new_tokens), bool)], axis=1)
-    prompt_sizes = jnp.sum(prompt_mask, axis=1, dtype=jnp.int32)
-
-    sample = functools.partial(
-        _draw_and_record, policy, params, keys=keys, eos_ids=eos_ids, sampling=sampling
+    rows = _Rows(
+        row=jnp.arange(batch),
+        cache=cache,
+        cache_mask=jnp.concatenate([prompt_mask, jnp.ones((batch, max_new_tokens), bool)], axis=1),
+        prompt_size=jnp.sum(prompt_mask, axis=1, dtype=jnp.int32),
+        key=row_keys(key, first_row + jnp.arange(batch)),
+        last=jnp.zeros(batch, jnp.int32),
+        done=jnp.zeros(batch, bool),
     )
+    sample = functools.partial(_draw_and_record, policy, params, eos_ids=eos_ids, sampling=sampling)
 
     def step(carry: _Decode) -> _Decode:
-        positions = (prompt_sizes + carry.step - 1)[:, None]
-        hidden, cache = policy.forward(params, carry.last[:, None], cache_mask, positions, carry.cache)
-        return sample(carry.replace(cache=cache), hidden[:, -1])
+        rows = carry.rows
+        positions = (rows.prompt_size + carry.step - 1)[:, None]
+        hidden, cache = policy.forward(params, rows.last[:, None], rows.cache_mask, positions, rows.cache)
+        return sample(carry.replace(rows=rows.replace(cache=cache)), hidden[:, -1])
 
     empty = jnp.zeros((batch, max_new_tokens))
     start = _Decode(
         step=jnp.int32(0),
-        cache=cache,
-        last=jnp.zeros(batch, jnp.int32),
-        done=jnp.zeros(batch, bool),
+        rows=rows,
+        done=rows.done,
         tokens=empty.astype(jnp.int32),
         mask=empty.astype(bool),
         log_probs=empty,
         kept_mass=empty,
     )
     # The first token needs no forward of its own (the prefill was it), and after the last none follows.
-    final = jax.lax.while_loop(
-        lambda carry: (carry.step < max_new_tokens) & ~jnp.all(carry.done), step, sample(start, hidden)
-    )
+    carry = sample(start, hidden)
+    sizes = running_sizes(batch, max_new_tokens)
+    for size, smaller in zip(sizes, (*sizes[1:], 0), strict=True):
+        if size < batch:
+            carry = carry.replace(rows=_drop_finished(carry.rows, size))
+        carry = jax.lax.while_loop(
+            lambda carry, enough=smaller: (
+                (carry.step < max_new_tokens) & (jnp.sum(~carry.rows.done) > enough)
+            ),
+            step,
+            carry,
+        )
     return Rollout(
         prompt_tokens=prompt_tokens,
         prompt_mask=prompt_mask,
-        tokens=final.tokens,
-        mask=final.mask,
-        log_probs=final.log_probs,
-        kept_mass=final.kept_mass,
-        finished=final.done,
+        tokens=carry.tokens,
+        mask=carry.mask,
+        log_probs=carry.log_probs,
+        kept_mass=carry.kept_mass,
+        finished=carry.done,
     )

@@ -11,6 +11,7 @@ from flax.training import train_state
 from grpo_jax.log_probs import (
     CHUNK_SIZE,
     completion_hidden,
+    shared_rows,
     split_rows,
     token_log_probs,
     token_log_probs_and_kls,
@@ -74,6 +75,7 @@ def experience_loss(
     *,
     recipe: Recipe,
     ref_params: Params | None = None,
+    group_size: int = 1,
     temperature: float | Array,
     chunk_size: int,
 ) -> tuple[Array, tuple[LossMetrics, Array]]:
@@ -85,16 +87,17 @@ def experience_loss(
         experience: B rows, or a slice of them (weights are those of the whole batch).
         recipe: the objective.
         ref_params: of the reference, for an exact KL term; None: the KL term, if any, is an estimate.
+        group_size: see `completion_hidden`.
         temperature: the sampling temperature.
         chunk_size: see `token_log_probs`.
     """
     e = experience
-    hidden, kls = completion_hidden(policy, params, e), None
+    hidden, kls = completion_hidden(policy, params, e, group_size=group_size), None
     settings = {"temperature": temperature, "chunk_size": chunk_size}
     if ref_params is None:
         log_probs, entropies = token_log_probs(policy, params, hidden, e.tokens, **settings)
     else:
-        ref_hidden = completion_hidden(policy, ref_params, e)
+        ref_hidden = completion_hidden(policy, ref_params, e, group_size=group_size)
         log_probs, entropies, kls = token_log_probs_and_kls(
             policy, params, ref_params, hidden, ref_hidden, e.tokens, **settings
         )
@@ -130,13 +133,16 @@ def _gradients(state, experience, num_microbatches, loss_fn):
     return grads, jnp.sum(losses), merge_loss_metrics(metrics), jnp.sum(share * entropies)
 
 
-@functools.partial(jax.jit, static_argnames=("num_microbatches", "chunk_size"), donate_argnames="state")
+@functools.partial(
+    jax.jit, static_argnames=("group_size", "num_microbatches", "chunk_size"), donate_argnames="state"
+)
 def train_step(
     state: TrainState,
     experience: Experience,
     *,
     recipe: Recipe,
     ref_params: Params | None = None,
+    group_size: int = 1,
     num_microbatches: int = 1,
     temperature: float | Array = 1.0,
     chunk_size: int = CHUNK_SIZE,
@@ -153,6 +159,7 @@ def train_step(
         experience: B rows.
         recipe: the objective. Its kl_coef and clip values are traced; the rest is static.
         ref_params: of the frozen reference, needed only by a recipe with an exact KL term.
+        group_size: that many consecutive rows have the same prompt, which is then run once for them.
         num_microbatches: slices of the batch, a divisor of B.
         temperature: the temperature the rollout was sampled with.
         chunk_size: see `token_log_probs`.
@@ -177,6 +184,7 @@ def train_step(
         experience_loss,
         recipe=recipe,
         ref_params=ref_params,
+        group_size=shared_rows(e.tokens.shape[0], group_size, num_microbatches),
         temperature=temperature,
         chunk_size=chunk_size,
     )

@@ -1,36 +1,52 @@
 """Teacher-forced log-probs and entropies of completions, without ever making [B, L, V]."""
 
 import functools
+import math
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.decoding import positions_from_mask
+from grpo_jax.decoding import fork, positions_from_mask, prefill
 from grpo_jax.kl import kl_exact
 from grpo_jax.sampling import scale_logits
-from grpo_jax.types import Array, Experience, Params, Policy, Rollout
+from grpo_jax.types import Array, Experience, Params, Policy, Prompts, Rollout
 
 CHUNK_SIZE = 1024  # tokens whose logits exist at a time, unless said otherwise
 
 
-def completion_hidden(policy: Policy, params: Params, rollout: Rollout | Experience) -> Array:
-    """Runs prompts and completions through the model.
+def completion_hidden(
+    policy: Policy, params: Params, rollout: Rollout | Experience, *, group_size: int = 1
+) -> Array:
+    """Runs prompts and completions through the model; each prompt once, however many completions it has.
+
+    With a group size above 1 the prompts fill a cache that is forked to their completions, as in `generate`,
+    and gradients flow back through it: the work on the prompts falls by that factor.
 
     Args:
         policy: the model's functions.
         params: its parameters.
         rollout: anything with prompt_tokens [B,S], prompt_mask, tokens [B,T] and mask.
+        group_size: that many consecutive rows have the same prompt; a divisor of B.
 
     Returns:
         hidden [B,T,D]; position t is the state that predicts completion token t.
     """
     prompt_length = rollout.prompt_tokens.shape[1]
     # The last completion token predicts nothing we need.
-    tokens = jnp.concatenate([rollout.prompt_tokens, rollout.tokens[:, :-1]], axis=1)
-    mask = jnp.concatenate([rollout.prompt_mask, rollout.mask[:, :-1]], axis=1)
-    hidden, _ = policy.forward(params, tokens, mask, positions_from_mask(mask), None)
-    return hidden[:, prompt_length - 1 :]
+    tokens, mask = rollout.tokens[:, :-1], rollout.mask[:, :-1]
+    whole_mask = jnp.concatenate([rollout.prompt_mask, mask], axis=1)
+    positions = positions_from_mask(whole_mask)
+    if group_size == 1:
+        whole = jnp.concatenate([rollout.prompt_tokens, tokens], axis=1)
+        hidden, _ = policy.forward(params, whole, whole_mask, positions, None)
+        return hidden[:, prompt_length - 1 :]
+    prompts = Prompts(tokens=rollout.prompt_tokens[::group_size], mask=rollout.prompt_mask[::group_size])
+    last, cache = fork(prefill(policy, params, prompts, max_length=whole_mask.shape[1]), group_size)
+    if tokens.shape[1] == 0:
+        return last[:, None]
+    hidden, _ = policy.forward(params, tokens, whole_mask, positions[:, prompt_length:], cache)
+    return jnp.concatenate([last[:, None], hidden], axis=1)
 
 
 def token_log_probs(
@@ -131,13 +147,14 @@ def _over_chunks(one_chunk, params: Params, arrays: tuple[Array, ...], chunk_siz
     return tuple(x.reshape(-1)[:count].reshape(shape) for x in results)
 
 
-@functools.partial(jax.jit, static_argnames=("num_microbatches", "chunk_size"))
+@functools.partial(jax.jit, static_argnames=("group_size", "num_microbatches", "chunk_size"))
 def completion_log_probs(
     policy: Policy,
     params: Params,
     rollout: Rollout,
     *,
     temperature: float | Array = 1.0,
+    group_size: int = 1,
     num_microbatches: int = 1,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Array, Array]:
@@ -148,6 +165,7 @@ def completion_log_probs(
         params: its parameters.
         rollout: B rows; prompts left-padded, completions right-padded.
         temperature: the temperature it was sampled with; traced.
+        group_size: see `completion_hidden`; each prompt is then run once per slice.
         num_microbatches: slices run one after the other; memory falls, the result stays.
         chunk_size: see `token_log_probs`.
 
@@ -156,8 +174,10 @@ def completion_log_probs(
     """
     chex.assert_rank([rollout.prompt_tokens, rollout.tokens, rollout.mask], 2)
 
+    shared = shared_rows(rollout.mask.shape[0], group_size, num_microbatches)
+
     def score(part):
-        hidden = completion_hidden(policy, params, part)
+        hidden = completion_hidden(policy, params, part, group_size=shared)
         return token_log_probs(
             policy, params, hidden, part.tokens, temperature=temperature, chunk_size=chunk_size
         )
@@ -168,6 +188,11 @@ def completion_log_probs(
         parts = split_rows(rollout, num_microbatches)
         log_probs, entropies = (x.reshape(rollout.mask.shape) for x in jax.lax.map(score, parts))
     return jnp.where(rollout.mask, log_probs, 0), jnp.where(rollout.mask, entropies, 0)
+
+
+def shared_rows(num_rows: int, group_size: int, num_microbatches: int) -> int:
+    """Returns how many consecutive rows of every slice surely have the same prompt."""
+    return math.gcd(num_rows // num_microbatches, group_size)
 
 
 def split_rows(batch, num_parts: int):

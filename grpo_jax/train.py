@@ -89,6 +89,7 @@ def _update(parts: Parts, progress: Progress, minibatch: int) -> dict[str, float
         experience,
         recipe=parts.recipe.replace(kl_coef=progress.kl_coef),
         ref_params=progress.ref_params if parts.recipe.exact_kl else None,
+        group_size=config.algorithm.group_size,
         num_microbatches=config.training.num_microbatches,
         temperature=config.sampling.temperature,
     )

@@ -8,7 +8,8 @@ import pytest
 from numpy_toy import completion_logits, full_logits, softmax
 from toy import VOCAB, make_toy_policy
 
-from grpo_jax.decoding import fork, generate, positions_from_mask, prefill, row_keys
+from grpo_jax import decoding
+from grpo_jax.decoding import fork, generate, positions_from_mask, prefill, row_keys, running_sizes
 from grpo_jax.log_probs import completion_log_probs
 from grpo_jax.types import Policy, Prompts
 
@@ -334,6 +335,26 @@ def test_prompts_are_prefilled_once_and_decoding_stops_with_the_last_row(toy_pol
     assert ran == 1
     np.testing.assert_array_equal(np.sum(rollout.mask, axis=1), 1)
     assert np.all(rollout.finished)
+
+
+@pytest.mark.parametrize("sizes", [(B, 1), (B, B // 2, 2), (B, B - 1, B - 2, 1)])
+def test_dropping_finished_rows_changes_nothing(toy_policy, monkeypatch, sizes):
+    policy, traced, calls = counting(toy_policy[0])
+    eos = jnp.arange(3)
+    whole = sample(toy_policy, eos_ids=eos, temperature=2.0)
+    lengths = np.sum(whole.mask, axis=1)
+    assert len(set(lengths.tolist())) > 2  # rows end at different times
+    monkeypatch.setattr(decoding, "running_sizes", lambda *_: sizes)
+    shrinking = sample((policy, toy_policy[1]), eos_ids=eos, temperature=2.0)
+    jax.effects_barrier()
+    assert_same_rollout(shrinking, whole)
+    assert {shape for shape, _ in traced} == {(N, S), *((size, 1) for size in sizes)}
+    assert len(calls) == lengths.max()  # not one forward more
+
+
+def test_running_sizes():
+    assert running_sizes(64, 64) == (64, 32, 16, 8) and running_sizes(24, 32) == (24, 12, 6)
+    assert running_sizes(64, 31) == (64,) and running_sizes(7, 64) == (7,)
 
 
 def test_new_settings_compile_nothing(toy_policy):
