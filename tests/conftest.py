@@ -25,3 +25,10 @@ def toy_policy():
     import toy
 
     return toy.make_toy_policy()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled_programs():
+    """Drops each module's compiled programs: thousands of them exhaust the mappings of a process (65,530)."""
+    yield
+    jax.clear_caches()
