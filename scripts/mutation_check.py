@@ -1,6 +1,6 @@
 """Breaks each formula in turn and shows that the tests notice: a table of mutants, all killed.
 
-    python scripts/mutation_check.py                 # all of them, about ten minutes on two cores
+    python scripts/mutation_check.py                 # all of them, in the order of an hour on two cores
     python scripts/mutation_check.py --only kl       # those whose file or name contains a text
 
 A mutant is one replacement in one file of a copy of the package; the test modules named for that file then
