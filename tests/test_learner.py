@@ -9,7 +9,7 @@ import pytest
 from toy import VOCAB, make_toy_policy
 
 from grpo_jax.decoding import generate
-from grpo_jax.learner import init_train_state, train_step
+from grpo_jax.learner import init_train_state, mix_params, train_step
 from grpo_jax.log_probs import completion_log_probs
 from grpo_jax.losses import loss_weights
 from grpo_jax.optimizers import make_optimizer
@@ -52,14 +52,19 @@ def take(experience, order):
     return jax.tree.map(lambda x: x[order], experience)
 
 
-def literal_loss(policy, params, experience, *, temperature, clip, kl_coef):
-    """The objective of GRPO, equation 3, from full logits, as few lines as it takes."""
-    e = experience
+def all_log_probs(policy, params, e, temperature):
+    """Log-probs [B,T,V] of every token of the vocabulary, all at once."""
     tokens = jnp.concatenate([e.prompt_tokens, e.tokens], axis=1)
     mask = jnp.concatenate([e.prompt_mask, e.mask], axis=1)
     positions = jnp.clip(jnp.cumsum(mask, axis=1) - 1, 0)
     hidden, _ = policy.forward(params, tokens, mask, positions, None)
-    log_probs = jax.nn.log_softmax(policy.unembed(params, hidden) / temperature)[:, S - 1 : -1]
+    return jax.nn.log_softmax(policy.unembed(params, hidden) / temperature)[:, S - 1 : -1]
+
+
+def literal_loss(policy, params, experience, *, temperature, clip, kl_coef):
+    """The objective of GRPO, equation 3, from full logits, as few lines as it takes."""
+    e = experience
+    log_probs = all_log_probs(policy, params, e, temperature)
     log_probs = jnp.sum(log_probs * jax.nn.one_hot(e.tokens, VOCAB), axis=-1)
     ratios = jnp.exp(log_probs - e.old_log_probs)
     advantages = e.advantages[:, None]
@@ -113,6 +118,124 @@ def test_metrics_are_scalars_with_their_definitions(toy_policy, experience):
         metrics["loss"] - metrics["policy_loss"], 0.04 * np.sum(experience.weights * kl), atol=1e-6
     )
     chex.assert_shape(list(metrics.values()), ())
+
+
+# Terms of the whole distribution: exact KL and entropy
+
+EXACT = make_recipe("grpo", kl_estimator="exact", kl_coef=0.3, entropy_coef=0.2)
+
+
+@pytest.fixture(scope="module")
+def ref_params(toy_policy):
+    rng = np.random.default_rng(2)
+    return jax.tree.map(lambda x: x + 0.2 * rng.normal(size=x.shape).astype(np.float32), toy_policy[1])
+
+
+@pytest.fixture(scope="module")
+def penalized(experience):
+    """Without an estimate of the KL, and with other weights for KL and entropy than for the policy."""
+    penalty_weights = jnp.asarray(np.random.default_rng(3).random((B, T)) * experience.mask, jnp.float32)
+    return experience.replace(ref_log_probs=None, penalty_weights=penalty_weights)
+
+
+def dense_terms(params, policy, ref_params, e, temperature):
+    """(policy term, exact KL and entropy, both weighed): from all logits of both policies at once."""
+    log_probs, ref = (all_log_probs(policy, p, e, temperature) for p in (params, ref_params))
+    chosen = jnp.sum(log_probs * jax.nn.one_hot(e.tokens, VOCAB), axis=-1)
+    ratios, advantages = jnp.exp(chosen - e.old_log_probs), e.advantages[:, None]
+    policy_loss = -jnp.minimum(ratios * advantages, jnp.clip(ratios, 0.8, 1.2) * advantages)
+    kls = jnp.sum(jnp.exp(log_probs) * (log_probs - ref), axis=-1)
+    entropies = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
+    weights = e.weights if e.penalty_weights is None else e.penalty_weights
+    return tuple(
+        jnp.sum(jnp.where(e.mask, w * x, 0))
+        for w, x in ((e.weights, policy_loss), (weights, kls), (weights, entropies))
+    )
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 4])
+@pytest.mark.parametrize(
+    ("kl_coef", "entropy_coef", "weighed_apart"), [(0.3, 0.2, True), (0.7, None, True), (0.0, -0.5, False)]
+)
+def test_exact_kl_and_entropy_by_value(
+    toy_policy, ref_params, penalized, kl_coef, entropy_coef, weighed_apart, num_microbatches
+):
+    policy, params = toy_policy
+    e = penalized if weighed_apart else penalized.replace(penalty_weights=None)
+    recipe = EXACT.replace(kl_coef=kl_coef, entropy_coef=entropy_coef)
+
+    def literal(params):
+        policy_loss, kl, entropy = dense_terms(params, policy, ref_params, e, 0.8)
+        return policy_loss + kl_coef * kl - (entropy_coef or 0.0) * entropy
+
+    loss, grads = jax.jit(jax.value_and_grad(literal))(params)
+    state, metrics = step(
+        toy_policy,
+        e,
+        recipe=recipe,
+        ref_params=ref_params,
+        temperature=0.8,
+        num_microbatches=num_microbatches,
+        chunk_size=5,
+    )
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)  # SGD
+    chex.assert_trees_all_close(state.params, expected, atol=2e-6, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], loss, atol=2e-6)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-5)
+
+
+def test_the_exact_kl_is_measured_over_the_vocabulary(toy_policy, ref_params, penalized):
+    policy, params = toy_policy
+    _, metrics = step(toy_policy, penalized, recipe=EXACT, ref_params=ref_params)
+    uniform = penalized.replace(penalty_weights=penalized.mask / jnp.sum(penalized.mask))
+    _, kl, entropy = dense_terms(params, policy, ref_params, uniform, 1.0)
+    np.testing.assert_allclose(metrics["kl"], kl, rtol=1e-5)
+    np.testing.assert_allclose(metrics["entropy"], entropy, rtol=1e-5)
+    _, itself = step(toy_policy, penalized, recipe=EXACT, ref_params=params)
+    np.testing.assert_allclose(itself["kl"], 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 2])
+def test_penalties_of_an_estimate_have_their_own_weights(toy_policy, experience, num_microbatches):
+    recipe = grpo.replace(kl_coef=0.5)
+    zero, only = jnp.zeros((B, T)), np.array([1, 0, 0, 1, 0, 0, 0, 1], np.float32)[:, None]
+    settings = {"recipe": recipe, "num_microbatches": num_microbatches}
+    without, _ = step(toy_policy, experience.replace(penalty_weights=zero), **settings)
+    policy_only, _ = step(toy_policy, experience, recipe=recipe.replace(kl_coef=0.0))
+    assert_same_params(without, policy_only)
+    # The KL of some rows is the KL of an experience whose other rows weigh nothing.
+    some = experience.weights * only
+    chosen, _ = step(toy_policy, experience.replace(weights=zero, penalty_weights=some), **settings)
+    dead = experience.replace(advantages=jnp.zeros(B), weights=some)
+    assert_same_params(chosen, step(toy_policy, dead, **settings)[0])
+    equal, _ = step(toy_policy, experience.replace(penalty_weights=experience.weights), **settings)
+    assert_same_params(equal, step(toy_policy, experience, **settings)[0])
+
+
+def assert_same_params(actual, expected):
+    chex.assert_trees_all_close(actual.params, expected.params, atol=1e-6, rtol=1e-5)
+
+
+def test_parameters_of_a_reference_are_for_an_exact_kl_only(toy_policy, experience, ref_params):
+    with pytest.raises(ValueError, match="ref_params are only for a recipe whose kl_estimator is exact"):
+        step(toy_policy, experience, ref_params=ref_params)
+    with pytest.raises(ValueError, match="an exact KL needs kls"):
+        step(toy_policy, experience, recipe=EXACT)
+
+
+def test_a_reference_moves_by_alpha_and_outlives_the_state(toy_policy, ref_params):
+    state = init_train_state(*toy_policy, SGD)
+    for alpha in (0.0, 0.25, 1.0):
+        mixed = mix_params(state.params, ref_params, alpha)
+        expected = jax.tree.map(
+            lambda p, r, a=alpha: a * np.asarray(p, np.float64) + (1 - a) * np.asarray(r, np.float64),
+            state.params,
+            ref_params,
+        )
+        chex.assert_trees_all_close(mixed, expected, rtol=1e-6, atol=1e-7)
+    chex.assert_trees_all_equal(mixed, toy_policy[1])  # alpha 1 is a copy
+    jax.tree.map(lambda x: x.delete(), state.params)  # what donation does
+    assert not any(x.is_deleted() for x in jax.tree.leaves((mixed, ref_params)))
 
 
 # What must change nothing
@@ -254,6 +377,40 @@ def test_loss_and_gradient_must_both_be_finite(toy_policy, experience, surrogate
     assert state.skipped == 1
 
 
+# Updates that are idle
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 4])
+def test_an_idle_update_moves_nothing_although_there_is_momentum(toy_policy, experience, num_microbatches):
+    optimizer = make_optimizer(0.01, weight_decay=0.1)
+    settings = {"recipe": grpo, "num_microbatches": num_microbatches}
+    state, _ = step(toy_policy, experience, optimizer=optimizer, **settings)
+    before = jax.device_get((state.params, state.opt_state))
+    # What dynamic sampling makes of a rollout without a single informative group.
+    masked = experience.replace(
+        mask=jnp.zeros((B, T), bool), weights=jnp.zeros((B, T)), advantages=jnp.zeros(B)
+    )
+    # All rewards equal; the KL is measured, but has no coefficient.
+    dead = experience.replace(advantages=jnp.zeros(B))
+    for count, (idle, kl_coef) in enumerate(((masked, 0.04), (dead, 0.0)), start=1):
+        settings["recipe"] = grpo.replace(kl_coef=kl_coef)
+        state, metrics = train_step(state, idle, **settings)
+        chex.assert_trees_all_equal(jax.device_get((state.params, state.opt_state)), before)
+        assert metrics["idle_updates"] == state.idle == count and state.step == 1 + count
+        assert metrics["grad_norm"] == metrics["loss"] == 0
+        assert (metrics["kl"] > 0) == (idle is dead)
+        assert metrics["skipped_updates"] == metrics["skipped_updates_in_a_row"] == 0
+    # With one, the KL of dead groups is a gradient, and the update is a real one.
+    state, metrics = train_step(state, dead, **settings | {"recipe": grpo})
+    assert metrics["idle_updates"] == 2 and metrics["grad_norm"] > 0
+    assert not np.array_equal(state.params["head"], before[0]["head"])
+
+
+def test_a_broken_update_is_skipped_and_not_idle(toy_policy, experience):
+    state, metrics = step(toy_policy, experience.replace(advantages=jnp.full(B, jnp.nan)))
+    assert metrics["skipped_updates"] == 1 and metrics["idle_updates"] == state.idle == 0
+
+
 # State
 
 
@@ -281,6 +438,19 @@ def test_steps_compile_once_whatever_the_numbers(toy_policy, experience):
         state, _ = train_step(state, experience, recipe=recipe, temperature=0.5 * n)
     assert train_step._cache_size() == compiled
     assert state.step == 4
+
+
+def test_a_coefficient_or_a_reference_that_moves_compiles_nothing(toy_policy, penalized, ref_params):
+    state = init_train_state(*toy_policy, ADAM)
+    state, _ = train_step(state, penalized, recipe=EXACT, ref_params=ref_params)
+    compiled, kls = train_step._cache_size(), []
+    for n in range(1, 4):
+        recipe = EXACT.replace(kl_coef=0.1 * n, entropy_coef=0.01 * n, max_staleness=None)
+        ref_params = mix_params(state.params, ref_params, 0.5)
+        state, metrics = train_step(state, penalized, recipe=recipe, ref_params=ref_params)
+        kls.append(float(metrics["kl"]))
+    assert train_step._cache_size() == compiled
+    assert kls[0] > kls[1] > kls[2] > 0  # the reference comes closer
 
 
 def test_clip_values_take_effect_in_a_compiled_function(toy_policy, experience):
