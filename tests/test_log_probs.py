@@ -12,9 +12,15 @@ from numpy_toy import completion_logits, softmax
 from toy import VOCAB, make_toy_policy
 
 from grpo_jax.learner import experience_loss
-from grpo_jax.log_probs import completion_hidden, completion_log_probs, split_rows, token_log_probs
+from grpo_jax.log_probs import (
+    completion_hidden,
+    completion_log_probs,
+    split_rows,
+    token_log_probs,
+    token_log_probs_and_kls,
+)
 from grpo_jax.losses import loss_weights
-from grpo_jax.recipes import grpo
+from grpo_jax.recipes import grpo, make_recipe
 from grpo_jax.types import Experience, Rollout
 
 B, S, T = 8, 5, 7
@@ -99,6 +105,61 @@ def test_rows_do_not_depend_on_each_other(toy_policy):
     permuted = completion_log_probs(*toy_policy, jax.tree.map(lambda x: x[order], ROLLOUT), temperature=1.0)
     expected = completion_log_probs(*toy_policy, ROLLOUT, temperature=1.0)
     chex.assert_trees_all_close(permuted, jax.tree.map(lambda x: x[order], expected), atol=1e-6)
+
+
+# Exact KL
+
+
+@pytest.fixture(scope="module")
+def ref_params(toy_policy):
+    noise = jax.random.split(jax.random.key(3), len(toy_policy[1]))
+    return {
+        name: x + 0.2 * jax.random.normal(key, x.shape)
+        for key, (name, x) in zip(noise, sorted(toy_policy[1].items()), strict=True)
+    }
+
+
+def log_probs_and_kls(toy_policy, params, ref_params, **settings):
+    policy, _ = toy_policy
+    hidden, ref_hidden = (completion_hidden(policy, p, ROLLOUT) for p in (params, ref_params))
+    return token_log_probs_and_kls(policy, params, ref_params, hidden, ref_hidden, ROLLOUT.tokens, **settings)
+
+
+@pytest.mark.parametrize(("temperature", "chunk_size"), [(1.0, 3), (0.5, B * T), (2.0, B * T + 1)])
+def test_exact_kls_equal_a_literal_loop(toy_policy, ref_params, temperature, chunk_size):
+    params, settings = toy_policy[1], {"temperature": temperature, "chunk_size": chunk_size}
+    log_probs, entropies, kls = log_probs_and_kls(toy_policy, params, ref_params, **settings)
+    alone = completion_log_probs(*toy_policy, ROLLOUT, temperature=temperature)
+    mask = ROLLOUT.mask
+    chex.assert_trees_all_close((log_probs * mask, entropies * mask), alone, atol=1e-5)
+    chex.assert_type(kls, jnp.float32)
+    for row in range(B):
+        p, r = (softmax(completion_logits(x, ROLLOUT, row) / temperature) for x in (params, ref_params))
+        for t in range(len(p)):
+            expected = sum(p[t, v] * (np.log(p[t, v]) - np.log(r[t, v])) for v in range(VOCAB))
+            np.testing.assert_allclose(kls[row, t], expected, atol=3e-5, rtol=1e-4)
+    _, _, itself = log_probs_and_kls(toy_policy, params, params, **settings)
+    np.testing.assert_allclose(itself, 0, atol=1e-6)
+
+
+def test_gradients_of_the_exact_kl_reach_the_policy_and_not_the_reference(toy_policy, ref_params):
+    policy, params = toy_policy
+
+    def chunked(params, ref_params):
+        return jnp.sum(log_probs_and_kls(toy_policy, params, ref_params, chunk_size=5)[2] * ROLLOUT.mask)
+
+    def dense(params, ref_params):
+        all_log_probs = [
+            jax.nn.log_softmax(policy.unembed(p, completion_hidden(policy, p, ROLLOUT)))
+            for p in (params, ref_params)
+        ]
+        kls = jnp.sum(jnp.exp(all_log_probs[0]) * (all_log_probs[0] - all_log_probs[1]), axis=-1)
+        return jnp.sum(kls * ROLLOUT.mask)
+
+    grads, ref_grads = jax.jit(jax.grad(chunked, argnums=(0, 1)))(params, ref_params)
+    expected = jax.jit(jax.grad(dense))(params, ref_params)
+    chex.assert_trees_all_close(grads, expected, atol=2e-5, rtol=1e-4)
+    assert not any(np.any(x) for x in jax.tree.leaves(ref_grads))
 
 
 # Chunks and micro-batches
@@ -206,24 +267,33 @@ def test_scoring_never_holds_the_logits_of_all_tokens(large_vocabulary):
     assert elements(CHUNK)[0] < BIG / 3, elements(CHUNK)
 
 
-def test_the_gradient_never_holds_the_logits_of_all_tokens(large_vocabulary):
+@pytest.mark.parametrize("kl_estimator", ["k3", "exact"])
+def test_the_gradient_never_holds_the_logits_of_all_tokens(large_vocabulary, kl_estimator):
     policy, params, rollout = large_vocabulary
     experience = make_experience(rollout)
+    recipe = make_recipe("grpo", kl_estimator=kl_estimator, entropy_coef=0.1)
+    ref_params = params if recipe.exact_kl else None  # two sets of logits then, of one chunk at a time
 
     def grad(chunk_size):
         return jax.grad(
-            lambda params, experience: experience_loss(
-                params, policy, experience, recipe=grpo, temperature=1.0, chunk_size=chunk_size
+            lambda params, ref_params, experience: experience_loss(
+                params,
+                policy,
+                experience,
+                recipe=recipe,
+                ref_params=ref_params,
+                temperature=1.0,
+                chunk_size=chunk_size,
             )[0]
         )
 
     def elements(chunk_size):
-        return largest_array(jax.make_jaxpr(grad(chunk_size))(params, experience).jaxpr)
+        return largest_array(jax.make_jaxpr(grad(chunk_size))(params, ref_params, experience).jaxpr)
 
     assert elements(B * T)[0] >= BIG
     assert elements(CHUNK)[0] < BIG / 3, elements(CHUNK)
     # What the compiler needs besides the arguments and results agrees: well below the float32 logits.
-    memory = jax.jit(grad(CHUNK)).lower(params, experience).compile().memory_analysis()
+    memory = jax.jit(grad(CHUNK)).lower(params, ref_params, experience).compile().memory_analysis()
     assert memory.temp_size_in_bytes < BIG * 4
 
 
