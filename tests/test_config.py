@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import typing
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,22 @@ INVALID = [
     ("algorithm", {"kl_coef": float("nan")}, "algorithm.kl_coef: nan; a finite"),
     ("algorithm", {"clip_range": -1.0}, "algorithm.clip_range: -1.0; a finite"),
     ("algorithm", {"clip_range_high": float("inf")}, "algorithm.clip_range_high: inf; a finite"),
+    ("algorithm", {"num_minibatches": 0}, "algorithm.num_minibatches: 0; at least 1"),
+    ("algorithm", {"max_sampling_rounds": 0}, "algorithm.max_sampling_rounds: 0; at least 1"),
+    ("algorithm", {"log_clip_range": -0.1}, "algorithm.log_clip_range: -0.1; a finite number, not negative"),
+    ("algorithm", {"log_clip_range_high": float("inf")}, "algorithm.log_clip_range_high: inf; a finite"),
+    ("algorithm", {"kl_target": 0.0}, "algorithm.kl_target: 0.0; finite, above 0"),
+    ("algorithm", {"kl_adaptation": 0.0}, "algorithm.kl_adaptation: 0.0; in (0, 5)"),
+    ("algorithm", {"kl_adaptation": 5.0}, "algorithm.kl_adaptation: 5.0; in (0, 5)"),
+    ("algorithm", {"ref_sync_every": -1}, "algorithm.ref_sync_every: -1; 0 (off) or more"),
+    ("algorithm", {"ref_mixup_alpha": 0.0}, "algorithm.ref_mixup_alpha: 0.0; in (0, 1]"),
+    ("algorithm", {"ref_mixup_alpha": 1.1}, "algorithm.ref_mixup_alpha: 1.1; in (0, 1]"),
+    ("algorithm", {"entropy_coef": float("nan")}, "algorithm.entropy_coef: nan; a finite number"),
+    ("algorithm", {"top_entropy": 0.0}, "algorithm.top_entropy: 0.0; in (0, 1]"),
+    ("algorithm", {"top_entropy": 1.5}, "algorithm.top_entropy: 1.5; in (0, 1]"),
+    ("algorithm", {"max_staleness": -1.0}, "algorithm.max_staleness: -1.0; a finite number, not negative"),
+    ("algorithm", {"importance_cap": 0.9}, "algorithm.importance_cap: 0.9; a finite ratio, at least 1"),
+    ("algorithm", {"overlong_buffer": -1}, "algorithm.overlong_buffer: -1; 0 (off) or more"),
     ("data", {"max_prompt_length": 0}, "data.max_prompt_length: 0; at least 1 token"),
     ("data", {"eval_file": "e.jsonl"}, "data.eval_file is given without data.train_file"),
     ("sampling", {"max_new_tokens": 0}, "sampling.max_new_tokens: 0; at least 1"),
@@ -156,7 +173,25 @@ def test_every_check_is_tested():
         if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "_require"
         for name in (n.attr for n in ast.walk(node.args[0]) if isinstance(n, ast.Attribute))
     } - {"inf", "train_file"}  # math.inf; the other half of the check of eval_file
-    assert checked <= {name for _, values, _ in INVALID for name in values}
+    ranges = {name for names, _, _ in records._ALGORITHM_RANGES for name in names.split()}
+    assert checked | ranges <= {name for _, values, _ in INVALID for name in values}
+
+
+def test_every_number_of_the_algorithm_has_a_range():
+    numbers = {f.name for f in dataclasses.fields(records.AlgorithmConfig) if {int, float} & types_of(f.type)}
+    ranges = [name for names, _, _ in records._ALGORITHM_RANGES for name in names.split()]
+    assert sorted(ranges) == sorted(numbers - {"group_size"})  # which has a message of its own
+
+
+def types_of(annotation) -> set:
+    return {annotation, *typing.get_args(annotation)}
+
+
+def test_the_ends_of_the_ranges_are_in_them():
+    ends = {"kl_adaptation": 4.9, "ref_mixup_alpha": 1.0, "top_entropy": 1.0, "importance_cap": 1.0}
+    ends |= {"entropy_coef": -0.1, "max_staleness": 0.0, "overlong_buffer": 0, "ref_sync_every": 0}
+    config = parse(*(f"--algorithm.{name}={value}" for name, value in ends.items()))
+    assert {name: getattr(config.algorithm, name) for name in ends} == ends
 
 
 @pytest.mark.parametrize(
@@ -175,6 +210,14 @@ TYPES = [
     ({"training": {"seed": 1.5}}, "training.seed: expected a value of type int. Got value: 1.5"),
     ({"training": {"num_steps": "many"}}, "training.num_steps: expected a value of type int or null. Got"),
     ({"algorithm": {"kl_estimator": "k4"}}, "kl_estimator: Expected one of ['k1', 'k2', 'k3', 'ratio_k1',"),
+    (
+        {"algorithm": {"aggregation": "max"}},
+        "aggregation: Expected one of ['sum_then_normalize', 'normalize_t",
+    ),
+    ({"algorithm": {"missing": "zero"}}, "missing: Expected one of ['skip', 'renormalize', 'drop']"),
+    ({"algorithm": {"kl_placement": "both"}}, "kl_placement: Expected one of ['loss', 'reward']"),
+    ({"algorithm": {"num_minibatches": 1.5}}, "algorithm.num_minibatches: expected a value of type int. Got"),
+    ({"algorithm": {"dynamic_sampling": 3}}, "dynamic_sampling: expected a value of type bool or null. Got"),
     ({"model": {"type": "critic"}}, "model.type: Expected one of ['policy']"),
     ({"model": {"dtype": "float16"}}, "model.dtype: Expected one of ['float32', 'bfloat16']"),
     ({"tracking": {"wandb": "maybe"}}, "tracking.wandb: expected a value of type bool"),
