@@ -13,6 +13,7 @@ import yaml
 
 from grpo_jax.advantages import ADVANTAGES
 from grpo_jax.models import load_model
+from grpo_jax.recipes import RECIPES
 from grpo_jax.runs import (
     build,
     check_same_run,
@@ -72,6 +73,88 @@ def test_algorithm_settings_reach_the_recipe(tmp_path, model):
     assert recipe.clip == {"clip_range": 0.1, "clip_range_high": 0.4}
     assert (recipe.ratio_level, recipe.reduction) == ("sequence", "constant")
     assert recipe.advantage is ADVANTAGES["batch"]
+
+
+def of_algorithm(tmp_path, **changes):
+    settings = {name: value for name, value in changes.items() if "__" in name}
+    algorithm = {f"algorithm__{name}": value for name, value in changes.items() if "__" not in name}
+    return small_run.config(tmp_path, **algorithm, **settings)
+
+
+def test_settings_around_the_loss_reach_the_recipe(tmp_path, model):
+    changes = {
+        "aggregation": "gdpo", "missing": "drop", "kl_on_dead_groups": False, "entropy_coef": 0.01,
+        "top_entropy": 0.2, "max_staleness": 1.5, "importance_cap": 2.0, "mask_truncated": True,
+        "overlong_buffer": 3, "dynamic_sampling": True,
+    }  # fmt: skip
+    parts = build(of_algorithm(tmp_path, **changes, max_sampling_rounds=7), model=model)
+    assert {name: getattr(parts.recipe, name) for name in changes} == changes
+    assert parts.recipe.overlong_tokens(5) == 3 and parts.actor().max_rounds == 7
+    assert build(of_algorithm(tmp_path, name="dapo"), model=model).recipe == RECIPES["dapo"]
+    off = {"name": "dapo", "overlong_buffer": 0, "dynamic_sampling": "false"}  # 0 and false are choices
+    recipe = build(of_algorithm(tmp_path, **off), model=model).recipe
+    assert recipe.overlong_tokens(5) == 0 and not recipe.dynamic_sampling
+
+
+def test_parts_of_a_run_with_mini_batches(tmp_path, model):
+    changes = {"num_minibatches": 3, "num_iterations": 2, "training__num_microbatches": 4}
+    parts = build(of_algorithm(tmp_path, **changes, training__num_steps="null"), model=model)
+    assert parts.num_prompts == 3 * 32 // 8 and parts.updates_per_rollout == 6
+    actor = parts.actor()
+    assert (actor.num_minibatches, actor.num_microbatches) == (3, 4)
+    assert parts.num_steps == 6 * -(-7588 // 12)  # one epoch, a rollout of 12 prompts at a time
+
+
+def test_who_needs_the_reference(tmp_path, model):
+    def needs(**changes):
+        parts = build(of_algorithm(tmp_path, **changes), model=model)
+        return parts.needs_reference, parts.scores_reference
+
+    assert needs() == needs(name="rloo") == needs(kl_estimator="ratio_k3") == (True, True)
+    assert needs(kl_estimator="exact") == (True, False)  # the update reads it
+    assert needs(kl_coef=0) == needs(name="dapo") == needs(kl_estimator="exact", kl_coef=0) == (False, False)
+
+
+CONTRADICTIONS = [
+    (
+        {"overlong_buffer": 6},
+        "algorithm.overlong_buffer 6 is more than the 5 tokens of sampling.max_new_tokens; it counts the "
+        "last tokens before that limit",
+    ),
+    (
+        {"kl_target": 0.1, "kl_coef": 0},
+        "algorithm.kl_target: 0.1 needs a KL term, but grpo has kl_coef 0; set algorithm.kl_coef above 0",
+    ),
+    (
+        {"ref_sync_every": 2, "name": "dapo"},
+        "algorithm.ref_sync_every: 2 needs a KL term, but dapo has kl_coef 0; set algorithm.kl_coef above 0",
+    ),
+    ({"cap": 2.0}, "algorithm: cap means nothing to clipped_surrogate, the surrogate of 'grpo'"),
+    (
+        {"name": "cispo", "clip_range": 0.2},
+        "algorithm: clip_range means nothing to cispo_surrogate, the surrogate of 'cispo'",
+    ),
+    (
+        {"kl_placement": "reward"},
+        "algorithm: kl_placement: 'reward' adds up k1, so kl_estimator must be 'k1' with it",
+    ),
+    (
+        {"name": "rloo", "kl_estimator": "exact"},
+        "algorithm: kl_placement: 'reward' adds up k1, so kl_estimator must be 'k1' with it",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), CONTRADICTIONS, ids=lambda v: str(v)[:40])
+def test_contradictions_are_one_line_before_anything_compiles(changes, message, tmp_path, model, monkeypatch):
+    config = of_algorithm(tmp_path / "run", **changes)
+    compiled = small_run.note_compilations(monkeypatch)
+    with pytest.raises(ValueError) as caught:
+        build(config, model=model)
+    assert str(caught.value) == message and not compiled
+    with pytest.raises(ValueError, match=message[:30].replace(".", r"\.")):
+        train(config)
+    assert not set(compiled) & set(small_run.PROGRAMS) and not (tmp_path / "run").exists()
 
 
 def test_settings_reach_the_optimizer(tmp_path, model):
