@@ -10,18 +10,15 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from toy import VOCAB, make_toy_policy
+from toy import make_toy_policy, off_policy_experience
 
 from grpo_jax.cli import enable_compilation_cache
 from grpo_jax.learner import init_train_state, train_step
-from grpo_jax.log_probs import completion_log_probs
 from grpo_jax.recipes import RECIPES, make_recipe
-from grpo_jax.types import Experience
 
 NUM_DEVICES = 8
 B, S, T = 16, 4, 6
@@ -32,18 +29,7 @@ def make_experience(policy, params):
     """Off-policy rows of every length, 0 too."""
     rng = np.random.default_rng(0)
     mask = np.arange(T) < rng.permutation(np.arange(B) % (T + 1))[:, None]
-    experience = Experience(
-        prompt_tokens=jnp.asarray(rng.integers(0, VOCAB, (B, S)), jnp.int32),
-        prompt_mask=jnp.asarray(np.arange(S) >= S - rng.integers(1, S + 1, (B, 1))),
-        tokens=jnp.asarray(rng.integers(0, VOCAB, (B, T)), jnp.int32),
-        mask=jnp.asarray(mask),
-        advantages=jnp.asarray(rng.normal(size=B), jnp.float32),
-        weights=jnp.zeros((B, T)),
-        old_log_probs=jnp.zeros((B, T)),
-    )
-    log_probs, _ = completion_log_probs(policy, params, experience)
-    noise = 0.3 * rng.normal(size=(2, B, T)).astype(np.float32)
-    return experience.replace(old_log_probs=log_probs + noise[0], ref_log_probs=log_probs + noise[1])
+    return off_policy_experience(policy, params, mask, rng, prompt_length=S)
 
 
 def update(recipe, experience, policy, params, ref_params, *, rows, rest, num_microbatches):

@@ -6,12 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from toy import VOCAB, make_toy_policy
+from toy import VOCAB, make_toy_policy, off_policy_experience
 
 from grpo_jax.decoding import generate
 from grpo_jax.learner import init_train_state, mix_params, train_step
 from grpo_jax.log_probs import completion_log_probs
-from grpo_jax.losses import loss_weights
 from grpo_jax.optimizers import make_optimizer
 from grpo_jax.recipes import RECIPES, grpo, make_recipe
 from grpo_jax.types import Experience, Prompts
@@ -28,18 +27,7 @@ def experience(toy_policy) -> Experience:
     """Off-policy experience: old and reference log-probs lie around the policy's own."""
     rng = np.random.default_rng(0)
     mask = np.arange(T) < np.array([[6, 2, 1, 5, 6, 3, 0, 4]]).T
-    rollout = Experience(
-        prompt_tokens=jnp.asarray(rng.integers(0, VOCAB, (B, S)), jnp.int32),
-        prompt_mask=jnp.asarray(np.arange(S) >= S - rng.integers(1, S + 1, (B, 1))),
-        tokens=jnp.asarray(rng.integers(0, VOCAB, (B, T)), jnp.int32),
-        mask=jnp.asarray(mask),
-        advantages=jnp.asarray(rng.normal(size=B), jnp.float32),
-        weights=loss_weights(jnp.asarray(mask)),
-        old_log_probs=jnp.zeros((B, T)),
-    )
-    log_probs, _ = completion_log_probs(*toy_policy, rollout, temperature=1.0)
-    noise = 0.3 * rng.normal(size=(2, B, T)).astype(np.float32)
-    return rollout.replace(old_log_probs=log_probs + noise[0], ref_log_probs=log_probs + noise[1])
+    return off_policy_experience(*toy_policy, mask, rng, prompt_length=S)
 
 
 def step(toy_policy, experience, *, optimizer=SGD, recipe=grpo, temperature=1.0, **settings):

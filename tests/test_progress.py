@@ -1,5 +1,6 @@
 """Where a run stands: rollouts in mini-batches, what waits, what moves; and that a cut loses none of it."""
 
+import functools
 from itertools import cycle, pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,17 +76,15 @@ def argv(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(argv, tmp_path_factory):
     """The run that nobody cut, by name: its directory, its rows and what passed through its parts."""
-    done = {}
 
+    @functools.cache
     def get(name):
-        if name not in done:
-            run = SimpleNamespace(dir=tmp_path_factory.mktemp(name), drawn=[], collected=[], used=[])
-            with pytest.MonkeyPatch.context() as monkeypatch:
-                watch(monkeypatch, run)
-                assert train_module.main(argv(run.dir, name, checkpoints__keep=99)) == 0
-            run.rows = small_run.rows(run.dir)
-            done[name] = run
-        return done[name]
+        run = SimpleNamespace(dir=tmp_path_factory.mktemp(name), drawn=[], collected=[], used=[])
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            watch(monkeypatch, run)
+            assert train_module.main(argv(run.dir, name, checkpoints__keep=99)) == 0
+        run.rows = small_run.rows(run.dir)
+        return run
 
     return get
 

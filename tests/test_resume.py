@@ -1,5 +1,6 @@
 """A run that was cut anywhere and started again is the run that was not: same rows, same bits."""
 
+import functools
 import json
 import os
 import shutil
@@ -55,14 +56,12 @@ def argv(base):
 @pytest.fixture(scope="module")
 def whole(argv, tmp_path_factory):
     """The run that nobody cut, by number of iterations."""
-    done = {}
 
+    @functools.cache
     def get(num_iterations):
-        if num_iterations not in done:
-            run_dir = tmp_path_factory.mktemp(f"whole{num_iterations}")
-            assert train_module.main(argv(run_dir, algorithm__num_iterations=num_iterations)) == 0
-            done[num_iterations] = run_dir
-        return done[num_iterations]
+        run_dir = tmp_path_factory.mktemp(f"whole{num_iterations}")
+        assert train_module.main(argv(run_dir, algorithm__num_iterations=num_iterations)) == 0
+        return run_dir
 
     return get
 

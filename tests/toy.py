@@ -2,8 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from grpo_jax.types import Policy
+from grpo_jax.log_probs import completion_log_probs
+from grpo_jax.losses import loss_weights
+from grpo_jax.types import Experience, Policy
 
 VOCAB, WIDTH, POSITIONS = 13, 16, 32
 
@@ -54,3 +57,22 @@ def make_toy_policy(*, vocab: int = VOCAB, width: int = WIDTH, seed: int = 0, sc
         return (hidden @ params["head"]).astype(jnp.float32)
 
     return Policy(forward=forward, unembed=unembed, init_cache=init_cache), params
+
+
+def off_policy_experience(policy, params, mask, rng, *, prompt_length: int) -> Experience:
+    """Returns random rows whose old and reference log-probs lie around the policy's own."""
+    batch, length = mask.shape
+    experience = Experience(
+        prompt_tokens=jnp.asarray(rng.integers(0, VOCAB, (batch, prompt_length)), jnp.int32),
+        prompt_mask=jnp.asarray(
+            np.arange(prompt_length) >= prompt_length - rng.integers(1, prompt_length + 1, (batch, 1))
+        ),
+        tokens=jnp.asarray(rng.integers(0, VOCAB, mask.shape), jnp.int32),
+        mask=jnp.asarray(mask),
+        advantages=jnp.asarray(rng.normal(size=batch), jnp.float32),
+        weights=loss_weights(jnp.asarray(mask)),
+        old_log_probs=jnp.zeros((batch, length)),
+    )
+    log_probs, _ = completion_log_probs(policy, params, experience, temperature=1.0)
+    noise = 0.3 * rng.normal(size=(2, batch, length)).astype(np.float32)
+    return experience.replace(old_log_probs=log_probs + noise[0], ref_log_probs=log_probs + noise[1])
