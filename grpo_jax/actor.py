@@ -127,13 +127,12 @@ def collect(
     experience = make_experience(
         batch.judged,
         actor.recipe,
-        reward_weights=[reward.weight for reward in actor.rewards],
         group_size=actor.group_size,
         prompt_length=actor.prompt_length,
-        max_length=actor.max_new_tokens,
         num_live=num_live,
         num_minibatches=actor.num_minibatches,
         num_microbatches=actor.num_microbatches,
+        **_settings(actor),
     )
     everything = join_groups([one.groups for one in rounds]).judged
     measured = {**_measure(actor, everything), **reward_means(actor.rewards, np.asarray(everything.scores))}
@@ -169,24 +168,24 @@ class _Round:
 
 def _informative_batch(actor, params, ref_params, draw, leftovers, rounds: list[_Round]):
     """Samples round after round, appended to `rounds`; returns what `fill_batch` does."""
-    informative, dead, found, count = leftovers, None, 0, None
-    if leftovers is not None:
-        found = len(leftovers.samples) // actor.group_size
+    informative, dead, count = [] if leftovers is None else [leftovers], None, None
+    found = sum(len(part.samples) // actor.group_size for part in informative)
     while len(rounds) < actor.max_rounds and (count is None or found < count):
         one = _sample_round(actor, params, ref_params, *draw(len(rounds)))
         rounds.append(one)
         signal = has_signal(one.groups.judged, actor.recipe, group_size=actor.group_size, **_settings(actor))
         count = len(signal)
         if signal.any():
-            alive = take_groups(one.groups, np.flatnonzero(signal), actor.group_size)
-            informative = alive if informative is None else join_groups([informative, alive])
+            informative.append(take_groups(one.groups, np.flatnonzero(signal), actor.group_size))
         if not signal.all():
             dead = take_groups(one.groups, np.flatnonzero(~signal), actor.group_size)
         found += int(signal.sum())
-    return fill_batch(informative, dead, count=count, group_size=actor.group_size)
+    alive = join_groups(informative) if informative else None
+    return fill_batch(alive, dead, count=count, group_size=actor.group_size)
 
 
 def _settings(actor: Actor) -> dict[str, Any]:
+    """Returns what every function of `experience` wants to know."""
     return {
         "reward_weights": [reward.weight for reward in actor.rewards],
         "max_length": actor.max_new_tokens,

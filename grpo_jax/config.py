@@ -392,6 +392,16 @@ class Config:
     tracking: TrackingConfig = TrackingConfig()
     run_dir: str = "runs/grpo"
 
+    @property
+    def num_prompts(self) -> int:
+        """N, prompts per rollout (and per round of one)."""
+        return self.training.batch_size * self.algorithm.num_minibatches // self.algorithm.group_size
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer steps made from one rollout."""
+        return self.algorithm.num_iterations * self.algorithm.num_minibatches
+
     def __post_init__(self):
         batch, group = self.training.batch_size, self.algorithm.group_size
         _require(

@@ -70,7 +70,6 @@ class _Decode:
 
     step: Array  # [] completion tokens drawn so far
     rows: _Rows
-    done: Array  # [B] bool
     tokens: Array  # [B,T], as are the next three
     mask: Array
     log_probs: Array
@@ -93,7 +92,6 @@ def _draw_and_record(policy, params, carry: _Decode, hidden, eos_ids, sampling) 
     return carry.replace(
         step=t + 1,
         rows=rows.replace(last=tokens, done=done),
-        done=carry.done.at[rows.row].set(done),
         tokens=carry.tokens.at[rows.row, t].set(tokens),
         mask=carry.mask.at[rows.row, t].set(live),
         log_probs=carry.log_probs.at[rows.row, t].set(jnp.where(live, log_probs, 0)),
@@ -189,7 +187,6 @@ def generate(
     start = _Decode(
         step=jnp.int32(0),
         rows=rows,
-        done=rows.done,
         tokens=empty.astype(jnp.int32),
         mask=empty.astype(bool),
         log_probs=empty,
@@ -215,5 +212,6 @@ def generate(
         mask=carry.mask,
         log_probs=carry.log_probs,
         kept_mass=carry.kept_mass,
-        finished=carry.done,
+        # Rows that are not running any more were dropped because they had finished.
+        finished=jnp.ones(batch, bool).at[carry.rows.row].set(carry.rows.done),
     )

@@ -102,7 +102,9 @@ def make_experience(
     live = np.arange(rows) < (rows if num_live is None else num_live * group_size)
     mask = jnp.asarray(rollout.mask) & live[:, None]
     settings = {"reward_weights": reward_weights, "max_length": max_length, "group_size": group_size}
-    signal = np.repeat(has_signal(judged, recipe, **settings), group_size) & live
+    signal = None  # of each row; only a KL that spares dead groups asks
+    if not recipe.kl_on_dead_groups:
+        signal = np.repeat(has_signal(judged, recipe, **settings), group_size) & live
     weights, penalty_weights = [], []
     for part in np.split(np.arange(rows), num_minibatches):
         trained = mask[part] & (rollout.finished[part, None] | (not recipe.mask_truncated))

@@ -226,4 +226,4 @@ def mix_params(params: Params, ref_params: Params, alpha: float | Array) -> Para
     The soft update of TR-DPO, https://arxiv.org/abs/2404.09656; alpha 1 copies the policy. The
     result is a tree of its own, whatever becomes of the arguments.
     """
-    return jax.tree.map(lambda new, old: alpha * new + (1 - alpha) * old, params, ref_params)
+    return optax.incremental_update(params, ref_params, alpha)

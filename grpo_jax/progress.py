@@ -121,12 +121,13 @@ def save(parts: Parts, checkpoints: Checkpoints, progress: Progress) -> None:
     checkpoints.save(progress.step, progress.state, extra, others)
 
 
+def _shapes(num_rows: int):
+    """Returns f(dtype, *shape) that describes an array [num_rows, *shape]."""
+    return lambda dtype, *shape: jax.ShapeDtypeStruct((num_rows, *shape), dtype)
+
+
 def _experience_template(parts: Parts) -> Experience:
-    batch_size = parts.config.training.batch_size * parts.config.algorithm.num_minibatches
-
-    def rows(dtype, *shape):
-        return jax.ShapeDtypeStruct((batch_size, *shape), dtype)
-
+    rows = _shapes(parts.num_prompts * parts.config.algorithm.group_size)
     prompt, completion = parts.prompt_length, parts.config.sampling.max_new_tokens
     return Experience(
         prompt_tokens=rows(jnp.int32, prompt),
@@ -146,9 +147,7 @@ def _leftovers_template(parts: Parts):
     prompt, completion = parts.prompt_length, parts.config.sampling.max_new_tokens
 
     def template(num_rows: int) -> Judged:
-        def rows(dtype, *shape):
-            return jax.ShapeDtypeStruct((num_rows, *shape), dtype)
-
+        rows = _shapes(num_rows)
         return Judged(
             rollout=Rollout(
                 prompt_tokens=rows(jnp.int32, prompt),

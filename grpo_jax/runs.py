@@ -58,13 +58,12 @@ class Parts:
     @property
     def num_prompts(self) -> int:
         """N, prompts per rollout (and per round of one)."""
-        algorithm = self.config.algorithm
-        return self.config.training.batch_size * algorithm.num_minibatches // algorithm.group_size
+        return self.config.num_prompts
 
     @property
     def updates_per_rollout(self) -> int:
         """Optimizer steps made from one rollout."""
-        return self.config.algorithm.num_iterations * self.config.algorithm.num_minibatches
+        return self.config.updates_per_rollout
 
     @property
     def sampling(self) -> dict[str, float]:
@@ -112,7 +111,7 @@ def build(config: Config, *, model: Model | None = None) -> Parts:
     Raises:
         ValueError, OSError, ImportError: something the user gave is wrong; the message names it.
     """
-    algorithm, training = config.algorithm, config.training
+    training = config.training
     task = load_data(config.data)
     rewards = _load_rewards(config, task)
     for examples in filter(None, (task.train, task.evaluation)):
@@ -126,9 +125,8 @@ def build(config: Config, *, model: Model | None = None) -> Parts:
     evaluation, eval_lengths, _ = _fit(evaluation, model, limit, config.data.over_length, "evaluation")
 
     recipe = _make_recipe(config)
-    rollout_prompts = training.batch_size * algorithm.num_minibatches // algorithm.group_size
-    rollouts = max(1, math.ceil(training.num_epochs * len(train) / rollout_prompts - 1e-9))
-    num_steps = training.num_steps or rollouts * algorithm.num_iterations * algorithm.num_minibatches
+    rollouts = max(1, math.ceil(training.num_epochs * len(train) / config.num_prompts - 1e-9))
+    num_steps = training.num_steps or rollouts * config.updates_per_rollout
     schedule = make_schedule(
         training.learning_rate,
         lr_schedule=training.lr_schedule,

@@ -129,7 +129,7 @@ MUTANTS = {
         ("gradients of the last micro-batch", "return jax.tree.map(jnp.add, total, grads), (loss, aux)", "return grads, (loss, aux)"),
         ("non-finite updates applied", "jnp.where(finite & moving, new, old)", "jnp.where(moving, new, old)"),
         ("momentum moves without a gradient", "jnp.where(finite & moving, new, old)", "jnp.where(finite, new, old)"),
-        ("reference mixed the wrong way", "alpha * new + (1 - alpha) * old", "alpha * old + (1 - alpha) * new"),
+        ("reference mixed the wrong way", "incremental_update(params, ref_params, alpha)", "incremental_update(ref_params, params, alpha)"),
     ],
 }  # fmt: skip
 
