@@ -17,33 +17,30 @@ def positions_from_mask(mask: Array) -> Array:
     return jnp.maximum(jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1, 0)
 
 
-def prefill(policy: Policy, params: Params, prompts: Prompts, *, max_length: int) -> tuple[Array, Cache]:
-    """Runs the prompts once and fills a cache.
+def prefill(policy: Policy, params: Params, prompts: Prompts) -> tuple[Array, Cache]:
+    """Runs the prompts once and fills a cache of exactly their length; `Policy.fork_cache` makes room.
 
     Args:
         policy: the model's functions.
         params: its parameters.
         prompts: left-padded, [N,S].
-        max_length: slots of the cache, exactly S plus the tokens to be decoded.
 
     Returns:
         (hidden [N,D] at each prompt's last token, cache with N rows).
     """
-    num_prompts, prompt_length = prompts.tokens.shape
-    room = jnp.ones((num_prompts, max_length - prompt_length), bool)
     hidden, cache = policy.forward(
         params,
         prompts.tokens,
-        jnp.concatenate([prompts.mask, room], axis=1),
+        prompts.mask,
         positions_from_mask(prompts.mask),
-        policy.init_cache(num_prompts, max_length),
+        policy.init_cache(*prompts.tokens.shape),
     )
     return hidden[:, -1], cache
 
 
 def fork(tree: Any, group_size: int) -> Any:
-    """Repeats every row of every array of a pytree group_size times, prompt-major; scalars are shared."""
-    return jax.tree.map(lambda x: jnp.repeat(x, group_size, axis=0) if jnp.ndim(x) else x, tree)
+    """Repeats every row of every array of a pytree group_size times, prompt-major."""
+    return jax.tree.map(lambda x: jnp.repeat(x, group_size, axis=0), tree)
 
 
 def row_keys(key: Array, rows: Array) -> Array:
@@ -112,10 +109,11 @@ def running_sizes(batch: int, max_new_tokens: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def _drop_finished(rows: _Rows, size: int) -> _Rows:
+def _drop_finished(policy: Policy, rows: _Rows, size: int) -> _Rows:
     """Keeps `size` rows, all of the unfinished ones (at most that many) among them."""
     kept = jnp.argsort(rows.done, stable=True)[:size]
-    return jax.tree.map(lambda x: x[kept] if jnp.ndim(x) else x, rows)
+    cache = policy.take_cache(rows.cache, kept)
+    return jax.tree.map(lambda x: x[kept], rows.replace(cache=None)).replace(cache=cache)
 
 
 @functools.partial(jax.jit, static_argnames=("group_size", "max_new_tokens"))
@@ -162,10 +160,9 @@ def generate(
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     eos_ids = jnp.asarray(eos_ids, jnp.int32).reshape(-1)
 
-    hidden, cache = prefill(policy, params, prompts, max_length=length)
-    prompt_tokens, prompt_mask, hidden, cache = fork(
-        (prompts.tokens, prompts.mask, hidden, cache), group_size
-    )
+    hidden, cache = prefill(policy, params, prompts)
+    cache = policy.fork_cache(cache, group_size, length)
+    prompt_tokens, prompt_mask, hidden = fork((prompts.tokens, prompts.mask, hidden), group_size)
     rows = _Rows(
         row=jnp.arange(batch),
         cache=cache,
@@ -197,7 +194,7 @@ def generate(
     sizes = running_sizes(batch, max_new_tokens)
     for size, smaller in zip(sizes, (*sizes[1:], 0), strict=True):
         if size < batch:
-            carry = carry.replace(rows=_drop_finished(carry.rows, size))
+            carry = carry.replace(rows=_drop_finished(policy, carry.rows, size))
         carry = jax.lax.while_loop(
             lambda carry, enough=smaller: (
                 (carry.step < max_new_tokens) & (jnp.sum(~carry.rows.done) > enough)

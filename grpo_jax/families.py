@@ -298,8 +298,15 @@ def make_policy(config: Config, shapes: Params, *, dtype: Any) -> Policy:
         return FLAX_MODEL_MAPPING[type(config)].module_class(_module_config(config, length), dtype=dtype)
 
     def forward(
-        params: Params, tokens: Array, mask: Array, positions: Array, cache: Cache = None
+        params: Params,
+        tokens: Array,
+        mask: Array,
+        positions: Array,
+        cache: Cache = None,
+        *,
+        num_tokens: int | None = None,
     ) -> tuple[Array, Cache]:
+        del num_tokens  # these classes know rows only
         variables = {"params": params[base]}
         inputs = _inputs(config, tokens, mask, positions)
         length = mask.shape[1]

@@ -11,13 +11,14 @@ from flax.training import train_state
 from grpo_jax.log_probs import (
     CHUNK_SIZE,
     completion_hidden,
+    pack_completions,
     shared_rows,
     split_rows,
     token_log_probs,
     token_log_probs_and_kls,
 )
 from grpo_jax.losses import LossMetrics
-from grpo_jax.metrics import Metrics, loss_metrics_dict, merge_loss_metrics, token_mean
+from grpo_jax.metrics import Metrics, logp_difference_max, loss_metrics_dict, merge_loss_metrics, token_mean
 from grpo_jax.recipes import Recipe
 from grpo_jax.types import Array, Experience, Params, Policy
 
@@ -76,10 +77,11 @@ def experience_loss(
     recipe: Recipe,
     ref_params: Params | None = None,
     group_size: int = 1,
+    num_tokens: int | None = None,
     temperature: float | Array,
     chunk_size: int,
-) -> tuple[Array, tuple[LossMetrics, Array]]:
-    """Computes the recipe's loss of params: (loss [], (LossMetrics, token mean of the entropies [])).
+) -> tuple[Array, tuple[LossMetrics, Metrics]]:
+    """Computes the recipe's loss of params: (loss [], (LossMetrics, what else is measured)).
 
     Args:
         params: the parameters being trained.
@@ -88,22 +90,27 @@ def experience_loss(
         recipe: the objective.
         ref_params: of the reference, for an exact KL term; None: the KL term, if any, is an estimate.
         group_size: see `completion_hidden`.
+        num_tokens: see `completion_hidden`; the loss is NaN if there are more.
         temperature: the sampling temperature.
         chunk_size: see `token_log_probs`.
     """
     e = experience
-    hidden, kls = completion_hidden(policy, params, e, group_size=group_size), None
-    settings = {"temperature": temperature, "chunk_size": chunk_size}
+    hidden_of = functools.partial(
+        completion_hidden, policy, rollout=e, group_size=group_size, num_tokens=num_tokens
+    )
+    hidden, kls = hidden_of(params), None
+    packing = pack_completions(e.mask, num_tokens)
+    settings = {"temperature": temperature, "chunk_size": chunk_size, "packing": packing}
     if ref_params is None:
         log_probs, entropies = token_log_probs(policy, params, hidden, e.tokens, **settings)
     else:
-        ref_hidden = completion_hidden(policy, ref_params, e, group_size=group_size)
         log_probs, entropies, kls = token_log_probs_and_kls(
-            policy, params, ref_params, hidden, ref_hidden, e.tokens, **settings
+            policy, params, ref_params, hidden, hidden_of(ref_params), e.tokens, **settings
         )
+    current = jax.lax.stop_gradient(log_probs)
     loss, metrics = recipe.loss(
         log_probs,
-        e.old_log_probs,
+        current if e.old_log_probs is None else e.old_log_probs,
         e.advantages,
         e.mask,
         e.weights,
@@ -112,15 +119,20 @@ def experience_loss(
         kls=kls,
         entropies=entropies,
     )
-    return loss, (metrics, jax.lax.stop_gradient(token_mean(entropies, e.mask)))
+    if num_tokens is not None:
+        loss = jnp.where(jnp.sum(e.mask) <= num_tokens, loss, jnp.nan)
+    measured = {"entropy": jax.lax.stop_gradient(token_mean(entropies, e.mask))}
+    if e.sampler_log_probs is not None:
+        measured["sampling/logp_difference_max"] = logp_difference_max(e.sampler_log_probs, current, e.mask)
+    return loss, (metrics, measured)
 
 
 def _gradients(state, experience, num_microbatches, loss_fn):
-    """Returns (gradients, loss, LossMetrics, entropy) of the whole batch, one slice at a time."""
+    """Returns (gradients, loss, LossMetrics, what else is measured) of the batch, one slice at a time."""
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     if num_microbatches == 1:
-        (loss, (metrics, entropy)), grads = value_and_grad(state.params, state.policy, experience)
-        return grads, loss, metrics, entropy
+        (loss, aux), grads = value_and_grad(state.params, state.policy, experience)
+        return grads, loss, *aux
 
     def add_slice(total, part):
         (loss, aux), grads = value_and_grad(state.params, state.policy, part)
@@ -128,13 +140,18 @@ def _gradients(state, experience, num_microbatches, loss_fn):
 
     zeros = jax.tree.map(jnp.zeros_like, state.params)
     parts = split_rows(experience, num_microbatches)
-    grads, (losses, (metrics, entropies)) = jax.lax.scan(add_slice, zeros, parts)
+    grads, (losses, (metrics, measured)) = jax.lax.scan(add_slice, zeros, parts)
     share = metrics.num_tokens / jnp.maximum(jnp.sum(metrics.num_tokens), 1)
-    return grads, jnp.sum(losses), merge_loss_metrics(metrics), jnp.sum(share * entropies)
+    merged = {
+        name: jnp.max(x) if name.endswith("_max") else jnp.sum(share * x) for name, x in measured.items()
+    }
+    return grads, jnp.sum(losses), merge_loss_metrics(metrics), merged
 
 
 @functools.partial(
-    jax.jit, static_argnames=("group_size", "num_microbatches", "chunk_size"), donate_argnames="state"
+    jax.jit,
+    static_argnames=("group_size", "num_microbatches", "num_tokens", "chunk_size"),
+    donate_argnames="state",
 )
 def train_step(
     state: TrainState,
@@ -144,6 +161,7 @@ def train_step(
     ref_params: Params | None = None,
     group_size: int = 1,
     num_microbatches: int = 1,
+    num_tokens: int | None = None,
     temperature: float | Array = 1.0,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[TrainState, Metrics]:
@@ -161,6 +179,8 @@ def train_step(
         ref_params: of the frozen reference, needed only by a recipe with an exact KL term.
         group_size: that many consecutive rows have the same prompt, which is then run once for them.
         num_microbatches: slices of the batch, a divisor of B.
+        num_tokens: of each slice at most, see `tokens_in_use`; None: all B*T. More is an update skipped as
+            not finite.
         temperature: the temperature the rollout was sampled with.
         chunk_size: see `token_log_probs`.
 
@@ -175,7 +195,9 @@ def train_step(
     e = experience
     chex.assert_rank([e.prompt_tokens, e.tokens], 2)
     chex.assert_equal_shape([e.prompt_tokens, e.prompt_mask])
-    chex.assert_equal_shape([e.tokens, e.mask, e.weights, e.old_log_probs])
+    chex.assert_equal_shape([e.tokens, e.mask, e.weights])
+    if e.old_log_probs is not None:
+        chex.assert_equal_shape([e.tokens, e.old_log_probs])
     chex.assert_shape(e.advantages, (e.tokens.shape[0],))
     chex.assert_equal_shape_prefix([e.prompt_tokens, e.tokens], 1)
     if e.ref_log_probs is not None:
@@ -185,10 +207,11 @@ def train_step(
         recipe=recipe,
         ref_params=ref_params,
         group_size=shared_rows(e.tokens.shape[0], group_size, num_microbatches),
+        num_tokens=num_tokens,
         temperature=temperature,
         chunk_size=chunk_size,
     )
-    grads, loss, loss_metrics, entropy = _gradients(state, experience, num_microbatches, loss_fn)
+    grads, loss, loss_metrics, measured = _gradients(state, experience, num_microbatches, loss_fn)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     moving = grad_norm > 0
@@ -210,7 +233,7 @@ def train_step(
     metrics = {
         "loss": loss,
         **loss_metrics_dict(loss_metrics),
-        "entropy": entropy,
+        **measured,
         "grad_norm": grad_norm,
         "skipped_updates": state.skipped,
         "skipped_updates_in_a_row": state.skipped_in_a_row,

@@ -88,6 +88,11 @@ def token_mean(values: Array, mask: Array) -> Array:
     return jnp.sum(jnp.where(mask, values, 0)) / jnp.maximum(jnp.sum(mask), 1)
 
 
+def logp_difference_max(sampler_log_probs: Array, log_probs: Array, mask: Array) -> Array:
+    """Returns the largest difference [] between two log-probs [B,T] of the same token, nats."""
+    return jnp.max(jnp.abs(jnp.where(mask, sampler_log_probs - log_probs, 0)))
+
+
 def merge_loss_metrics(parts: LossMetrics) -> LossMetrics:
     """Joins the LossMetrics of the slices of one batch, stacked on axis 0, as if it were one slice.
 

@@ -15,10 +15,28 @@ from typing import Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 
 Array = jax.Array
 Params = Any  # a pytree of arrays
-Cache = Any  # a pytree; every leaf with an axis has the batch as axis 0, scalars are shared by all rows
+Cache = Any  # a pytree that only the policy's own functions look into
+
+
+def repeat_cache(cache: Cache, group_size: int, max_length: int) -> Cache:
+    """Forks a cache whose arrays are [N, slots, ...] and whose scalars are shared: pads slots, repeats rows."""
+
+    def one(x):
+        if not jnp.ndim(x):
+            return x
+        room = [(0, 0), (0, max_length - x.shape[1]), *[(0, 0)] * (x.ndim - 2)]
+        return jnp.repeat(jnp.pad(x, room), group_size, axis=0)
+
+    return jax.tree.map(one, cache)
+
+
+def take_rows(cache: Cache, rows: Array) -> Cache:
+    """Keeps rows [b] of a cache whose arrays have the batch as axis 0 and whose scalars are shared."""
+    return jax.tree.map(lambda x: x[rows] if jnp.ndim(x) else x, cache)
 
 
 @flax.struct.dataclass(kw_only=True)
@@ -32,11 +50,19 @@ class Policy:
     # (params, tokens [B,K], mask [B,L], positions [B,K], cache | None) -> (hidden [B,K,D], cache | None)
     # Without a cache L == K, and mask says which of the K tokens are real. With a cache L is the cache's
     # max_length, and mask says which slots may be attended to; slots not yet written are never attended.
+    # A keyword num_tokens promises that at most that many of the B*K tokens are real; hidden states of the
+    # others are then undefined, and a policy may save the work on them.
     forward: Callable[..., tuple[Array, Cache]] = flax.struct.field(pytree_node=False)
     # (params, hidden [...,D]) -> logits [...,V], float32
     unembed: Callable[[Params, Array], Array] = flax.struct.field(pytree_node=False)
     # (batch, max_length) -> cache
     init_cache: Callable[[int, int], Cache] = flax.struct.field(pytree_node=False)
+    # (full cache of N rows, group_size, max_length) -> cache of N*group_size rows, prompt-major, with room
+    fork_cache: Callable[[Cache, int, int], Cache] = flax.struct.field(
+        pytree_node=False, default=repeat_cache
+    )
+    # (cache, rows [b]) -> cache of those rows
+    take_cache: Callable[[Cache, Array], Cache] = flax.struct.field(pytree_node=False, default=take_rows)
 
 
 @flax.struct.dataclass(kw_only=True)
@@ -65,8 +91,11 @@ class Judged:
     """A rollout of whole groups, scored by the model and by the reward functions."""
 
     rollout: Rollout  # B rows
-    old_log_probs: Array  # [B,T] float32, under the policy that sampled, as the scorer computes them
-    entropies: Array  # [B,T] float32, of the distributions the tokens were drawn from, nats
+    old_log_probs: Array | None  # [B,T] float32, under the policy that sampled, as the scorer computes them;
+    # None where the update computes them itself, see Experience
+    entropies: (
+        Array | None
+    )  # [B,T] float32, of the distributions the tokens were drawn from, nats; None likewise
     ref_log_probs: Array | None  # [B,T] float32, under the reference; None where it is not needed
     scores: Array  # [B,R] float32, NaN where a reward function gave none
 
@@ -81,6 +110,10 @@ class Experience:
     mask: Array  # [B,T] bool
     advantages: Array  # [B] float32
     weights: Array  # [B,T] float32, from loss_weights over the whole optimizer batch
-    old_log_probs: Array  # [B,T] float32, under the policy that sampled
+    old_log_probs: Array | None  # [B,T] float32, under the policy that sampled; None: that is the one being
+    # trained, so they are its log-probs and every ratio is 1
     ref_log_probs: Array | None = None  # [B,T] float32, under the reference; None when there is no KL term
     penalty_weights: Array | None = None  # [B,T] float32, of KL and entropy terms; None: weights
+    sampler_log_probs: Array | None = (
+        None  # [B,T] float32, as the sampler recorded them; measured, not trained
+    )

@@ -32,7 +32,8 @@ def make_toy_policy(*, vocab: int = VOCAB, width: int = WIDTH, seed: int = 0, sc
     def norm(x):
         return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
 
-    def forward(params, tokens, mask, positions, cache=None):
+    def forward(params, tokens, mask, positions, cache=None, *, num_tokens=None):
+        del num_tokens
         size = tokens.shape[1]
         x = params["embed"][tokens] + params["position"][positions]
         query, key, value = jnp.split(norm(x) @ params["qkv"], 3, axis=-1)

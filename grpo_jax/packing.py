@@ -1,0 +1,67 @@
+"""Packing: the real tokens of a padded batch, side by side, so that work is done on them alone.
+
+Completions are shorter than their limit; [B,K] arrays are mostly padding then. What treats every token alike
+(embeddings, dense layers, norms, the unembedding) can run on [P] packed tokens; only attention needs the rows.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.types import Array
+
+
+@flax.struct.dataclass
+class Packing:
+    """Where the real tokens of a [B,K] mask are, in row-major order, P of them at most."""
+
+    places: Array  # [P] int32, flat place in [B*K] of each packed token; B*K where there is none
+    order: Array  # [B,K] int32, number of each real token among the packed ones; P where it is padding
+
+    def pack(self, x: Array) -> Array:
+        """Gathers [B,K,...] into [P,...]; 0 where fewer tokens are real. Its gradient is `unpack`'s value."""
+        return _move(x.reshape(self.order.size, *x.shape[2:]), self.places, self.order.reshape(-1))
+
+    def unpack(self, x: Array) -> Array:
+        """Spreads [P,...] over [B,K,...]; 0 at padding. Its gradient is `pack`'s value."""
+        flat = _move(x, self.order.reshape(-1), self.places)
+        return flat.reshape(*self.order.shape, *x.shape[1:])
+
+
+def make_packing(mask: Array, num_tokens: int) -> Packing:
+    """Finds the real tokens of a batch.
+
+    Args:
+        mask: [B,K] bool.
+        num_tokens: P; real tokens beyond it, in row-major order, are lost: see that there are none.
+    """
+    flat = mask.reshape(-1)
+    order = jnp.where(flat, jnp.cumsum(flat, dtype=jnp.int32) - 1, num_tokens)
+    (places,) = jnp.nonzero(flat, size=num_tokens, fill_value=flat.size)
+    return Packing(places=places.astype(jnp.int32), order=jnp.minimum(order, num_tokens).reshape(mask.shape))
+
+
+@jax.custom_vjp
+def _move(x: Array, source: Array, target: Array) -> Array:
+    """Returns x[source], 0 where source is out of range; `target` is the same relation, read backwards.
+
+    The gradient of a gather is a scatter, which is slow, serial on a CPU. Here every element has one place,
+    so the gradient is the gather by `target`.
+    """
+    return _take(x, source)
+
+
+def _take(x: Array, source: Array) -> Array:
+    return jnp.take(x, source, axis=0, mode="fill", fill_value=0)
+
+
+def _move_forward(x: Array, source: Array, target: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _take(x, source), (source, target)
+
+
+def _move_backward(indices: tuple[Array, Array], gradient: Array) -> tuple[Array, None, None]:
+    _, target = indices
+    return _take(gradient, target), None, None
+
+
+_move.defvjp(_move_forward, _move_backward)
