@@ -144,18 +144,28 @@ def init_cache(architecture: Architecture, batch: int, max_length: int, *, dtype
     return DecoderCache(prefix=None, own=own, size=jnp.int32(0))
 
 
-def fork_cache(cache: DecoderCache, group_size: int, max_length: int) -> DecoderCache:
-    """Makes the full cache of N prompts the shared prefix of N*group_size rows of max_length tokens."""
+def fork_cache(cache: DecoderCache, group_size: int) -> DecoderCache:
+    """Makes the full cache of N prompts the shared prefix of N*group_size rows, which have no slots yet."""
 
-    def room(x):
-        n, heads, _, slots, width = x.shape
-        return jnp.zeros((n, heads, group_size, max_length - slots, width), x.dtype)
+    def no_slots(x):
+        n, heads, _, _, width = x.shape
+        return jnp.zeros((n, heads, group_size, 0, width), x.dtype)
 
     return DecoderCache(
         prefix=jax.tree.map(lambda x: x[:, :, 0], cache.own),
-        own=jax.tree.map(room, cache.own),
+        own=jax.tree.map(no_slots, cache.own),
         size=jnp.int32(0),
     )
+
+
+def grow_cache(cache: DecoderCache, max_length: int) -> DecoderCache:
+    """Makes room for max_length tokens, the prefix included."""
+    slots = max_length - (0 if cache.prefix is None else cache.prefix[0][0].shape[2])
+
+    def pad(x):
+        return jnp.pad(x, [(0, 0)] * 3 + [(0, slots - x.shape[3]), (0, 0)])
+
+    return cache.replace(own=jax.tree.map(pad, cache.own))
 
 
 def take_cache(cache: DecoderCache, rows: Array) -> DecoderCache:
@@ -210,6 +220,7 @@ def make_decoder(
         unembed=unembed,
         init_cache=functools.partial(init_cache, a, dtype=dtype),
         fork_cache=fork_cache,
+        grow_cache=grow_cache,
         take_cache=take_cache,
     )
 
@@ -312,6 +323,29 @@ def _attend(a, query, own, prefix, visible: _Visible, window) -> Array:
     return (mixed / total).astype(query.dtype)
 
 
+@jax.custom_vjp
+def _cut(x: Array, always: Array) -> Array:
+    """Returns x; keeps XLA from fusing gradients across this place.
+
+    The gradient of the residual stream is a chain of cheap sums, which XLA on the CPU computes again from its
+    start wherever it is used: a quarter of the update of 6 layers (`optimization_barrier` is expanded before
+    fusion there). It does not fuse across a conditional whose predicate it cannot know.
+    """
+    del always
+    return x
+
+
+def _cut_forward(x, always):
+    return x, always
+
+
+def _cut_backward(always, gradient):
+    return jax.lax.cond(always, lambda g: g, jnp.zeros_like, gradient), None
+
+
+_cut.defvjp(_cut_forward, _cut_backward)
+
+
 @dataclass(frozen=True)
 class _Frame:
     """What the layers of one call share."""
@@ -320,6 +354,7 @@ class _Frame:
     visible: _Visible
     angles: dict[Rotary, tuple[Array, Array]]
     packing: Packing | None
+    always: Array  # [] True, of which the compiler does not know
 
     def spread(self, x: Array, heads: int) -> Array:
         """Returns [B,K,heads,d] of the features [B,K,heads*d], packed or not."""
@@ -362,13 +397,13 @@ def _layer(a, dtype, i, frame, weights, x, cached) -> tuple[Array, tuple[Array, 
     mixed, own = _attention(a, weights, i, frame, features, cached)
     mixed = dense(mixed, weights["output"])
     x = x + (_norm(a, mixed, weights["post_attention_norm"]) if "post_attention_norm" in weights else mixed)
-    x = jax.lax.optimization_barrier(x)
+    x = _cut(x, frame.always)
     normed = _norm(a, x, weights["mlp_norm"])
     ups = [dense(normed, w) for w in weights["up"]]
     inner = ACTIVATIONS[a.activation](ups[0])
     inner = dense(inner * ups[1] if a.gated else inner, weights["down"])
     x = x + (_norm(a, inner, weights["post_mlp_norm"]) if "post_mlp_norm" in weights else inner)
-    return jax.lax.optimization_barrier(x), own
+    return _cut(x, frame.always), own
 
 
 def _frame(a, tokens, mask, positions, cache, num_tokens) -> _Frame:
@@ -390,6 +425,7 @@ def _frame(a, tokens, mask, positions, cache, num_tokens) -> _Frame:
         visible=_visible(a, mask, positions, num_prompts, prefix_length),
         angles=_angles(a, positions),
         packing=packing,
+        always=tokens[0, 0] >= 0,
     )
 
 
@@ -406,7 +442,7 @@ def _forward(a, weights, tokens, mask, positions, cache, num_tokens, dtype):
     for i, layer in enumerate(weights["layers"]):
         cached = (None, None, None)
         if cache is not None:
-            cached = cache.prefix and cache.prefix[i], cache.own[i], cache.size
+            cached = None if cache.prefix is None else cache.prefix[i], cache.own[i], cache.size
         x, filled = _layer(a, dtype, i, frame, layer, x, cached)
         own.append(filled)
     x = _norm(a, x, weights["final_norm"])

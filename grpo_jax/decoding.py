@@ -18,7 +18,7 @@ def positions_from_mask(mask: Array) -> Array:
 
 
 def prefill(policy: Policy, params: Params, prompts: Prompts) -> tuple[Array, Cache]:
-    """Runs the prompts once and fills a cache of exactly their length; `Policy.fork_cache` makes room.
+    """Runs the prompts once and fills a cache of exactly their length; `Policy.grow_cache` makes room.
 
     Args:
         policy: the model's functions.
@@ -96,17 +96,18 @@ def _draw_and_record(policy, params, carry: _Decode, hidden, eos_ids, sampling) 
     )
 
 
-def running_sizes(batch: int, max_new_tokens: int) -> tuple[int, ...]:
-    """Returns the numbers of rows that decoding runs with as rows finish: B, B/2, B/4, B/8.
+def decode_stages(batch: int, max_new_tokens: int) -> tuple[tuple[int, int], ...]:
+    """Returns the (rows, slots) that decoding runs with, one after the other.
 
-    Each size compiles the loop once more, so short completions and small batches keep one.
+    The cache starts with room for half of the tokens. As rows finish, B, B/2, B/4 and B/8 of them go on. Each
+    stage compiles the loop once more, so short completions and small batches have one.
     """
     if max_new_tokens < 32:
-        return (batch,)
-    sizes = [batch]
-    while len(sizes) < 4 and sizes[-1] >= 8:
-        sizes.append(-(-sizes[-1] // 2))
-    return tuple(sizes)
+        return ((batch, max_new_tokens),)
+    stages = [(batch, max_new_tokens // 2), (batch, max_new_tokens)]
+    while len(stages) < 5 and stages[-1][0] >= 8:
+        stages.append((-(-stages[-1][0] // 2), max_new_tokens))
+    return tuple(stages)
 
 
 def _drop_finished(policy: Policy, rows: _Rows, size: int) -> _Rows:
@@ -156,16 +157,15 @@ def generate(
     """
     chex.assert_rank([prompts.tokens, prompts.mask], 2)
     num_prompts, prompt_length = prompts.tokens.shape
-    batch, length = num_prompts * group_size, prompt_length + max_new_tokens
+    batch = num_prompts * group_size
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     eos_ids = jnp.asarray(eos_ids, jnp.int32).reshape(-1)
 
     hidden, cache = prefill(policy, params, prompts)
-    cache = policy.fork_cache(cache, group_size, length)
     prompt_tokens, prompt_mask, hidden = fork((prompts.tokens, prompts.mask, hidden), group_size)
     rows = _Rows(
         row=jnp.arange(batch),
-        cache=cache,
+        cache=policy.fork_cache(cache, group_size),
         cache_mask=jnp.concatenate([prompt_mask, jnp.ones((batch, max_new_tokens), bool)], axis=1),
         prompt_size=jnp.sum(prompt_mask, axis=1, dtype=jnp.int32),
         key=row_keys(key, first_row + jnp.arange(batch)),
@@ -174,10 +174,10 @@ def generate(
     )
     sample = functools.partial(_draw_and_record, policy, params, eos_ids=eos_ids, sampling=sampling)
 
-    def step(carry: _Decode) -> _Decode:
+    def step(carry: _Decode, slots: int) -> _Decode:
         rows = carry.rows
-        positions = (rows.prompt_size + carry.step - 1)[:, None]
-        hidden, cache = policy.forward(params, rows.last[:, None], rows.cache_mask, positions, rows.cache)
+        positions, mask = (rows.prompt_size + carry.step - 1)[:, None], rows.cache_mask[:, : prompt_length + slots]
+        hidden, cache = policy.forward(params, rows.last[:, None], mask, positions, rows.cache)
         return sample(carry.replace(rows=rows.replace(cache=cache)), hidden[:, -1])
 
     empty = jnp.zeros((batch, max_new_tokens))
@@ -191,15 +191,17 @@ def generate(
     )
     # The first token needs no forward of its own (the prefill was it), and after the last none follows.
     carry = sample(start, hidden)
-    sizes = running_sizes(batch, max_new_tokens)
-    for size, smaller in zip(sizes, (*sizes[1:], 0), strict=True):
-        if size < batch:
-            carry = carry.replace(rows=_drop_finished(policy, carry.rows, size))
+    stages = decode_stages(batch, max_new_tokens)
+    for (size, slots), (smaller, _) in zip(stages, (*stages[1:], (0, 0)), strict=True):
+        rows = carry.rows if size == carry.rows.row.size else _drop_finished(policy, carry.rows, size)
+        carry = carry.replace(rows=rows.replace(cache=policy.grow_cache(rows.cache, prompt_length + slots)))
+        # A stage ends when its slots are full, or when the rows of a smaller one are enough.
+        enough = smaller if smaller < size else 0
         carry = jax.lax.while_loop(
-            lambda carry, enough=smaller: (
-                (carry.step < max_new_tokens) & (jnp.sum(~carry.rows.done) > enough)
+            lambda carry, slots=slots, enough=enough: (
+                (carry.step <= min(slots, max_new_tokens - 1)) & (jnp.sum(~carry.rows.done) > enough)
             ),
-            step,
+            functools.partial(step, slots=slots),
             carry,
         )
     return Rollout(

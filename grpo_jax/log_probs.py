@@ -55,7 +55,7 @@ def completion_hidden(
     last = fork(last, group_size)
     if tokens.shape[1] == 0:
         return last[:, None]
-    cache = policy.fork_cache(cache, group_size, whole_mask.shape[1])
+    cache = policy.grow_cache(policy.fork_cache(cache, group_size), whole_mask.shape[1])
     hidden, _ = policy.forward(
         params, tokens, whole_mask, positions[:, prompt_length:], cache, num_tokens=num_tokens
     )

@@ -22,16 +22,18 @@ Params = Any  # a pytree of arrays
 Cache = Any  # a pytree that only the policy's own functions look into
 
 
-def repeat_cache(cache: Cache, group_size: int, max_length: int) -> Cache:
-    """Forks a cache whose arrays are [N, slots, ...] and whose scalars are shared: pads slots, repeats rows."""
+def repeat_rows(cache: Cache, group_size: int) -> Cache:
+    """Repeats every row of a cache that has the batch as axis 0 and whose scalars are shared."""
+    return jax.tree.map(lambda x: jnp.repeat(x, group_size, axis=0) if jnp.ndim(x) else x, cache)
 
-    def one(x):
-        if not jnp.ndim(x):
-            return x
-        room = [(0, 0), (0, max_length - x.shape[1]), *[(0, 0)] * (x.ndim - 2)]
-        return jnp.repeat(jnp.pad(x, room), group_size, axis=0)
 
-    return jax.tree.map(one, cache)
+def pad_slots(cache: Cache, max_length: int) -> Cache:
+    """Makes room in a cache that has its slots as axis 1 and whose scalars are shared."""
+
+    def pad(x):
+        return jnp.pad(x, [(0, 0), (0, max_length - x.shape[1]), *[(0, 0)] * (x.ndim - 2)])
+
+    return jax.tree.map(lambda x: pad(x) if jnp.ndim(x) else x, cache)
 
 
 def take_rows(cache: Cache, rows: Array) -> Cache:
@@ -57,10 +59,10 @@ class Policy:
     unembed: Callable[[Params, Array], Array] = flax.struct.field(pytree_node=False)
     # (batch, max_length) -> cache
     init_cache: Callable[[int, int], Cache] = flax.struct.field(pytree_node=False)
-    # (full cache of N rows, group_size, max_length) -> cache of N*group_size rows, prompt-major, with room
-    fork_cache: Callable[[Cache, int, int], Cache] = flax.struct.field(
-        pytree_node=False, default=repeat_cache
-    )
+    # (full cache of N rows, group_size) -> full cache of N*group_size rows, prompt-major
+    fork_cache: Callable[[Cache, int], Cache] = flax.struct.field(pytree_node=False, default=repeat_rows)
+    # (cache, max_length) -> the same with room for more
+    grow_cache: Callable[[Cache, int], Cache] = flax.struct.field(pytree_node=False, default=pad_slots)
     # (cache, rows [b]) -> cache of those rows
     take_cache: Callable[[Cache, Array], Cache] = flax.struct.field(pytree_node=False, default=take_rows)
 
