@@ -93,7 +93,10 @@ def sapo_surrogate(
     """
     del log_probs
     taus = jnp.where(advantages > 0, tau, tau_negative)
-    return -4.0 / taus * jax.nn.sigmoid(taus * (bounded_exp(log_ratios) - 1.0)) * advantages
+    # The value of jax.nn.sigmoid, but its derivative is gate * exp(-x - softplus(-x)), not gate * (1 - gate),
+    # which loses its digits as the gate nears 1: in float32 it is off by 1e-3 at ratio 12, and 0 from 18 on.
+    gates = jnp.exp(jax.nn.log_sigmoid(taus * (bounded_exp(log_ratios) - 1.0)))
+    return -4.0 / taus * gates * advantages
 
 
 def gmpo_surrogate(

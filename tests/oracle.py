@@ -238,7 +238,8 @@ def surrogate(name, rho, log_prob, advantage, **clip):
     if name == "sapo":
         tau = clip["tau"] if advantage > 0 else clip["tau_negative"]
         gate = 1 / (1 + math.exp(-tau * (rho - 1)))
-        return -4 / tau * gate * advantage, -4 * gate * (1 - gate) * rho * advantage, 0.0
+        shut = math.exp(-tau * (rho - 1)) * gate  # 1 - gate, with all its digits
+        return -4 / tau * gate * advantage, -4 * gate * shut * rho * advantage, 0.0
     if name == "reinforce":
         return -advantage * log_prob, 0.0, -advantage
     raise KeyError(name)
