@@ -25,12 +25,15 @@ class ModelConfig:
         hf_model_name: a local directory, a Hugging Face hub id, or `packaged:arithmetic` (ships with us).
         revision: branch, tag or commit of a hub id.
         dtype: compute dtype; parameters and optimizer stay float32.
+        implementation: what computes the model: our `decoder`, the `flax` classes of transformers, or `auto`,
+            the first of these that supports it.
     """
 
     type: Literal["policy"] = "policy"
     hf_model_name: str = "packaged:arithmetic"
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    implementation: Literal["auto", "decoder", "flax"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

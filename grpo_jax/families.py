@@ -1,9 +1,9 @@
-"""Which model families are supported, and each one adapted to `Policy`.
+"""Model families whose Flax class in transformers is adapted to `Policy`, and reading config.json.
 
 The modules are those of `FlaxAutoModelForCausalLM`; parameters keep its pytree. Several of these classes
-ignore parts of their configuration and would compute a different model without a word: `check_config`
-refuses those configurations and says why. Every family here agrees with PyTorch transformers on the
-checkpoints under tests/fixtures/models.
+ignore parts of their configuration and would compute a different model without a word: `problems` says so of
+a configuration. Every family here agrees with PyTorch transformers on the checkpoints under
+tests/fixtures/models. The types that our own decoder computes are in `architectures`.
 """
 
 import copy
@@ -17,11 +17,13 @@ import jax
 import jax.numpy as jnp
 import transformers
 
+from grpo_jax import architectures
 from grpo_jax.types import Array, Cache, Params, Policy
 
 try:
     from transformers import CONFIG_MAPPING, FLAX_MODEL_FOR_CAUSAL_LM_MAPPING, FLAX_MODEL_MAPPING
     from transformers.modeling_flax_utils import ACT2FN
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 except ImportError:
     raise ImportError(
         f"transformers {transformers.__version__} has no Flax models: pip install 'transformers>=4.57,<5'"
@@ -33,6 +35,11 @@ Problems = Iterator[str]  # reasons why a configuration is refused
 # Keys of config.json that begin with `_` and select no code.
 HARMLESS_KEYS = {"_name_or_path", "_commit_hash", "_num_labels", "_attn_implementation_autoset"}
 
+HARMLESS_KEYS_OF = {
+    "opt": {"_remove_final_layer_norm"},  # both implementations know it (old fine-tuned checkpoints have it)
+    "gemma3_text": {"_sliding_window_pattern"},  # transformers writes it, beside the layer_types made from it
+}
+
 # The two spellings of the tanh approximation.
 _TANH_GELU = {"gelu_new", "gelu_pytorch_tanh"}
 
@@ -43,7 +50,7 @@ class Family:
 
     Args:
         embedding: path of the token embedding in the parameters; its first part is the base model's.
-        problems: yields the reasons for which a configuration (object, raw dict) is refused.
+        problems: yields the reasons for which a configuration (object, the same as a dict) is refused.
         activation: config field that names the activation; None if the family has only one.
         takes_positions: False when positions come from the mask (ALiBi).
         computed_tables: position tables are computed, so they may be cut to the length in use.
@@ -99,11 +106,9 @@ def _xglm(config: Config, raw: dict) -> Problems:
 def _rope(config: Config, raw: dict) -> Problems:
     if config.rope_theta != 10000:
         yield f"rope_theta={config.rope_theta} is ignored by the Flax class, which always uses 10000"
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = raw.get(key) or {}
-        plain = {"rope_type": "default", "type": "default", "rope_theta": 10000}
-        if any(name not in plain or value != plain[name] for name, value in rope.items()):
-            yield f"{key}={rope} is ignored by the Flax class"
+    rope = raw.get("rope_scaling") or {}
+    if any(name not in ("rope_type", "type") or value != "default" for name, value in rope.items()):
+        yield f"rope_scaling={rope} is ignored by the Flax class"
     if raw.get("partial_rotary_factor", 1.0) != 1.0:
         yield f"partial_rotary_factor={raw['partial_rotary_factor']} is ignored by the Flax class"
     if config.num_attention_heads % config.num_key_value_heads:
@@ -175,38 +180,60 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def check_config(raw: dict, source: str) -> Config:
+def read_config(raw: dict, source: str) -> Config:
     """Builds the configuration object from the contents of config.json.
 
     Args:
         raw: config.json as a dict.
         source: what to call the model in messages.
     Returns: the transformers configuration object.
-    Raises: ValueError for remote code, an unsupported family, or a configuration which the Flax class
-        would compute wrongly; the message holds every reason.
+    Raises: ValueError for remote code, an unknown model type, or contents that are no configuration of it.
     """
     if "auto_map" in raw:
         raise ValueError(
             f"{source}: config.json has `auto_map`, code from the model's author; it is never run"
         )
-    model_type = raw.get("model_type")
-    if model_type not in FAMILIES:
+    model_type, supported = raw.get("model_type"), dict.fromkeys((*architectures.MODEL_TYPES, *FAMILIES))
+    if model_type not in supported:
         raise ValueError(
-            f"{source}: model type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}"
+            f"{source}: model type {model_type!r} is not supported; supported: {', '.join(supported)}"
         )
-    # Both implementations know this key (old fine-tuned OPT checkpoints have it).
-    harmless = HARMLESS_KEYS | ({"_remove_final_layer_norm"} if model_type == "opt" else set())
+    harmless = HARMLESS_KEYS | HARMLESS_KEYS_OF.get(model_type, set())
     hidden_keys = sorted(key for key in raw if key.startswith("_") and key not in harmless)
     if hidden_keys:
         raise ValueError(
             f"{source}: config.json has {', '.join(hidden_keys)}; keys beginning with `_` can select other "
             "code than the family's own: remove them"
         )
-    config = CONFIG_MAPPING[model_type].from_dict(raw)
-    problems = [*_common_problems(config, raw), *FAMILIES[model_type].problems(config, raw)]
-    if problems:
-        raise ValueError(f"{source}: this {model_type} configuration is not supported: {'; '.join(problems)}")
-    return config
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(_older_rope(raw))
+    except Exception as error:  # whatever a configuration class raises
+        raise ValueError(f"{source}: config.json is no {model_type} configuration: {error}") from None
+
+
+def _older_rope(raw: dict) -> dict:
+    """Spells `rope_parameters`, new in transformers 5, as `rope_theta` and `rope_scaling`."""
+    if (rope := raw.get("rope_parameters")) is None:
+        return raw
+    if not {"rope_type", "rope_theta"} <= set(rope):
+        raise ValueError(f"rope_parameters={rope}: only those of one kind for all layers are supported")
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    older = {"rope_theta": rope["rope_theta"], "rope_scaling": None}
+    if scaling != {"rope_type": "default"}:
+        older["rope_scaling"] = scaling
+    if different := [key for key in older if raw.get(key, older[key]) != older[key]]:
+        raise ValueError(f"{different[0]}={raw[different[0]]} contradicts rope_parameters={rope}")
+    return {key: value for key, value in raw.items() if key != "rope_parameters"} | older
+
+
+def problems(config: Config) -> Problems:
+    """Yields every reason for which the Flax class would not compute what PyTorch computes."""
+    if config.model_type not in FAMILIES:
+        yield f"there is no Flax class for {config.model_type} here; there are {', '.join(FAMILIES)}"
+        return
+    raw = config.to_dict()
+    yield from _common_problems(config, raw)
+    yield from FAMILIES[config.model_type].problems(config, raw)
 
 
 def _common_problems(config: Config, raw: dict) -> Problems:
@@ -273,20 +300,29 @@ def param_shapes(config: Config) -> Params:
 
 def torch_class_name(config: Config) -> str:
     """Returns the name of the PyTorch class of the same checkpoint."""
-    return FLAX_MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__.removeprefix("Flax")
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
 
 
-def make_policy(config: Config, shapes: Params, *, dtype: Any) -> Policy:
+def embedding_path(config: Config) -> tuple[str, ...]:
+    """Returns the path of the token embedding; its first part is the base model's."""
+    return FAMILIES[config.model_type].embedding
+
+
+def buffers(config: Config) -> tuple[str, ...]:
+    """Returns patterns of tensors in PyTorch files which are constants, not parameters."""
+    return FAMILIES[config.model_type].buffers
+
+
+def make_policy(config: Config, *, dtype: Any) -> Policy:
     """Adapts a family to `Policy`.
 
     Args:
-        config: a configuration that `check_config` let through.
-        shapes: its `param_shapes`.
+        config: a configuration without `problems`.
         dtype: compute dtype, jnp.float32 or jnp.bfloat16; logits are float32 either way.
     Returns: the policy. A length over `max_positions` is a ValueError when the function is traced.
     """
     family = FAMILIES[config.model_type]
-    base, limit = family.embedding[0], max_positions(config)
+    base, limit, shapes = family.embedding[0], max_positions(config), param_shapes(config)
 
     @functools.lru_cache
     def module(length: int):

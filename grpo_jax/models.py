@@ -1,6 +1,8 @@
 """Loads a Hugging Face causal language model as a `Policy`, its float32 parameters and its tokenizer.
 
-With `families.py`, the only file that imports transformers.
+With `families.py`, the only file that imports transformers. Two implementations compute models: our own
+decoder (`architectures`) and the Flax classes of transformers (`families`). Parameters and files are the
+same for both.
 """
 
 import json
@@ -15,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from grpo_jax import families, weights
+from grpo_jax import architectures, families, weights
 from grpo_jax.sources import find_directory, read_json
 from grpo_jax.types import Params, Policy, Prompts
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+IMPLEMENTATIONS = {"decoder": architectures, "flax": families}  # in the order of preference
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -43,6 +46,7 @@ class Model:
         max_positions: longest prompt (padding included) + completion in tokens; None: no limit.
         source: the name it was loaded by.
         generation_config: the contents of generation_config.json; empty without one.
+        implementation: what computes it, a key of IMPLEMENTATIONS.
     """
 
     policy: Policy
@@ -53,18 +57,26 @@ class Model:
     max_positions: int | None
     source: str
     generation_config: dict[str, Any]
+    implementation: str
 
 
-def load_model(hf_model_name: str, *, revision: str | None = None, dtype: str = "float32") -> Model:
+def load_model(
+    hf_model_name: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    implementation: str = "auto",
+) -> Model:
     """Loads a model from a directory, the Hugging Face hub, or the package.
 
     Nothing is unpickled and no code from the checkpoint runs. Loading is strict: a missing, unexpected or
-    wrongly shaped tensor is an error, as is a configuration that the Flax classes compute wrongly.
+    wrongly shaped tensor is an error, as is a configuration that would be computed wrongly.
 
     Args:
         hf_model_name: a directory, a hub id (`owner/name`), or `packaged:<name>`.
         revision: branch, tag or commit of a hub id.
         dtype: compute dtype, `float32` or `bfloat16`; parameters are float32 either way.
+        implementation: `decoder` (ours), `flax` (that of transformers), or `auto`, the first that is right.
     Returns: the model.
     Raises: FileNotFoundError for what is not there, ValueError for what is not supported.
     """
@@ -74,7 +86,8 @@ def load_model(hf_model_name: str, *, revision: str | None = None, dtype: str = 
     raw = read_json(directory / "config.json")
     if raw is None:
         raise FileNotFoundError(f"{hf_model_name}: no config.json in {directory}")
-    config = families.check_config(raw, hf_model_name)
+    config = families.read_config(raw, hf_model_name)
+    implementation = choose_implementation(config, implementation, source=hf_model_name)
     tokenizer = _load_tokenizer(directory, hf_model_name)
     if (largest := max(tokenizer.get_vocab().values(), default=-1)) >= config.vocab_size:
         raise ValueError(
@@ -84,17 +97,47 @@ def load_model(hf_model_name: str, *, revision: str | None = None, dtype: str = 
     generation_config = read_json(directory / "generation_config.json") or {}
     eos_ids = _eos_ids(generation_config, config, tokenizer, hf_model_name)
 
-    family, shapes = families.FAMILIES[config.model_type], families.param_shapes(config)
-    params = weights.read_params(directory, shapes, embedding=family.embedding, buffers=family.buffers)
+    chosen = IMPLEMENTATIONS[implementation]
+    params = weights.read_params(
+        directory,
+        chosen.param_shapes(config),
+        embedding=chosen.embedding_path(config),
+        buffers=chosen.buffers(config),
+    )
     return Model(
-        policy=families.make_policy(config, shapes, dtype=DTYPES[dtype]),
+        policy=chosen.make_policy(config, dtype=DTYPES[dtype]),
         params=params,
         tokenizer=tokenizer,
         config=config,
         eos_ids=eos_ids,
-        max_positions=families.max_positions(config),
+        max_positions=chosen.max_positions(config),
         source=hf_model_name,
         generation_config=generation_config,
+        implementation=implementation,
+    )
+
+
+def choose_implementation(config: Any, wanted: str, *, source: str) -> str:
+    """Returns the implementation that computes a configuration as PyTorch does.
+
+    Args:
+        config: the transformers configuration object.
+        wanted: a key of IMPLEMENTATIONS, or `auto` for the first that is right.
+        source: what to call the model in messages.
+    Raises: ValueError when there is none, with every reason.
+    """
+    if wanted not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(f"implementation {wanted!r}: choose one of auto, {', '.join(IMPLEMENTATIONS)}")
+    candidates = IMPLEMENTATIONS if wanted == "auto" else (wanted,)
+    reasons = {name: [*IMPLEMENTATIONS[name].problems(config)] for name in candidates}
+    for name in candidates:
+        if not reasons[name]:
+            return name
+    # The first one that knows the type at all is the one that would have to do it.
+    blamed = "decoder" if config.model_type in architectures.MODEL_TYPES else "flax"
+    blamed, by = (blamed, "") if wanted == "auto" else (wanted, f" with model.implementation: {wanted}")
+    raise ValueError(
+        f"{source}: this {config.model_type} configuration is not supported{by}: {'; '.join(reasons[blamed])}"
     )
 
 

@@ -178,7 +178,12 @@ def _make_recipe(config: Config) -> Recipe:
 
 def _load_named_model(config: Config) -> Model:
     named = config.model
-    return load_model(named.hf_model_name, revision=named.revision, dtype=named.dtype)
+    return load_model(
+        named.hf_model_name,
+        revision=named.revision,
+        dtype=named.dtype,
+        implementation=named.implementation,
+    )
 
 
 def _make_optimizer(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:

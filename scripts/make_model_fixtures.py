@@ -1,6 +1,6 @@
 """Writes the tiny checkpoints and PyTorch reference logits under tests/fixtures/models.
 
-    python scripts/make_model_fixtures.py              # write every fixture
+    python scripts/make_model_fixtures.py NAME ...     # write these fixtures; all without a name
     python scripts/make_model_fixtures.py check DIR    # does PyTorch agree on the exports in DIR/<fixture>?
 
 Needs an environment of its own, as nothing else here needs torch:
@@ -12,6 +12,7 @@ nothing hides behind a zero) plus reference.npz: token rows and the logits of ea
 padding, in float32.
 """
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -23,6 +24,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BloomConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
     GPTJConfig,
@@ -31,12 +34,14 @@ from transformers import (
     MistralConfig,
     OPTConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
     XGLMConfig,
 )
 
 FIXTURES = Path(__file__).parents[1] / "tests" / "fixtures" / "models"
 VOCAB = 288
-LENGTHS = (3, 7, 12, 1)  # of the reference rows; the local attention window is 4
+LENGTHS = (3, 7, 12, 1)  # of the reference rows; attention windows are 4
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -97,6 +102,53 @@ CONFIGS = {
     "llama": LlamaConfig(**ROPE, attention_bias=True, tie_word_embeddings=False, **COMMON),
     "mistral": MistralConfig(**ROPE, sliding_window=None, tie_word_embeddings=False, **COMMON),
 }
+# What no Flax class computes; saved in bfloat16, as such models are published.
+BFLOAT16_CONFIGS = {
+    # Of this one's six frequencies the scaling keeps the first, blends the second and divides the rest.
+    "llama3": LlamaConfig(
+        **ROPE | {"head_dim": 12, "max_position_embeddings": 512},
+        rope_theta=500000.0,
+        rope_scaling={
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+        tie_word_embeddings=True,
+        **COMMON,
+    ),
+    "llama_linear": LlamaConfig(
+        **ROPE,
+        rope_scaling={"rope_type": "linear", "factor": 2.0},
+        attention_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=False,
+        **COMMON,
+    ),
+    "smollm2": LlamaConfig(**ROPE, rope_theta=100000.0, tie_word_embeddings=True, **COMMON),
+    "mistral_window": MistralConfig(**ROPE, sliding_window=4, tie_word_embeddings=False, **COMMON),
+    "qwen2": Qwen2Config(
+        **ROPE, rope_theta=1e6, use_sliding_window=True, sliding_window=4, max_window_layers=1, **COMMON
+    ),
+    "qwen3": Qwen3Config(**ROPE | {"head_dim": 8}, rope_theta=1e6, tie_word_embeddings=True, **COMMON),
+    "gemma2": Gemma2Config(
+        **ROPE | {"head_dim": 8},
+        sliding_window=4,
+        query_pre_attn_scalar=6,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+        **COMMON,
+    ),
+    "gemma3_text": Gemma3TextConfig(
+        **ROPE | {"head_dim": 8, "num_hidden_layers": 3},
+        sliding_window=4,
+        sliding_window_pattern=3,
+        query_pre_attn_scalar=6,
+        rope_scaling={"rope_type": "linear", "factor": 8.0},
+        **COMMON,
+    ),
+}
 
 
 def make_tokenizer(*, add_bos: bool) -> PreTrainedTokenizerFast:
@@ -133,19 +185,21 @@ def reference(model: torch.nn.Module, rows: list[list[int]]) -> np.ndarray:
         return np.concatenate([model(torch.tensor([row])).logits[0].numpy() for row in rows])
 
 
-def write() -> None:
-    """Writes every fixture."""
+def write(names: list[str]) -> None:
+    """Writes the named fixtures."""
     rows = [np.random.default_rng(n).integers(3, VOCAB, n).tolist() for n in LENGTHS]
-    for name, config in CONFIGS.items():
+    for name in names:
+        config = CONFIGS.get(name) or BFLOAT16_CONFIGS[name]
         torch.manual_seed(len(name))
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
         for parameter_name, parameter in model.named_parameters():
-            norm = (
-                parameter.ndim == 1 and not parameter_name.endswith("bias") and config.model_type != "gemma"
-            )
-            torch.nn.init.normal_(parameter, mean=1.0 if norm else 0.0, std=0.2)
+            norm = parameter.ndim == 1 and not parameter_name.endswith("bias")
+            around = 1.0 if norm and not config.model_type.startswith("gemma") else 0.0
+            torch.nn.init.normal_(parameter, mean=around, std=0.2)
+            if name in BFLOAT16_CONFIGS:
+                parameter.data = parameter.data.bfloat16().float()
         directory = FIXTURES / name
-        model.save_pretrained(directory)
+        (copy.deepcopy(model).bfloat16() if name in BFLOAT16_CONFIGS else model).save_pretrained(directory)
         make_tokenizer(add_bos=name == "llama").save_pretrained(directory)
         for file in directory.glob("*.json"):  # indentation is half of these files
             file.write_text(
@@ -174,4 +228,5 @@ def check(exports: Path) -> None:
 
 
 if __name__ == "__main__":
-    check(Path(sys.argv[2])) if sys.argv[1:2] == ["check"] else write()
+    arguments = sys.argv[1:] or [*CONFIGS, *BFLOAT16_CONFIGS]
+    check(Path(arguments[1])) if arguments[0] == "check" else write(arguments)

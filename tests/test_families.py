@@ -1,4 +1,7 @@
-"""Every family against PyTorch's logits, and against itself: padding, cache, fork, dtype, refusals."""
+"""Every model type, as each implementation computes it, against PyTorch's logits and against itself.
+
+Padding, cache, fork, sampler and scorer, dtype; what the Flax classes would get wrong is refused.
+"""
 
 import functools
 import json
@@ -12,18 +15,26 @@ import numpy as np
 import pytest
 
 from grpo_jax import families
+from grpo_jax.decoding import generate
+from grpo_jax.log_probs import completion_log_probs
 from grpo_jax.models import load_model, pad_prompts
 
 FIXTURES = Path(__file__).parent / "fixtures" / "models"
 NAMES = sorted(path.name for path in FIXTURES.iterdir())
+FLAX_ONLY = ["bloom", "gpt_neo", "gptj", "opt", "opt_post_norm", "xglm"]
+BOTH = ["gemma", "gpt2", "gpt2_untied", "llama", "mistral"]
+CASES = [(name, "decoder") for name in NAMES if name not in FLAX_ONLY]
+CASES += [(name, "flax") for name in FLAX_ONLY + BOTH]
 PADDED = 17  # the longest reference row has 12 tokens
 STEPS = 4
 
+each_case = pytest.mark.parametrize(("name", "implementation"), CASES)
+
 
 @functools.cache
-def family(name):
+def family(name, implementation="flax"):
     """Returns a fixture, loaded once: model, jitted logits function, reference rows, their logits."""
-    model = load_model(str(FIXTURES / name))
+    model = load_model(str(FIXTURES / name), implementation=implementation)
 
     @jax.jit
     def logits(params, tokens, mask, positions):
@@ -51,67 +62,81 @@ def positions_of(mask):
     return np.cumsum(mask, axis=1) - 1
 
 
-def left_padded(name):
-    model, logits, rows, _ = family(name)
+def left_padded(name, implementation):
+    model, logits, rows, _ = family(name, implementation)
     prompts = pad_prompts(rows, PADDED)
     return np.asarray(logits(model.params, prompts.tokens, prompts.mask, positions_of(prompts.mask)))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_agrees_with_torch_on_a_left_padded_batch(name):
+@each_case
+def test_agrees_with_torch_on_a_left_padded_batch(name, implementation):
     """The reference rows were run alone, without padding."""
-    _, _, rows, expected = family(name)
-    for row, actual, wanted in zip(rows, left_padded(name), expected, strict=True):
+    _, _, rows, expected = family(name, implementation)
+    for row, actual, wanted in zip(rows, left_padded(name, implementation), expected, strict=True):
         np.testing.assert_allclose(actual[PADDED - len(row) :], wanted, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_amount_of_left_padding_is_inert(name):
-    model, logits, rows, _ = family(name)
+@pytest.mark.parametrize("name", BOTH)
+def test_both_implementations_agree_on_the_same_parameters(name):
+    ours, theirs = family(name, "decoder")[0], family(name, "flax")[0]
+    assert (ours.implementation, theirs.implementation) == ("decoder", "flax")
+    assert jax.tree.structure(ours.params) == jax.tree.structure(theirs.params)
+    jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
+    mask = pad_prompts(family(name)[2], PADDED).mask[..., None]
+    actual, expected = (left_padded(name, implementation) for implementation in ("decoder", "flax"))
+    np.testing.assert_allclose(actual * mask, expected * mask, atol=1e-5)
+
+
+@each_case
+def test_amount_of_left_padding_is_inert(name, implementation):
+    model, logits, rows, _ = family(name, implementation)
     tokens, mask = np.full((len(rows), PADDED), 7, np.int32), np.zeros((len(rows), PADDED), bool)
     for i, row in enumerate(rows):  # no padding on the left; right of the row is what causality hides
         tokens[i, : len(row)], mask[i, : len(row)] = row, True
     actual = np.asarray(logits(model.params, tokens, mask, positions_of(mask)))
     for i, row in enumerate(rows):
-        np.testing.assert_allclose(left_padded(name)[i, -len(row) :], actual[i, : len(row)], atol=1e-5)
+        padded = left_padded(name, implementation)[i, -len(row) :]
+        np.testing.assert_allclose(padded, actual[i, : len(row)], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "bloom"])
-def test_positions_are_used(name):
+@pytest.mark.parametrize(("name", "implementation"), [case for case in CASES if case[0] != "bloom"])
+def test_positions_are_used(name, implementation):
     """Negative control of the two tests above."""
-    model, logits, rows, _ = family(name)
+    model, logits, rows, _ = family(name, implementation)
     prompts = pad_prompts(rows, PADDED)
     wrong = logits(model.params, prompts.tokens, prompts.mask, np.zeros_like(prompts.tokens))
-    assert np.abs(np.asarray(wrong)[2, -1] - left_padded(name)[2, -1]).max() > 1e-3
+    assert np.abs(np.asarray(wrong)[2, -1] - left_padded(name, implementation)[2, -1]).max() > 1e-3
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_cached_decoding_of_forked_prompts_equals_one_forward(name):
-    """Prefill N, fork to 2N, decode STEPS tokens in a scan; slots not yet written are True in the mask."""
-    model, logits, rows, _ = family(name)
+@each_case
+def test_cached_decoding_of_forked_prompts_equals_one_forward(name, implementation):
+    """Prefills N, forks to 2N, shuffles the rows and decodes STEPS tokens in a scan.
+
+    Slots not yet written are True in the mask.
+    """
+    model, logits, rows, _ = family(name, implementation)
     policy, width = model.policy, PADDED - STEPS
     prompts = pad_prompts(rows, width)
     tokens = np.repeat(prompts.tokens, 2, axis=0)
     completion = np.random.default_rng(0).integers(3, 288, (len(tokens), STEPS)).astype(np.int32)
     tokens = np.concatenate([tokens, completion], axis=1)
     mask = np.concatenate([np.repeat(prompts.mask, 2, axis=0), np.ones((len(tokens), STEPS), bool)], axis=1)
-    positions = positions_of(mask)
+    positions, order = positions_of(mask), np.array([4, 0, 7, 2, 1, 6, 3, 5])
 
     @jax.jit
     def cached(params, tokens, mask, positions):
-        prompt = tokens[::2, :width], mask[::2], positions[::2, :width]
-        hidden, cache = policy.forward(params, *prompt, policy.init_cache(len(rows), PADDED))
-        assert all(leaf.shape[0] == len(rows) for leaf in jax.tree.leaves(cache) if leaf.ndim)
-        cache = jax.tree.map(lambda leaf: jnp.repeat(leaf, 2, axis=0) if leaf.ndim else leaf, cache)
+        prompt = tokens[::2, :width], mask[::2, :width], positions[::2, :width]
+        hidden, cache = policy.forward(params, *prompt, policy.init_cache(len(rows), width))
+        cache = policy.take_cache(policy.fork_cache(cache, 2, PADDED), order)
 
         def step(cache, inputs):
             token, position = inputs
-            out, cache = policy.forward(params, token[:, None], mask, position[:, None], cache)
+            out, cache = policy.forward(params, token[:, None], mask[order], position[:, None], cache)
             return cache, out[:, 0]
 
-        _, steps = jax.lax.scan(step, cache, (tokens[:, width:].T, positions[:, width:].T))
-        hidden = jnp.concatenate([jnp.repeat(hidden, 2, axis=0), steps.swapaxes(0, 1)], axis=1)
-        return policy.unembed(params, hidden)
+        _, steps = jax.lax.scan(step, cache, (tokens[order, width:].T, positions[order, width:].T))
+        steps = steps.swapaxes(0, 1)[np.argsort(order)]
+        return policy.unembed(params, jnp.concatenate([jnp.repeat(hidden, 2, axis=0), steps], axis=1))
 
     actual = cached(model.params, tokens, mask, positions)
     expected = np.concatenate(  # in halves: the shape that is compiled already
@@ -125,9 +150,24 @@ def test_cached_decoding_of_forked_prompts_equals_one_forward(name):
     )
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt_neo", "bloom", "llama"])
-def test_fully_masked_row_is_finite_with_gradients(name):
-    model, _, rows, _ = family(name)
+@pytest.mark.parametrize("name", ["gpt2", "llama3", "mistral_window", "qwen3", "gemma2", "gemma3_text"])
+def test_sampler_and_scorer_agree(name):
+    model, _, rows, _ = family(name, "decoder")
+    prompts = pad_prompts(rows, PADDED - STEPS)
+    sampling = {"group_size": 3, "max_new_tokens": 2 * STEPS, "eos_ids": jnp.arange(0, 288, 9)}
+    rollout = generate(model.policy, model.params, prompts, jax.random.key(0), **sampling)
+    assert 0 < rollout.finished.sum() < rollout.finished.size
+    scored, _ = completion_log_probs(model.policy, model.params, rollout)
+    np.testing.assert_allclose(np.where(rollout.mask, scored, 0), rollout.log_probs, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [("gpt2", "flax"), ("gpt_neo", "flax"), ("bloom", "flax"), ("llama", "flax")]
+    + [(name, "decoder") for name in ("gpt2_untied", "llama", "qwen2", "gemma3_text")],
+)
+def test_fully_masked_row_is_finite_with_gradients(name, implementation):
+    model, _, rows, _ = family(name, implementation)
     prompts = pad_prompts([rows[0], []], 4)
 
     @jax.jit
@@ -140,16 +180,16 @@ def test_fully_masked_row_is_finite_with_gradients(name):
     value, gradients = jax.value_and_grad(loss)(model.params)
     assert np.isfinite(value)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
-    assert all(
-        np.abs(leaf).max() > 0
-        for leaf in jax.tree.leaves(gradients["lm_head" if name == "llama" else "transformer"])
-    )
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradients))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_bfloat16_compute_keeps_float32_parameters_and_logits(name):
-    model = load_model(str(FIXTURES / name), dtype="bfloat16")
-    _, _, rows, _ = family(name)
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [("gpt2", "flax"), ("llama", "flax"), ("gpt2", "decoder"), ("llama3", "decoder"), ("gemma2", "decoder")],
+)
+def test_bfloat16_compute_keeps_float32_parameters_and_logits(name, implementation):
+    model = load_model(str(FIXTURES / name), dtype="bfloat16", implementation=implementation)
+    _, _, rows, _ = family(name, implementation)
     prompts = pad_prompts(rows, PADDED)
     hidden, _ = model.policy.forward(
         model.params, prompts.tokens, prompts.mask, positions_of(prompts.mask), None
@@ -160,7 +200,9 @@ def test_bfloat16_compute_keeps_float32_parameters_and_logits(name):
         "bfloat16"
     }
     assert logits.dtype == jnp.float32
-    difference = np.abs(np.where(prompts.mask[..., None], logits - left_padded(name), 0)).max()
+    difference = np.abs(
+        np.where(prompts.mask[..., None], logits - left_padded(name, implementation), 0)
+    ).max()
     assert 1e-5 < difference < 0.1
 
 
@@ -172,19 +214,22 @@ def test_parameters_are_the_pytree_of_the_flax_class():
     assert jax.tree.structure(model.params) == jax.tree.structure(wanted)
 
 
-def test_lengths_over_the_models_positions_name_both_numbers():
-    model, _, _, _ = family("gpt2")
+@pytest.mark.parametrize("implementation", ["decoder", "flax"])
+def test_lengths_over_the_models_positions_name_both_numbers(implementation):
+    model, _, _, _ = family("gpt2", implementation)
     assert model.max_positions == 32
     ones = jax.ShapeDtypeStruct((1, 33), jnp.int32)
     with pytest.raises(ValueError, match=r"33 tokens .* 32 positions"):
         jax.eval_shape(model.policy.forward, model.params, ones, ones, ones, None)
-    with pytest.raises(ValueError, match=r"33 tokens .* 32 positions"):
-        model.policy.init_cache(1, 33)
+    if implementation == "flax":  # which makes a module for the length
+        with pytest.raises(ValueError, match=r"33 tokens .* 32 positions"):
+            model.policy.init_cache(1, 33)
     assert family("bloom")[0].max_positions is None
 
 
-def test_mask_of_another_length_than_the_cache_is_refused():
-    model, _, _, _ = family("gpt2")
+@pytest.mark.parametrize("implementation", ["decoder", "flax"])
+def test_mask_of_another_length_than_the_cache_is_refused(implementation):
+    model, _, _, _ = family("gpt2", implementation)
     one, mask = np.ones((1, 1), np.int32), np.ones((1, 5), bool)
     with pytest.raises(ValueError, match="mask covers 5 tokens"):
         model.policy.forward(model.params, one, mask, one, model.policy.init_cache(1, 6))
@@ -192,44 +237,38 @@ def test_mask_of_another_length_than_the_cache_is_refused():
         model.policy.forward(model.params, one, mask, one, None)
 
 
-def test_rotary_tables_are_as_long_as_the_sequence_not_as_the_limit():
+def test_rotary_tables_of_flax_are_as_long_as_the_sequence_not_as_the_limit():
     """A 128k-position model would otherwise build a 128k x 128k mask in every layer."""
     raw = json.loads((FIXTURES / "llama" / "config.json").read_text()) | {"max_position_embeddings": 131072}
-    config = families.check_config(raw, "here")
-    policy = families.make_policy(config, families.param_shapes(config), dtype=jnp.float32)
+    policy = families.make_policy(families.read_config(raw, "here"), dtype=jnp.float32)
     model, _, rows, expected = family("llama")
     prompts = pad_prompts(rows, PADDED)
     np.testing.assert_allclose(logits_of(policy, model.params, prompts)[2, -12:], expected[2], atol=2e-5)
 
 
-def test_mistral_window_limits_the_length_so_that_it_never_binds():
+def test_mistral_window_limits_the_length_of_flax_so_that_it_never_binds():
     raw = json.loads((FIXTURES / "mistral" / "config.json").read_text()) | {"sliding_window": 12}
-    config = families.check_config(raw, "here")
+    config = families.read_config(raw, "here")
     assert families.max_positions(config) == 12
-    policy = families.make_policy(config, families.param_shapes(config), dtype=jnp.float32)
+    policy = families.make_policy(config, dtype=jnp.float32)
     model, _, rows, expected = family("mistral")
     np.testing.assert_allclose(
         logits_of(policy, model.params, pad_prompts([rows[2]], 12))[0], expected[2], atol=2e-5
     )
 
 
+def config_of(name, **change):
+    return families.read_config(json.loads((FIXTURES / name / "config.json").read_text()) | change, "here")
+
+
 @pytest.mark.parametrize(
     ("name", "change", "reason"),
     [
-        (
-            "gpt2",
-            {"model_type": "gpt_neox"},
-            "model type 'gpt_neox' is not supported; supported: gpt2, gpt_neo",
-        ),
-        ("gpt2", {"model_type": None}, "model type None"),
-        ("gpt2", {"auto_map": {"AutoModel": "evil.Model"}}, "auto_map.*never run"),
-        ("gpt2", {"_attn_implementation": "kernels-community/x"}, "_attn_implementation"),
-        ("gpt2", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm"),
         ("gpt2", {"quantization_config": {"bits": 4}}, "quantized"),
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ("gpt2", {"add_cross_attention": True}, "encoder-decoder"),
-        ("gpt2", {"activation_function": "mish"}, "mish.* does not exist in Flax"),
+        ("gpt2", {"activation_function": "mish"}, "'mish' does not exist in Flax"),
         ("gpt2", {"n_head": 3}, "width 16 does not divide into 3 heads"),
         ("gptj", {"rotary_dim": None}, "rotary_dim=None"),
         ("gptj", {"rotary_dim": 64}, "at most the head width 8"),
@@ -242,27 +281,70 @@ def test_mistral_window_limits_the_length_so_that_it_never_binds():
         ("gemma", {"rope_theta": 1e6}, "rope_theta=1000000"),
         ("llama", {"rope_theta": 500000.0}, "rope_theta=500000"),
         ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling"),
-        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope_parameters"),
         ("llama", {"head_dim": 8}, "head_dim=8"),
         ("llama", {"tie_word_embeddings": True}, "random"),
         ("llama", {"mlp_bias": True}, "mlp_bias"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("mistral", {"attention_bias": True}, "attention_bias"),
+        ("qwen2", {}, "no Flax class for qwen2"),
     ],
 )
-def test_configurations_that_flax_gets_wrong_are_refused_with_the_reason(name, change, reason):
-    raw = json.loads((FIXTURES / name / "config.json").read_text()) | change
+def test_configurations_that_flax_gets_wrong_have_problems(name, change, reason):
+    problems = list(families.problems(config_of(name, **change)))
+    assert any(reason in problem for problem in problems), problems
+    assert not any("\n" in problem for problem in problems)
+
+
+@pytest.mark.parametrize("name", FLAX_ONLY + BOTH)
+def test_configurations_of_the_fixtures_have_no_problems(name):
+    assert list(families.problems(config_of(name))) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        (
+            "gpt2",
+            {"model_type": "gpt_neox"},
+            "model type 'gpt_neox' is not supported; supported: gpt2, llama, .*, gpt_neo",
+        ),
+        ("gpt2", {"model_type": None}, "model type None"),
+        ("gpt2", {"auto_map": {"AutoModel": "evil.Model"}}, "auto_map.*never run"),
+        ("gpt2", {"_attn_implementation": "kernels-community/x"}, "_attn_implementation"),
+        ("gpt2", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm"),
+        ("llama", {"_sliding_window_pattern": 3}, "_sliding_window_pattern"),
+        ("qwen3", {"layer_types": ["full_attention"]}, "no qwen3 configuration"),
+        ("llama", {"rope_scaling": 2}, "no llama configuration"),
+        ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "Missing required keys"),
+        ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "one kind for all layers"),
+        (
+            "llama",
+            {"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+            "rope_theta=10000.0 contradicts",
+        ),
+    ],
+)
+def test_what_is_no_configuration_is_refused(name, change, reason):
     with pytest.raises(ValueError, match=reason) as error:
-        families.check_config(raw, "here")
+        config_of(name, **change)
     assert str(error.value).startswith("here: ")
     assert "\n" not in str(error.value)
 
 
+def test_rope_parameters_of_transformers_5_are_spelled_as_before():
+    raw = json.loads((FIXTURES / "llama3" / "config.json").read_text())
+    scaling, theta = raw.pop("rope_scaling"), raw.pop("rope_theta")
+    config = families.read_config(raw | {"rope_parameters": {"rope_theta": theta} | scaling}, "here")
+    assert config.to_dict() == config_of("llama3").to_dict()
+    plain = {"rope_parameters": {"rope_theta": 1e5, "rope_type": "default"}}
+    config = families.read_config(raw | plain, "here")
+    assert (config.rope_theta, config.rope_scaling) == (1e5, None)
+
+
 def test_harmless_private_keys_are_accepted():
-    raw = json.loads((FIXTURES / "gpt2" / "config.json").read_text())
-    families.check_config(raw | {"_name_or_path": "x", "_num_labels": 1}, "here")
-    raw = json.loads((FIXTURES / "opt" / "config.json").read_text())
-    families.check_config(raw | {"_remove_final_layer_norm": False}, "here")
+    config_of("gpt2", _name_or_path="x", _num_labels=1)
+    config_of("opt", _remove_final_layer_norm=False)
+    config_of("gemma3_text", _sliding_window_pattern=3)
 
 
 def test_transformers_without_flax_is_one_clear_line(tmp_path):

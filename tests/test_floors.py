@@ -20,10 +20,11 @@ FLOORS = {
     # the algebra
     1: ("advantages", "kl", "losses", "metrics", "recipes", "sampling", "shaping", "surrogates"),
     # the policy. The configuration is vocabulary, but it validates the names of recipes, so it stands here.
-    2: ("algorithm_config", "config", "decoding", "log_probs", "lora", "meshes", "optimizers"),
+    2: ("algorithm_config", "config", "decoder", "decoding", "log_probs", "lora", "meshes", "optimizers",
+        "packing"),
     # the outside world
-    3: ("checkpoints", "data", "families", "models", "notices", "reward_functions", "reward_sources",
-        "rewards", "sources", "stored_leaves", "tasks", "trackers", "verifiers", "weights"),
+    3: ("architectures", "checkpoints", "data", "families", "models", "notices", "reward_functions",
+        "reward_sources", "rewards", "sources", "stored_leaves", "tasks", "trackers", "verifiers", "weights"),
     # the two halves
     4: ("actor", "experience", "groups", "learner"),
     # the commands, and what they share

@@ -195,6 +195,37 @@ def test_decode_takes_the_mask_as_a_length_and_skips_special_tokens(gpt2):
     assert decode(gpt2, tokens, np.zeros_like(mask)) == ["", ""]
 
 
+@pytest.mark.parametrize(
+    ("name", "chosen"), [("gpt2", "decoder"), ("llama3", "decoder"), ("gemma", "decoder"), ("opt", "flax")]
+)
+def test_the_decoder_computes_what_it_supports(name, chosen):
+    assert load_model(str(FIXTURES / name)).implementation == chosen
+    assert load_model(str(FIXTURES / name), implementation=chosen).implementation == chosen
+
+
+def test_flax_computes_what_the_decoder_does_not_know(directory):
+    edit(directory / "config.json", activation_function="quick_gelu")
+    assert load_model(str(directory)).implementation == "flax"
+
+
+def test_an_implementation_that_cannot_is_refused_with_every_reason(directory):
+    message = refusal(FIXTURES / "opt", implementation="decoder")
+    assert "this opt configuration is not supported with model.implementation: decoder: " in message
+    assert "the decoder knows no opt; it knows gpt2, llama" in message
+    message = refusal(FIXTURES / "llama3", implementation="flax")
+    assert "with model.implementation: flax: rope_theta=500000.0 is ignored" in message
+    assert "head_dim=12 is ignored" in message and "tied head" in message
+    assert "no Flax class for qwen3" in refusal(FIXTURES / "qwen3", implementation="flax")
+    assert "'torch': choose one of auto, decoder, flax" in refusal(directory, implementation="torch")
+    edit(directory / "config.json", activation_function="mish", n_head=3)
+    message = refusal(directory)  # of the two, the one that would have to do it
+    assert "this gpt2 configuration is not supported: activation_function='mish' is unknown" in message
+    assert "3 heads" in message and "Flax" not in message
+    shutil.copytree(FIXTURES / "opt", directory / "opt")
+    edit(directory / "opt" / "config.json", enable_bias=False)
+    assert "not supported: enable_bias=false" in refusal(directory / "opt")
+
+
 def test_loading_prints_and_warns_nothing(directory, capfd, recwarn):
     load_model(str(directory))
     load_model(str(FIXTURES / "gemma"))

@@ -22,10 +22,13 @@ UNTIED, TIED = FIXTURES / "gpt2_untied", FIXTURES / "gpt2"
 
 def read(directory, fixture=UNTIED):
     """Reads `directory` as the fixture's configuration says."""
-    config = families.check_config(json.loads((fixture / "config.json").read_text()), "here")
-    family = families.FAMILIES[config.model_type]
-    shapes = families.param_shapes(config)
-    return weights.read_params(directory, shapes, embedding=family.embedding, buffers=family.buffers)
+    config = families.read_config(json.loads((fixture / "config.json").read_text()), "here")
+    return weights.read_params(
+        directory,
+        families.param_shapes(config),
+        embedding=families.embedding_path(config),
+        buffers=families.buffers(config),
+    )
 
 
 def tensors_of(fixture=UNTIED):
