@@ -13,7 +13,7 @@ from grpo_jax.data import Example
 from grpo_jax.decoding import generate
 from grpo_jax.experience import has_signal, make_experience, shaped_rewards
 from grpo_jax.groups import Groups, fill_batch, join_groups, take_groups, widen_prompts
-from grpo_jax.log_probs import completion_log_probs
+from grpo_jax.log_probs import completion_log_probs, tokens_in_use
 from grpo_jax.metrics import reward_metrics, rollout_metrics
 from grpo_jax.models import Model, decode, encode, pad_prompts
 from grpo_jax.recipes import Recipe
@@ -39,6 +39,8 @@ class Actor:
         num_microbatches: slices of each optimizer batch in scoring.
         num_minibatches: optimizer batches that one rollout is cut into.
         max_rounds: rounds of sampling at most, for a recipe with dynamic sampling; others make one.
+        scores_policy: whether the policy that sampled scores its completions again. Without, the update takes
+            its own log-probs as the old ones: the same numbers, if it is the only update from the rollout.
     """
 
     model: Model
@@ -51,6 +53,7 @@ class Actor:
     num_microbatches: int = 1
     num_minibatches: int = 1
     max_rounds: int = 1
+    scores_policy: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +202,7 @@ def _sample_round(actor, params, ref_params, examples: Sequence[Example], key: A
     generated = time.perf_counter()
 
     # Dispatched, not awaited: the device scores while the host rewards.
-    old_log_probs, entropies = _score(actor, params, rollout)
+    old_log_probs, entropies = _score(actor, params, rollout) if actor.scores_policy else (None, None)
     ref_log_probs = None if ref_params is None else _score(actor, ref_params, rollout)[0]
     repeated = [example for example in examples for _ in range(actor.group_size)]
     scores = judge(actor.rewards, repeated, texts)
@@ -264,6 +267,7 @@ def _score(actor: Actor, params: Params, rollout: Rollout) -> tuple[Array, Array
         temperature=actor.sampling["temperature"],
         group_size=actor.group_size,
         num_microbatches=actor.num_microbatches * actor.num_minibatches,
+        num_tokens=tokens_in_use(rollout.mask, actor.num_microbatches * actor.num_minibatches),
     )
 
 

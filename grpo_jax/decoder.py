@@ -3,8 +3,8 @@
 `make_decoder` turns an `Architecture` into a `Policy`. Training, scoring, prefill and decoding are the same
 `forward`; what differs is the cache. Three things make it fast:
 
-* The keys and values of a prompt are kept once for its whole group (`DecoderCache.prefix`), in decoding and in
-  training: the G completions of a prompt attend to them in one matrix product.
+* The keys and values of a prompt are kept once for its whole group (`DecoderCache.prefix`), in decoding and
+  in training: the G completions of a prompt attend to them in one matrix product.
 * The cache is [N, heads, G, slots, head_dim]: what one product reads lies together.
 * Told how many of the tokens are real, `forward` runs its dense layers over those alone (`packing`).
 """
@@ -127,8 +127,8 @@ class Architecture:
 class DecoderCache:
     """Keys and values of the tokens seen: of each prompt once, and of each row since.
 
-    n prompts (rows n*g to n*g+g-1 continue prompt n), b = n*g rows, k key-value heads, s prompt slots, t slots
-    of their own, d head_dim.
+    n prompts (rows n*g to n*g+g-1 continue prompt n), b = n*g rows, k key-value heads, s prompt slots, t
+    slots of their own, d head_dim.
     """
 
     prefix: tuple[tuple[Array, Array], ...] | None  # per layer (keys, values) [n,k,s,d]
@@ -189,9 +189,10 @@ def make_decoder(
         architecture: of the model.
         view: renames a parameter pytree, without computing anything, to
             {"embedding" [V,D], "positions" [P,D] if learned, "layers", "final_norm", "head" unless tied};
-            a layer has the norms "attention_norm", "mlp_norm" and, in some families, "query_norm", "key_norm",
-            "post_attention_norm", "post_mlp_norm"; "qkv" (one dense, or three), "output", "up" (one dense, or
-            gate and up) and "down". A norm is {"scale", "bias"?}, a dense layer {"kernel", "bias"?}.
+            a layer has the norms "attention_norm", "mlp_norm" and, in some families, "query_norm",
+            "key_norm", "post_attention_norm", "post_mlp_norm"; "qkv" (one dense, or three), "output", "up"
+            (one dense, or gate and up) and "down". A norm is {"scale", "bias"?}, a dense layer
+            {"kernel", "bias"?}.
         dtype: compute dtype; norms, scores and logits are float32 either way.
 
     Returns:
@@ -202,8 +203,8 @@ def make_decoder(
     def forward(params, tokens, mask, positions, cache=None, *, num_tokens=None):
         if mask.shape[1] > a.max_positions:
             raise ValueError(
-                f"a sequence of {mask.shape[1]} tokens (prompt with padding + completion) is over the model's "
-                f"{a.max_positions} positions"
+                f"a sequence of {mask.shape[1]} tokens (prompt with padding + completion) is over the "
+                f"model's {a.max_positions} positions"
             )
         return _forward(a, view(params), tokens, mask, positions, cache, num_tokens, dtype)
 

@@ -176,7 +176,10 @@ def generate(
 
     def step(carry: _Decode, slots: int) -> _Decode:
         rows = carry.rows
-        positions, mask = (rows.prompt_size + carry.step - 1)[:, None], rows.cache_mask[:, : prompt_length + slots]
+        positions, mask = (
+            (rows.prompt_size + carry.step - 1)[:, None],
+            rows.cache_mask[:, : prompt_length + slots],
+        )
         hidden, cache = policy.forward(params, rows.last[:, None], mask, positions, rows.cache)
         return sample(carry.replace(rows=rows.replace(cache=cache)), hidden[:, -1])
 

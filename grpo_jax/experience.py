@@ -124,9 +124,10 @@ def make_experience(
         mask=mask,
         advantages=_advantages(judged, recipe, live, signal, **settings),
         weights=jnp.concatenate(weights),
-        old_log_probs=jnp.asarray(judged.old_log_probs),
+        old_log_probs=None if judged.old_log_probs is None else jnp.asarray(judged.old_log_probs),
         ref_log_probs=None if judged.ref_log_probs is None else jnp.asarray(judged.ref_log_probs),
         penalty_weights=jnp.concatenate(penalty_weights) if recipe.separate_penalty else None,
+        sampler_log_probs=jnp.asarray(rollout.log_probs) if judged.old_log_probs is None else None,
     )
 
 

@@ -101,8 +101,8 @@ def token_log_probs(
 def _chunk_log_probs(policy, params, hidden, tokens, temperature) -> tuple[Array, Array]:
     """Returns (log-probs of tokens [C], entropies [C]) of hidden states [C,D].
 
-    Its derivative keeps log-normalizers and entropies instead of logits [C,V], and makes the logits' gradient in
-    one pass over them: g (onehot - p) - h p (log p + H), for gradients g and h of log-probs and entropies.
+    Its derivative keeps log-normalizers and entropies instead of logits [C,V], and makes the logits' gradient
+    in one pass over them: g (onehot - p) - h p (log p + H), for gradients g and h of log-probs and entropies.
     """
     return _chunk_forward(policy, params, hidden, tokens, temperature)[0]
 
@@ -268,8 +268,8 @@ def tokens_in_use(mask: np.ndarray, num_microbatches: int = 1) -> int | None:
         num_microbatches: slices of the batch; the fullest decides.
 
     Returns:
-        a size above the count, of six per shape, since each compiles once more: 1, 2, 3, 4 or 6 eighths of the
-        slice's B*T, or None. Short completions keep one.
+        a size not below the count, of six per shape, since each compiles once more: 1, 2, 3, 4 or 6 eighths
+        of the slice's B*T, or None. Short completions keep one.
     """
     mask = np.asarray(mask)
     size = mask.size // num_microbatches

@@ -45,7 +45,8 @@ reward functions gave, plus the overlong penalty, without any KL; valid where `m
     completions/max_length      the longest
     completions/clipped_ratio   share of the B completions that hit the limit without an eos
     completions/mean_terminated_length  mean length of the others; 0 if there are none
-    sampling/logp_difference_max  max_it |sampler's - scorer's log-prob| of the sampled tokens, nats
+    sampling/logp_difference_max  max_it |sampler's - scorer's log-prob| of the sampled tokens, nats; where
+                                one update is made from a rollout, that is the scorer, of what it trains on
     sampling/kept_mass          mean_it of the probability that top-k, top-p and min-p left to sample from
     sampling/importance_mean    with importance_cap: mean_it(min(q_it, importance_cap)), q = scorer / sampler
     sampling/importance_capped  with importance_cap: mean_it([q_it > importance_cap])
@@ -142,21 +143,23 @@ def reward_metrics(rewards: Array, valid: Array) -> Metrics:
 
 
 def rollout_metrics(
-    rollout: Rollout, scored_log_probs: Array, *, importance_cap: float | None = None
+    rollout: Rollout, scored_log_probs: Array | None, *, importance_cap: float | None = None
 ) -> Metrics:
-    """Computes the completion and sampling metrics of a rollout, scored again as [B,T]."""
+    """Computes the completion and sampling metrics of a rollout, scored again as [B,T] or not at all."""
     lengths = jnp.sum(rollout.mask, axis=1)
     finished = rollout.finished
-    difference = jnp.abs(jnp.where(rollout.mask, rollout.log_probs - scored_log_probs, 0))
     metrics = {
         "completions/mean_length": jnp.mean(lengths),
         "completions/min_length": jnp.min(lengths),
         "completions/max_length": jnp.max(lengths),
         "completions/clipped_ratio": 1.0 - jnp.mean(finished),
         "completions/mean_terminated_length": jnp.sum(lengths * finished) / jnp.maximum(jnp.sum(finished), 1),
-        "sampling/logp_difference_max": jnp.max(difference),
         "sampling/kept_mass": token_mean(rollout.kept_mass, rollout.mask),
     }
+    if scored_log_probs is not None:
+        metrics["sampling/logp_difference_max"] = logp_difference_max(
+            rollout.log_probs, scored_log_probs, rollout.mask
+        )
     if importance_cap is not None:
         ratios = importance_weights(scored_log_probs, rollout.log_probs, rollout.mask, cap=jnp.inf)
         metrics["sampling/importance_mean"] = token_mean(jnp.minimum(ratios, importance_cap), rollout.mask)

@@ -1,7 +1,7 @@
 """Packing: the real tokens of a padded batch, side by side, so that work is done on them alone.
 
-Completions are shorter than their limit; [B,K] arrays are mostly padding then. What treats every token alike
-(embeddings, dense layers, norms, the unembedding) can run on [P] packed tokens; only attention needs the rows.
+Completions are shorter than their limit; [B,K] arrays are mostly padding then. What treats every token
+alike (embeddings, dense layers, norms, the unembedding) can run on [P] packed tokens; attention needs rows.
 """
 
 import flax.struct

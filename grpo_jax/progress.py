@@ -136,8 +136,9 @@ def _experience_template(parts: Parts) -> Experience:
         mask=rows(jnp.bool_, completion),
         advantages=rows(jnp.float32),
         weights=rows(jnp.float32, completion),
-        old_log_probs=rows(jnp.float32, completion),
+        old_log_probs=rows(jnp.float32, completion) if parts.scores_policy else None,
         ref_log_probs=rows(jnp.float32, completion) if parts.scores_reference else None,
+        sampler_log_probs=None if parts.scores_policy else rows(jnp.float32, completion),
         penalty_weights=rows(jnp.float32, completion) if parts.recipe.separate_penalty else None,
     )
 
@@ -158,8 +159,8 @@ def _leftovers_template(parts: Parts):
                 kept_mass=rows(jnp.float32, completion),
                 finished=rows(jnp.bool_),
             ),
-            old_log_probs=rows(jnp.float32, completion),
-            entropies=rows(jnp.float32, completion),
+            old_log_probs=rows(jnp.float32, completion) if parts.scores_policy else None,
+            entropies=rows(jnp.float32, completion) if parts.scores_policy else None,
             ref_log_probs=rows(jnp.float32, completion) if parts.scores_reference else None,
             scores=rows(jnp.float32, len(parts.rewards)),
         )

@@ -79,6 +79,14 @@ class Recipe:
         factors = self.top_entropy is not None or self.importance_cap is not None
         return factors or not self.kl_on_dead_groups
 
+    @property
+    def needs_old_log_probs(self) -> bool:
+        """Whether scores of the rollout are needed before the update, or may be of an earlier policy."""
+        used = (
+            self.top_entropy is not None or self.importance_cap is not None or self.kl_placement == "reward"
+        )
+        return used or self.dynamic_sampling  # groups left over were sampled by the policy of a step before
+
     def overlong_tokens(self, max_length: int) -> int:
         """Returns the buffer of `overlong_penalty` for a completion limit in tokens; 0: no penalty."""
         if self.overlong_buffer is not None:

@@ -81,6 +81,13 @@ class Parts:
         """Whether rollouts are scored under the reference; an exact KL reads it in the update instead."""
         return self.needs_reference and not self.recipe.exact_kl
 
+    @property
+    def scores_policy(self) -> bool:
+        """Whether the policy scores its own rollouts before the update: for more than one update from each,
+        or for what the recipe makes of those scores before it.
+        """
+        return self.updates_per_rollout > 1 or self.recipe.needs_old_log_probs
+
     def actor(self) -> Actor:
         """Makes the actor of this run."""
         return Actor(
@@ -94,6 +101,7 @@ class Parts:
             num_microbatches=self.config.training.num_microbatches,
             num_minibatches=self.config.algorithm.num_minibatches,
             max_rounds=self.config.algorithm.max_sampling_rounds,
+            scores_policy=self.scores_policy,
         )
 
     def init_state(self) -> TrainState:

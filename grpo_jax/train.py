@@ -20,6 +20,7 @@ from grpo_jax.data import batch
 from grpo_jax.evaluate import evaluate_parts
 from grpo_jax.kl import adapt_kl_coef
 from grpo_jax.learner import mix_params, train_step
+from grpo_jax.log_probs import tokens_in_use
 from grpo_jax.models import save_model
 from grpo_jax.notices import Notices
 from grpo_jax.plan import make_plan
@@ -91,6 +92,7 @@ def _update(parts: Parts, progress: Progress, minibatch: int) -> dict[str, float
         ref_params=progress.ref_params if parts.recipe.exact_kl else None,
         group_size=config.algorithm.group_size,
         num_microbatches=config.training.num_microbatches,
+        num_tokens=tokens_in_use(experience.mask, config.training.num_microbatches),
         temperature=config.sampling.temperature,
     )
     return {name: float(value) for name, value in jax.device_get(updated).items()}

@@ -29,7 +29,7 @@ TESTS = {
     "experience.py": ("experience",),
     "groups.py": ("groups",),
     "metrics.py": ("metrics",),
-    "log_probs.py": ("log_probs",),
+    "log_probs.py": ("log_probs", "packing"),
     "learner.py": ("learner",),
 }
 
@@ -122,7 +122,9 @@ MUTANTS = {
     ],
     "log_probs.py": [
         ("scored one token late", "return hidden[:, prompt_length - 1 :]", "return jnp.roll(hidden, -1, axis=1)[:, prompt_length - 1 :]"),
-        ("sign of the entropy", "entropies = -jnp.sum(", "entropies = jnp.sum("),
+        ("sign of the entropy", "entropies = log_total - jnp.sum(", "entropies = log_total + jnp.sum("),
+        ("gradient of the drawn token's logit", "(drawn - probs)", "-probs"),
+        ("gradient of the entropy", "by_entropy * probs * surprise", "by_entropy * probs"),
         ("gradient into the reference's parameters", "    ref_params, ref_hidden = jax.lax.stop_gradient((ref_params, ref_hidden))\n", ""),
     ],
     "learner.py": [

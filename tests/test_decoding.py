@@ -9,9 +9,9 @@ from numpy_toy import completion_logits, full_logits, softmax
 from toy import VOCAB, make_toy_policy
 
 from grpo_jax import decoding
-from grpo_jax.decoding import fork, generate, positions_from_mask, prefill, row_keys, running_sizes
+from grpo_jax.decoding import decode_stages, fork, generate, positions_from_mask, prefill, row_keys
 from grpo_jax.log_probs import completion_log_probs
-from grpo_jax.types import Policy, Prompts
+from grpo_jax.types import Policy, Prompts, pad_slots, repeat_rows, take_rows
 
 N, S, G, T = 4, 6, 3, 8
 B = N * G
@@ -85,18 +85,27 @@ def test_positions_count_real_tokens_only():
     assert positions.dtype == jnp.int32
 
 
-def test_fork_repeats_rows_prompt_major_and_shares_scalars():
-    tree = {"key": jnp.arange(6).reshape(3, 2), "index": jnp.int32(4)}
-    forked = fork(tree, 2)
+def test_fork_repeats_rows_prompt_major():
+    forked = fork({"key": jnp.arange(6).reshape(3, 2)}, 2)
     np.testing.assert_array_equal(forked["key"], [[0, 1], [0, 1], [2, 3], [2, 3], [4, 5], [4, 5]])
-    assert forked["index"].shape == () and forked["index"] == 4
 
 
-def test_prefill_fills_a_cache_of_exactly_the_given_length(toy_policy):
+def test_a_plain_cache_is_forked_grown_and_cut_by_rows():
+    cache = {"key": jnp.arange(6).reshape(3, 2), "index": jnp.int32(4)}
+    forked = repeat_rows(cache, 2)
+    np.testing.assert_array_equal(forked["key"], [[0, 1], [0, 1], [2, 3], [2, 3], [4, 5], [4, 5]])
+    grown = pad_slots(forked, 3)
+    np.testing.assert_array_equal(grown["key"][2:4], [[2, 3, 0], [2, 3, 0]])
+    np.testing.assert_array_equal(take_rows(grown, jnp.array([5, 0]))["key"], [[4, 5, 0], [0, 1, 0]])
+    for each in (forked, grown, take_rows(grown, jnp.array([1]))):
+        assert each["index"].shape == () and each["index"] == 4
+
+
+def test_prefill_fills_a_cache_of_exactly_the_prompts_length(toy_policy):
     policy, params = toy_policy
-    hidden, cache = prefill(policy, params, PROMPTS, max_length=S + T)
+    hidden, cache = prefill(policy, params, PROMPTS)
     chex.assert_shape(hidden, (N, 16))
-    chex.assert_shape(cache["key"], (N, S + T, 16))
+    chex.assert_shape(cache["key"], (N, S, 16))
     for row, sequence in enumerate(SEQUENCES):
         np.testing.assert_allclose(
             policy.unembed(params, hidden[row]), full_logits(params, sequence)[-1], rtol=1e-4, atol=1e-4
@@ -324,7 +333,7 @@ def test_prompts_are_prefilled_once_and_decoding_stops_with_the_last_row(toy_pol
 
     # T tokens are T forwards: the prefill gives the first, the last token is never run.
     assert forwards()[0] == T
-    assert set(traced) == {((N, S), (N, S + T)), ((B, 1), (B, S + T))}
+    assert set(traced) == {((N, S), (N, S)), ((B, 1), (B, S + T))}
     ran, rollout = forwards(eos_ids=jnp.arange(2), temperature=3.0)
     assert ran == np.max(np.sum(rollout.mask, axis=1))
     # The greedy token ends every row at once.
@@ -337,24 +346,33 @@ def test_prompts_are_prefilled_once_and_decoding_stops_with_the_last_row(toy_pol
     assert np.all(rollout.finished)
 
 
-@pytest.mark.parametrize("sizes", [(B, 1), (B, B // 2, 2), (B, B - 1, B - 2, 1)])
-def test_dropping_finished_rows_changes_nothing(toy_policy, monkeypatch, sizes):
+@pytest.mark.parametrize(
+    "stages",
+    [
+        ((B, T), (1, T)),
+        ((B, 2), (B, T), (B // 2, T), (2, T)),
+        ((B, 1), (B, 3), (B, 4), (B - 1, T), (B - 2, T), (1, T)),
+    ],
+)
+def test_dropping_finished_rows_and_growing_the_cache_change_nothing(toy_policy, monkeypatch, stages):
     policy, traced, calls = counting(toy_policy[0])
     eos = jnp.arange(3)
     whole = sample(toy_policy, eos_ids=eos, temperature=2.0)
     lengths = np.sum(whole.mask, axis=1)
     assert len(set(lengths.tolist())) > 2  # rows end at different times
-    monkeypatch.setattr(decoding, "running_sizes", lambda *_: sizes)
+    monkeypatch.setattr(decoding, "decode_stages", lambda *_: stages)
     shrinking = sample((policy, toy_policy[1]), eos_ids=eos, temperature=2.0)
     jax.effects_barrier()
     assert_same_rollout(shrinking, whole)
-    assert {shape for shape, _ in traced} == {(N, S), *((size, 1) for size in sizes)}
+    expected = {((size, 1), (size, S + slots)) for size, slots in stages}
+    assert {(tokens, mask) for tokens, mask in traced} == {((N, S), (N, S)), *expected}
     assert len(calls) == lengths.max()  # not one forward more
 
 
-def test_running_sizes():
-    assert running_sizes(64, 64) == (64, 32, 16, 8) and running_sizes(24, 32) == (24, 12, 6)
-    assert running_sizes(64, 31) == (64,) and running_sizes(7, 64) == (7,)
+def test_decode_stages():
+    assert decode_stages(64, 64) == ((64, 32), (64, 64), (32, 64), (16, 64), (8, 64))
+    assert decode_stages(24, 33) == ((24, 16), (24, 33), (12, 33), (6, 33))
+    assert decode_stages(64, 31) == ((64, 31),) and decode_stages(7, 64) == ((7, 32), (7, 64))
 
 
 def test_new_settings_compile_nothing(toy_policy):
