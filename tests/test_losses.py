@@ -118,6 +118,10 @@ def test_log_ratios_by_level():
     np.testing.assert_allclose(row_sums("sequence")[1, :, 1, :], [[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 0]])
     np.testing.assert_allclose(row_sums("sequence_token")[1, :, 1, :], np.diag([1, 1, 0]))
     np.testing.assert_allclose(row_sums("token")[1, :, 1, :], np.diag([1, 1, 0]))
+    # The old policy is data, at every level.
+    for level in ("token", "sequence", "sequence_token"):
+        by_old = jax.grad(lambda x, level=level: jnp.sum(log_ratios(log_probs, x, mask, level=level)))(old)
+        assert (np.asarray(by_old) == 0).all()
 
 
 # -------------------------------------------------------------------- from the logits, with everything on
