@@ -24,8 +24,7 @@ from grpo_jax.config import TrainingConfig
 # key of a config -> values to compare, the rest as it is; keys that a config does not have are left out
 SWEEPS: dict[str, tuple[Any, ...]] = {
     "training.num_microbatches": (1, 2, 4, 8),
-    "training.remat": ("dots", "full"),
-    "training.chunk_size": (256, 4096),
+    "model.remat": ("dots", "full"),
 }
 
 

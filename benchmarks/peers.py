@@ -49,7 +49,8 @@ def tunix_command(python: str, script: str, work: Work, steps: int) -> list[str]
         "group-size": work.group,
         "beta": work.kl_coef,
         "lr": 1e-5,
-        "steps": steps + 2,  # its median is over the gaps between steps, without the first
+        # It takes the median of the gaps between steps; the first is left out if there are three or more.
+        "steps": max(steps, 2) + 2,
         "reps": steps,
         "skip": "ref_logps,train_step",
     }

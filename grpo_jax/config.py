@@ -27,6 +27,8 @@ class ModelConfig:
         dtype: compute dtype; parameters and optimizer stay float32.
         implementation: what computes the model: our `decoder`, the `flax` classes of transformers, or `auto`,
             the first of these that supports it.
+        remat: what the backward pass computes again to save memory: nothing (`none`), all but the results of
+            dense layers (`dots`), or every layer from its input (`full`). With the decoder only.
     """
 
     type: Literal["policy"] = "policy"
@@ -34,6 +36,7 @@ class ModelConfig:
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     implementation: Literal["auto", "decoder", "flax"] = "auto"
+    remat: Literal["none", "dots", "full"] = "none"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,14 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
 }
+# What wraps a layer so that less of it is kept for the backward pass.
+REMAT: dict[str, Callable] = {
+    "none": lambda layer: layer,
+    "dots": functools.partial(
+        jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
+    "full": jax.checkpoint,
+}
 _MASKED = -1e30  # finite: a row without any visible key gets a mean, not NaN
 
 
@@ -181,7 +189,11 @@ def take_cache(cache: DecoderCache, rows: Array) -> DecoderCache:
 
 
 def make_decoder(
-    architecture: Architecture, view: Callable[[Params], dict[str, Any]], *, dtype: Any = jnp.float32
+    architecture: Architecture,
+    view: Callable[[Params], dict[str, Any]],
+    *,
+    dtype: Any = jnp.float32,
+    remat: str = "none",
 ) -> Policy:
     """Makes the policy of an architecture.
 
@@ -194,6 +206,9 @@ def make_decoder(
             (one dense, or gate and up) and "down". A norm is {"scale", "bias"?}, a dense layer
             {"kernel", "bias"?}.
         dtype: compute dtype; norms, scores and logits are float32 either way.
+        remat: what the backward pass of a layer computes again instead of keeping it, a key of REMAT: nothing
+            (`none`), all but the results of dense layers (`dots`), or everything from the layer's input
+            (`full`). Values and gradients stay.
 
     Returns:
         a Policy, whose forward raises ValueError when traced for more than max_positions.
@@ -206,7 +221,7 @@ def make_decoder(
                 f"a sequence of {mask.shape[1]} tokens (prompt with padding + completion) is over the "
                 f"model's {a.max_positions} positions"
             )
-        return _forward(a, view(params), tokens, mask, positions, cache, num_tokens, dtype)
+        return _forward(a, view(params), tokens, mask, positions, cache, num_tokens, dtype, REMAT[remat])
 
     def unembed(params, hidden):
         weights = view(params)
@@ -430,7 +445,7 @@ def _frame(a, tokens, mask, positions, cache, num_tokens) -> _Frame:
     )
 
 
-def _forward(a, weights, tokens, mask, positions, cache, num_tokens, dtype):
+def _forward(a, weights, tokens, mask, positions, cache, num_tokens, dtype, remat):
     frame = _frame(a, tokens, mask, positions, cache, num_tokens)
     if frame.packing is not None:
         tokens, positions = frame.packing.pack(tokens), frame.packing.pack(positions)
@@ -444,7 +459,7 @@ def _forward(a, weights, tokens, mask, positions, cache, num_tokens, dtype):
         cached = (None, None, None)
         if cache is not None:
             cached = None if cache.prefix is None else cache.prefix[i], cache.own[i], cache.size
-        x, filled = _layer(a, dtype, i, frame, layer, x, cached)
+        x, filled = remat(functools.partial(_layer, a, dtype, i, frame))(layer, x, cached)
         own.append(filled)
     x = _norm(a, x, weights["final_norm"])
     x = x if frame.packing is None else frame.packing.unpack(x)

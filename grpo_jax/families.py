@@ -313,14 +313,21 @@ def buffers(config: Config) -> tuple[str, ...]:
     return FAMILIES[config.model_type].buffers
 
 
-def make_policy(config: Config, *, dtype: Any) -> Policy:
+def make_policy(config: Config, *, dtype: Any, remat: str = "none") -> Policy:
     """Adapts a family to `Policy`.
 
     Args:
         config: a configuration without `problems`.
         dtype: compute dtype, jnp.float32 or jnp.bfloat16; logits are float32 either way.
+        remat: `none`; these classes keep everything for the backward pass.
     Returns: the policy. A length over `max_positions` is a ValueError when the function is traced.
+    Raises: ValueError for another remat.
     """
+    if remat != "none":
+        raise ValueError(
+            f"remat {remat!r} is for models that our own decoder computes, and {config.model_type} is not:"
+            " leave model.remat at none, and raise training.num_microbatches to save memory"
+        )
     family = FAMILIES[config.model_type]
     base, limit, shapes = family.embedding[0], max_positions(config), param_shapes(config)
 

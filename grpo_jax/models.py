@@ -18,6 +18,7 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from grpo_jax import architectures, families, weights
+from grpo_jax.decoder import REMAT
 from grpo_jax.sources import find_directory, read_json
 from grpo_jax.types import Params, Policy, Prompts
 
@@ -66,6 +67,7 @@ def load_model(
     revision: str | None = None,
     dtype: str = "float32",
     implementation: str = "auto",
+    remat: str = "none",
 ) -> Model:
     """Loads a model from a directory, the Hugging Face hub, or the package.
 
@@ -77,11 +79,14 @@ def load_model(
         revision: branch, tag or commit of a hub id.
         dtype: compute dtype, `float32` or `bfloat16`; parameters are float32 either way.
         implementation: `decoder` (ours), `flax` (that of transformers), or `auto`, the first that is right.
+        remat: what a layer's backward pass computes again, `none`, `dots` or `full`; see `make_decoder`.
     Returns: the model.
     Raises: FileNotFoundError for what is not there, ValueError for what is not supported.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    if remat not in REMAT:
+        raise ValueError(f"remat {remat!r}: choose one of {', '.join(REMAT)}")
     directory = find_directory(hf_model_name, revision=revision)
     raw = read_json(directory / "config.json")
     if raw is None:
@@ -105,7 +110,7 @@ def load_model(
         buffers=chosen.buffers(config),
     )
     return Model(
-        policy=chosen.make_policy(config, dtype=DTYPES[dtype]),
+        policy=chosen.make_policy(config, dtype=DTYPES[dtype], remat=remat),
         params=params,
         tokenizer=tokenizer,
         config=config,

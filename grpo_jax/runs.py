@@ -191,6 +191,7 @@ def _load_named_model(config: Config) -> Model:
         revision=named.revision,
         dtype=named.dtype,
         implementation=named.implementation,
+        remat=named.remat,
     )
 
 
