@@ -84,7 +84,9 @@ def _draw_and_record(policy, params, carry: _Decode, hidden, eos_ids, sampling) 
     scaled = scale_logits(logits, sampling["temperature"])
     log_normalizer = jax.nn.logsumexp(scaled, axis=-1)
     log_probs = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0] - log_normalizer
-    kept_mass = jnp.minimum(jnp.exp(jax.nn.logsumexp(processed, axis=-1) - log_normalizer), 1.0)
+    # From what is dropped, so that it is exactly 1 if nothing is.
+    dropped = jnp.where(processed == -jnp.inf, jnp.exp(scaled - log_normalizer[:, None]), 0)
+    kept_mass = jnp.clip(1.0 - jnp.sum(dropped, axis=-1), 0, 1)
     done = rows.done | jnp.any(tokens[:, None] == eos_ids, axis=1)
     return carry.replace(
         step=t + 1,

@@ -2,11 +2,13 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Literal
 
 from grpo_jax.decoding import fork, positions_from_mask, prefill
 from grpo_jax.kl import kl_exact
@@ -15,6 +17,9 @@ from grpo_jax.sampling import scale_logits
 from grpo_jax.types import Array, Experience, Params, Policy, Prompts, Rollout
 
 CHUNK_SIZE = 1024  # tokens whose logits exist at a time, unless said otherwise
+PACKED_FROM = 32  # completion limits below it are not worth packing
+_EIGHTHS = (1, 2, 3, 4, 6)  # of a batch's tokens: the rooms that packed completions get
+NUM_ROOMS = len(_EIGHTHS) + 1  # and all of it
 
 
 def completion_hidden(
@@ -91,33 +96,57 @@ def token_log_probs(
     """
     chex.assert_equal_shape_prefix([hidden, tokens], 2)
 
-    def one_chunk(params, hidden, tokens):
-        return _chunk_log_probs(policy, params, hidden, tokens, temperature)
+    unembed, used = _unembedding(policy, params, hidden)
 
-    return _over_chunks(one_chunk, params, (hidden, tokens), chunk_size, packing)
+    def one_chunk(used, hidden, tokens):
+        return _chunk_log_probs(unembed, used, hidden, tokens, temperature)
+
+    return _over_chunks(one_chunk, used, (hidden, tokens), chunk_size, packing)
+
+
+def _unembedding(policy, params, hidden) -> tuple[Callable, list[Array]]:
+    """Returns unembed(used, hidden) and the parameters that it uses.
+
+    A loop over chunks adds up a gradient of everything it is given, so it is given no more.
+    """
+    leaves, tree = jax.tree.flatten(params)
+    row = hidden.reshape(-1, hidden.shape[-1])[:1]
+    jaxpr = jax.make_jaxpr(lambda *leaves: policy.unembed(jax.tree.unflatten(tree, leaves), row))(
+        *leaves
+    ).jaxpr
+    read = {v for e in jaxpr.eqns for v in e.invars if not isinstance(v, Literal)} | {*jaxpr.outvars}
+    numbers = [i for i, variable in enumerate(jaxpr.invars) if variable in read]
+
+    def unembed(used, hidden):
+        filled = [None] * len(leaves)
+        for number, leaf in zip(numbers, used, strict=True):
+            filled[number] = leaf
+        return policy.unembed(jax.tree.unflatten(tree, filled), hidden)
+
+    return unembed, [leaves[i] for i in numbers]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunk_log_probs(policy, params, hidden, tokens, temperature) -> tuple[Array, Array]:
+def _chunk_log_probs(unembed, params, hidden, tokens, temperature) -> tuple[Array, Array]:
     """Returns (log-probs of tokens [C], entropies [C]) of hidden states [C,D].
 
     Its derivative keeps log-normalizers and entropies instead of logits [C,V], and makes the logits' gradient
     in one pass over them: g (onehot - p) - h p (log p + H), for gradients g and h of log-probs and entropies.
     """
-    return _chunk_forward(policy, params, hidden, tokens, temperature)[0]
+    return _chunk_forward(unembed, params, hidden, tokens, temperature)[0]
 
 
-def _chunk_forward(policy, params, hidden, tokens, temperature):
-    logits = scale_logits(policy.unembed(params, hidden), temperature)
+def _chunk_forward(unembed, params, hidden, tokens, temperature):
+    logits = scale_logits(unembed(params, hidden), temperature)
     log_probs, entropies, log_normalizer = _of_logits(logits, tokens)
     return (log_probs, entropies), (params, hidden, tokens, temperature, log_normalizer, entropies)
 
 
-def _chunk_backward(policy, residuals, gradients):
+def _chunk_backward(unembed, residuals, gradients):
     params, hidden, tokens, temperature, log_normalizer, entropies = residuals
     by_log_prob, by_entropy = (g[:, None] for g in gradients)
     logits, pull_back = jax.vjp(
-        lambda params, hidden: scale_logits(policy.unembed(params, hidden), temperature), params, hidden
+        lambda params, hidden: scale_logits(unembed(params, hidden), temperature), params, hidden
     )
     log_probs = logits - log_normalizer[:, None]
     probs = jnp.exp(log_probs)
@@ -273,10 +302,10 @@ def tokens_in_use(mask: np.ndarray, num_microbatches: int = 1) -> int | None:
     """
     mask = np.asarray(mask)
     size = mask.size // num_microbatches
-    if mask.shape[1] < 32:
+    if mask.shape[1] < PACKED_FROM:
         return None
     most = int(mask.reshape(num_microbatches, -1).sum(axis=1).max())
-    rooms = (-(-size * eighths // 8) for eighths in (1, 2, 3, 4, 6))
+    rooms = (-(-size * eighths // 8) for eighths in _EIGHTHS)
     return next((room for room in rooms if most <= room), None)
 
 

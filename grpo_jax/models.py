@@ -17,14 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from grpo_jax import architectures, families, weights
+from grpo_jax import families, weights
 from grpo_jax.decoder import REMAT
+from grpo_jax.implementations import IMPLEMENTATIONS, choose_implementation
 from grpo_jax.sources import find_directory, read_json
 from grpo_jax.types import Params, Policy, Prompts
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-IMPLEMENTATIONS = {"decoder": architectures, "flax": families}  # in the order of preference
-
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "vocab.json",
@@ -119,30 +118,6 @@ def load_model(
         source=hf_model_name,
         generation_config=generation_config,
         implementation=implementation,
-    )
-
-
-def choose_implementation(config: Any, wanted: str, *, source: str) -> str:
-    """Returns the implementation that computes a configuration as PyTorch does.
-
-    Args:
-        config: the transformers configuration object.
-        wanted: a key of IMPLEMENTATIONS, or `auto` for the first that is right.
-        source: what to call the model in messages.
-    Raises: ValueError when there is none, with every reason.
-    """
-    if wanted not in ("auto", *IMPLEMENTATIONS):
-        raise ValueError(f"implementation {wanted!r}: choose one of auto, {', '.join(IMPLEMENTATIONS)}")
-    candidates = IMPLEMENTATIONS if wanted == "auto" else (wanted,)
-    reasons = {name: [*IMPLEMENTATIONS[name].problems(config)] for name in candidates}
-    for name in candidates:
-        if not reasons[name]:
-            return name
-    # The first one that knows the type at all is the one that would have to do it.
-    blamed = "decoder" if config.model_type in architectures.MODEL_TYPES else "flax"
-    blamed, by = (blamed, "") if wanted == "auto" else (wanted, f" with model.implementation: {wanted}")
-    raise ValueError(
-        f"{source}: this {config.model_type} configuration is not supported{by}: {'; '.join(reasons[blamed])}"
     )
 
 

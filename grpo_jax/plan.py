@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from grpo_jax.actor import bucket_length
 from grpo_jax.cli import parse_record, run_command
 from grpo_jax.config import Config
-from grpo_jax.log_probs import CHUNK_SIZE, completion_hidden
+from grpo_jax.log_probs import CHUNK_SIZE, NUM_ROOMS, PACKED_FROM, completion_hidden, shared_rows
 from grpo_jax.runs import Parts, build
 from grpo_jax.types import Rollout
 
@@ -36,7 +36,7 @@ class Plan:
     prompt_length: int  # S
     max_new_tokens: int  # T
     generate_shapes: tuple[int, ...]  # prompt buckets that generation may be compiled for
-    num_compilations: int  # of training: generation and scoring per bucket, one train_step
+    num_compilations: int  # of training, at most: see _num_compilations
     num_evaluation_compilations: int
     memory: dict[str, int]  # bytes by purpose
 
@@ -98,7 +98,8 @@ def _activation_bytes(parts: Parts, rows: int) -> int:
     )
 
     def residuals(params, rollout):
-        return jax.vjp(lambda params: completion_hidden(policy, params, rollout), params)
+        shared = shared_rows(rows, parts.config.algorithm.group_size, 1)
+        return jax.vjp(lambda params: completion_hidden(policy, params, rollout, group_size=shared), params)
 
     kept = jax.eval_shape(residuals, parts.model.params, rollout)
     # The residuals hold the weight matrices too; those are counted with the parameters.
@@ -117,8 +118,12 @@ def _memory(parts: Parts) -> dict[str, int]:
         *(jax.ShapeDtypeStruct((1, 1), dtype) for dtype in (jnp.int32, jnp.bool_, jnp.int32)),
     )[0]
     vocabulary = jax.eval_shape(policy.unembed, params, hidden).shape[-1]
-    cache = _bytes(jax.eval_shape(lambda: policy.init_cache(batch, length)))
-    fork = _bytes(jax.eval_shape(lambda: policy.init_cache(parts.num_prompts, length)))
+
+    def full_cache():
+        prompts = policy.init_cache(parts.num_prompts, parts.prompt_length)
+        return policy.grow_cache(policy.fork_cache(prompts, config.algorithm.group_size), length)
+
+    cache = _bytes(jax.eval_shape(full_cache))
     logits = 4 * vocabulary * min(CHUNK_SIZE, rows * config.sampling.max_new_tokens)
     return {
         "parameters": size,
@@ -126,9 +131,19 @@ def _memory(parts: Parts) -> dict[str, int]:
         "optimizer": state,
         "gradients": size * (2 if config.training.num_microbatches > 1 else 1),
         # The loop's cache and the one being written; logits, their probabilities and running sums.
-        "generation": 2 * cache + fork + 4 * 4 * vocabulary * batch,
+        "generation": 2 * cache + 4 * 4 * vocabulary * batch,
         "update": _activation_bytes(parts, rows) + 3 * logits,
     }
+
+
+def _num_compilations(parts: Parts, num_buckets: int) -> int:
+    """Counts the programs of training at most: generation and scoring per prompt bucket, and the update.
+
+    Scoring and update have one for each room that `tokens_in_use` may give to completions.
+    """
+    rooms = 1 if parts.config.sampling.max_new_tokens < PACKED_FROM else NUM_ROOMS
+    scoring = rooms if parts.scores_policy or parts.scores_reference else 0
+    return num_buckets * (1 + scoring) + rooms
 
 
 def make_plan(parts: Parts) -> Plan:
@@ -154,7 +169,7 @@ def make_plan(parts: Parts) -> Plan:
         prompt_length=parts.prompt_length,
         max_new_tokens=config.sampling.max_new_tokens,
         generate_shapes=buckets,
-        num_compilations=2 * len(buckets) + 1,
+        num_compilations=_num_compilations(parts, len(buckets)),
         num_evaluation_compilations=2,
         memory=_memory(parts),
     )

@@ -12,6 +12,7 @@ from huggingface_hub.errors import (
 )
 
 from grpo_jax import families
+from grpo_jax.implementations import choose_implementation
 
 PACKAGED = Path(str(files("grpo_jax"))) / "packaged"
 
@@ -44,7 +45,7 @@ def _download(name: str, revision: str | None) -> Path:
         for patterns in stages:
             folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
             if patterns is _SMALL_FILES and (raw := read_json(folder / "config.json")) is not None:
-                families.check_config(raw, name)
+                choose_implementation(families.read_config(raw, name), "auto", source=name)
             if any(folder.glob("*.safetensors")) or any(folder.glob("*.msgpack")):
                 break
         return folder

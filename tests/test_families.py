@@ -127,7 +127,7 @@ def test_cached_decoding_of_forked_prompts_equals_one_forward(name, implementati
     def cached(params, tokens, mask, positions):
         prompt = tokens[::2, :width], mask[::2, :width], positions[::2, :width]
         hidden, cache = policy.forward(params, *prompt, policy.init_cache(len(rows), width))
-        cache = policy.take_cache(policy.fork_cache(cache, 2, PADDED), order)
+        cache = policy.take_cache(policy.grow_cache(policy.fork_cache(cache, 2), PADDED), order)
 
         def step(cache, inputs):
             token, position = inputs

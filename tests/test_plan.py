@@ -81,14 +81,23 @@ def test_dropped_prompts(tmp_path, model, prompts):
     assert "epochs of 40 prompts (40 dropped: too long)" in plan.text()
 
 
+def test_compilations_follow_what_is_scored_and_packed(tmp_path, model, monkeypatch):
+    alone = {"algorithm__kl_coef": 0.0}  # no reference, and one update per rollout: nothing is scored
+    whole, unscored = plan_of(tmp_path, model), plan_of(tmp_path, model, **alone)
+    assert (whole.num_compilations, unscored.num_compilations) == (3, 2)
+    monkeypatch.setattr("grpo_jax.plan.PACKED_FROM", 5)  # the completion limit: packed into six rooms
+    assert plan_of(tmp_path, model).num_compilations == 1 + 6 + 6
+    assert plan_of(tmp_path, model, **alone).num_compilations == 1 + 6
+
+
 def test_memory_by_hand(tmp_path, model):
     memory = plan_of(tmp_path, model).memory
     assert all(size > 0 for size in memory.values())
     assert memory["parameters"] == memory["reference"] == memory["gradients"] == 4 * PARAMETERS
     assert memory["optimizer"] == 2 * memory["parameters"] + 2 * 4  # two moments; two step counters
-    # Keys and values of 2 layers in float32, for 6 + 5 positions; the mask of flax's cache adds a little.
-    cache, fork = (2 * 2 * rows * 11 * 128 * 4 for rows in (32, 4))
-    assert memory["generation"] == pytest.approx(2 * cache + fork + 4 * 4 * 17 * 32, rel=0.01)
+    # Keys and values of 2 layers in float32: 6 positions of 4 prompts, 5 of 32 completions.
+    prefix, own = (2 * 2 * tokens * 128 * 4 for tokens in (6 * 4, 5 * 32))
+    assert memory["generation"] == pytest.approx(2 * (prefix + own) + 4 * 4 * 17 * 32, rel=0.01)
 
 
 def test_memory_follows_the_settings(tmp_path, model):
