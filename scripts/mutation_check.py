@@ -1,14 +1,16 @@
 """Breaks each formula in turn and shows that the tests notice: a table of mutants, all killed.
 
-    python scripts/mutation_check.py                 # all of them, in the order of an hour on two cores
+    python scripts/mutation_check.py                 # all of them, 20 minutes of one core
     python scripts/mutation_check.py --only kl       # those whose file or name contains a text
 
 A mutant is one replacement in one file of a copy of the package; the test modules named for that file then
-run against the copy, and at least one test has to fail. Without a mutation they all have to pass.
+run against the copy until a test fails, and one has to. Without a mutation they all have to pass.
+Its last line when it was last run: "76 of 76 mutants killed in 25 minutes", one job on cores shared with others.
 """
 
 import argparse
 import concurrent.futures
+import contextlib
 import os
 import shutil
 import subprocess
@@ -19,12 +21,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
-# file -> the test modules that hold it
+# file -> the test modules that hold it, the quickest first: the run of a mutant ends with its first failure.
+# test_every_recipe is not among them: it takes minutes, and no mutant needs it.
 TESTS = {
     "advantages.py": ("advantages",),
-    "kl.py": ("kl", "every_recipe"),
-    "surrogates.py": ("surrogates", "losses", "golden", "every_recipe"),
-    "losses.py": ("losses", "golden", "every_recipe", "recipes"),
+    "kl.py": ("kl",),
+    "surrogates.py": ("surrogates",),
+    "losses.py": ("losses", "golden"),
     "shaping.py": ("shaping",),
     "experience.py": ("experience",),
     "groups.py": ("groups",),
@@ -148,16 +151,29 @@ def run_tests(package: Path, modules: tuple[str, ...]) -> tuple[bool, str]:
     return done.returncode == 0, failed[0].split(" - ")[0].removeprefix("FAILED ") if failed else ""
 
 
-def check(file: str, name: str, old: str, new: str) -> tuple[str, str, bool, str, float]:
-    """Tests one mutant in a copy of its own; an empty name tests the package as it is."""
-    started = time.perf_counter()
+@contextlib.contextmanager
+def copy_of_the_package():
+    """Yields a directory with the package and its tests, which is gone afterwards."""
     with tempfile.TemporaryDirectory() as directory:
         package = Path(directory)
         for part in ("grpo_jax", "tests"):
             shutil.copytree(ROOT / part, package / part, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", package)
+        yield package
+
+
+def check_unmutated(files: list[str]) -> tuple[bool, str]:
+    """Runs every test module that holds one of the files, once: (whether all passed, the first failing test)."""
+    with copy_of_the_package() as package:
+        return run_tests(package, tuple(dict.fromkeys(module for file in files for module in TESTS[file])))
+
+
+def check(file: str, name: str, old: str, new: str) -> tuple[str, str, bool, str, float]:
+    """Tests one mutant in a copy of its own: (file, name, whether it survived, its first killer, seconds)."""
+    started = time.perf_counter()
+    with copy_of_the_package() as package:
         path = package / "grpo_jax" / file
-        path.write_text(mutate(path.read_text(), old, new) if name else path.read_text())
+        path.write_text(mutate(path.read_text(), old, new))
         passed, test = run_tests(package, TESTS[file])
     return file, name, passed, test, time.perf_counter() - started
 
@@ -186,16 +202,18 @@ def main() -> None:
         if arguments.only in f"{file} {mutant[0]}"
     ]
     files = list(dict.fromkeys(file for file, *_ in chosen))
+    started = time.perf_counter()
+    passed, test = check_unmutated(files)
+    if not passed:
+        sys.exit(f"a test fails without any mutation: {test}")
+    print("| file | what is broken | killed by | s |\n|---|---|---|---|", flush=True)
+    survivors = []
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
-        baselines = pool.map(lambda file: check(file, "", "", ""), files)
-        if broken := [f"{file}: {test}" for file, _, passed, test, _ in baselines if not passed]:
-            sys.exit(f"the tests fail without any mutation: {'; '.join(broken)}")
-        print("| file | what is broken | killed by |\n|---|---|---|")
-        survivors = []
-        for file, name, passed, test, _ in pool.map(lambda mutant: check(*mutant), chosen):
-            print(f"| {file} | {name} | {'SURVIVED' if passed else test} |", flush=True)
+        for file, name, passed, test, seconds in pool.map(lambda mutant: check(*mutant), chosen):
+            print(f"| {file} | {name} | {'SURVIVED' if passed else test} | {seconds:.0f} |", flush=True)
             survivors += [f"{file}: {name}"] if passed else []
-    print(f"\n{len(chosen) - len(survivors)} of {len(chosen)} mutants killed")
+    minutes = (time.perf_counter() - started) / 60
+    print(f"\n{len(chosen) - len(survivors)} of {len(chosen)} mutants killed in {minutes:.0f} minutes")
     if survivors:
         sys.exit("survived: " + "; ".join(survivors))
 
