@@ -185,7 +185,8 @@ def test_one_step_of_a_real_run(measured):
     assert all(phases[name]["median_s"] > 0 for name in ("generate", "update", "step"))
     assert phases["update"]["flops"] == 3 * phases["generate"]["flops"] == 3 * phases["score"]["flops"]
     assert measured["first"]["compilations"] > 0
-    assert measured["memory"]["peak_rss"] > measured["memory"]["rss_before_model"] > 0
+    # The peak is the process's, and tests before this one may have set it.
+    assert measured["memory"]["peak_rss"] >= measured["memory"]["rss_before_model"] > 0
     json.dumps(measured)
 
 
