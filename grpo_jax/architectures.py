@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 
-from grpo_jax.decoder import Architecture, LinearScaling, Llama3Scaling, Rotary, make_decoder
+from grpo_jax.decoder import Architecture, make_decoder
+from grpo_jax.rotary import LinearScaling, Llama3Scaling, Rotary
 from grpo_jax.types import Array, Params, Policy
 
 Config = Any  # a transformers PretrainedConfig

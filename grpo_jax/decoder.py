@@ -10,7 +10,6 @@
 """
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.packing import Packing, make_packing
+from grpo_jax.attention import KeysValues, Segment, attend, make_segment, softcap
+from grpo_jax.decoding import positions_from_mask
+from grpo_jax.rotary import Rotary, rotate
 from grpo_jax.types import Array, Params, Policy
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -36,52 +37,6 @@ REMAT: dict[str, Callable] = {
     ),
     "full": jax.checkpoint,
 }
-_MASKED = -1e30  # finite: a row without any visible key gets a mean, not NaN
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinearScaling:
-    """Positions divided by a factor. https://arxiv.org/abs/2306.15595"""
-
-    factor: float
-
-    def scale(self, frequencies: Array) -> Array:
-        """Returns the frequencies [head_dim/2] that stand for longer positions."""
-        return frequencies / self.factor
-
-
-@dataclass(frozen=True, kw_only=True)
-class Llama3Scaling:
-    """Low frequencies divided by a factor, high ones kept, those between blended; as Llama 3.1 does.
-
-    https://arxiv.org/abs/2407.21783, and `_compute_llama3_parameters` of transformers.
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_positions: int
-
-    def scale(self, frequencies: Array) -> Array:
-        """Returns the frequencies [head_dim/2] that stand for longer positions."""
-        turns = self.original_max_positions * frequencies / (2 * math.pi)
-        low, high = self.low_freq_factor, self.high_freq_factor
-        kept = jnp.clip((turns - low) / (high - low), 0, 1)
-        return (1 - kept) * frequencies / self.factor + kept * frequencies
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rotary:
-    """Rotary positions, halves rotated against each other. https://arxiv.org/abs/2104.09864"""
-
-    theta: float = 10000.0
-    scaling: LinearScaling | Llama3Scaling | None = None
-
-    def frequencies(self, head_dim: int) -> Array:
-        """Returns the angles per position, float32 [head_dim/2]."""
-        exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-        frequencies = 1.0 / self.theta**exponents
-        return frequencies if self.scaling is None else self.scaling.scale(frequencies)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,13 +170,51 @@ def make_decoder(
     """
     a = architecture
 
-    def forward(params, tokens, mask, positions, cache=None, *, num_tokens=None):
-        if mask.shape[1] > a.max_positions:
+    def check_length(length):
+        if length > a.max_positions:
             raise ValueError(
-                f"a sequence of {mask.shape[1]} tokens (prompt with padding + completion) is over the "
+                f"a sequence of {length} tokens (prompt with padding + completion) is over the "
                 f"model's {a.max_positions} positions"
             )
-        return _forward(a, view(params), tokens, mask, positions, cache, num_tokens, dtype, REMAT[remat])
+
+    def run(params, frame, tokens, caches):
+        return _run(a, view(params), frame, tokens, caches, dtype, REMAT[remat])
+
+    def forward(params, tokens, mask, positions, cache=None, *, num_tokens=None):
+        check_length(mask.shape[1])
+        num_prompts, prefix_length = _sharing(cache, tokens, mask)
+        segment = make_segment(
+            a.windows,
+            mask,
+            positions,
+            num_prompts=num_prompts,
+            prefix_length=prefix_length,
+            num_tokens=num_tokens,
+        )
+        caches = _layers_of(cache, a.num_layers)
+        (hidden,), own = run(params, _make_frame(a, tokens, (segment,)), [tokens], caches)
+        if cache is not None:
+            cache = cache.replace(own=tuple(own), size=cache.size + tokens.shape[1])
+        return hidden, cache
+
+    def forward_groups(params, prompts, tokens, mask, *, num_tokens=None):
+        num_prompts, prompt_length = prompts.tokens.shape
+        prompt_mask = jnp.repeat(prompts.mask, tokens.shape[0] // num_prompts, axis=0)
+        whole_mask = jnp.concatenate([prompt_mask, mask], axis=1)
+        check_length(whole_mask.shape[1])
+        positions = positions_from_mask(prompts.mask)
+        prompt = make_segment(a.windows, prompts.mask, positions, num_prompts=num_prompts)
+        own = make_segment(
+            a.windows,
+            whole_mask,
+            positions_from_mask(whole_mask)[:, prompt_length:],
+            num_prompts=num_prompts,
+            prefix_length=prompt_length,
+            num_tokens=num_tokens,
+        )
+        frame = _make_frame(a, prompts.tokens, (prompt, own))
+        (of_prompts, hidden), _ = run(params, frame, [prompts.tokens, tokens], _layers_of(None, a.num_layers))
+        return of_prompts[:, -1], hidden
 
     def unembed(params, hidden):
         weights = view(params)
@@ -229,7 +222,7 @@ def make_decoder(
             logits = _dense(a, hidden, weights["head"], dtype, jnp.float32)
         else:
             logits = _matmul(hidden.astype(dtype), weights["embedding"].astype(dtype), 1, jnp.float32)
-        return logits if a.logit_softcap is None else _softcap(logits, a.logit_softcap)
+        return softcap(logits, a.logit_softcap)
 
     return Policy(
         forward=forward,
@@ -238,11 +231,35 @@ def make_decoder(
         fork_cache=fork_cache,
         grow_cache=grow_cache,
         take_cache=take_cache,
+        forward_groups=forward_groups,
     )
 
 
-def _softcap(x: Array, cap: float) -> Array:
-    return cap * jnp.tanh(x / cap)
+def _sharing(cache: DecoderCache | None, tokens: Array, mask: Array) -> tuple[int, int]:
+    """Returns (number of prompts, slots of each) that the rows of a call share.
+
+    Raises:
+        ValueError: mask and cache do not go together.
+    """
+    rows, slots = tokens.shape
+    num_prompts, prefix_length = rows, 0
+    if cache is not None:
+        slots = cache.own[0][0].shape[3]
+        if cache.prefix is not None:
+            num_prompts, _, prefix_length, _ = cache.prefix[0][0].shape
+    if mask.shape[1] != prefix_length + slots:
+        raise ValueError(
+            f"the mask covers {mask.shape[1]} tokens, tokens and cache have room for {prefix_length + slots}"
+        )
+    return num_prompts, prefix_length
+
+
+def _layers_of(cache: DecoderCache | None, num_layers: int) -> list[tuple]:
+    """Returns each layer's (prefix, own, size), None where there is none."""
+    if cache is None:
+        return [(None, None, None)] * num_layers
+    prefixes = [None] * num_layers if cache.prefix is None else cache.prefix
+    return [(prefix, own, cache.size) for prefix, own in zip(prefixes, cache.own, strict=True)]
 
 
 def _matmul(x: Array, kernel: Array, axis: int, out_dtype: Any) -> Array:
@@ -265,78 +282,6 @@ def _norm(a: Architecture, x: Array, weights: dict) -> Array:
     variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
     y = x32 * jax.lax.rsqrt(variance + a.norm_epsilon) * (a.norm_offset + weights["scale"])
     return (y + weights["bias"] if "bias" in weights else y).astype(x.dtype)
-
-
-def _rotate(x: Array, cosines: Array, sines: Array) -> Array:
-    """Rotates heads x [B,K,heads,d] by angles [B,K,1,d/2]."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = (first * cosines - second * sines, second * cosines + first * sines)
-    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
-
-
-def _angles(a: Architecture, positions: Array) -> dict[Rotary, tuple[Array, Array]]:
-    """Returns (cosines, sines) [B,K,1,d/2] of every kind of rotary positions in the model."""
-    angles = {}
-    for rotary in dict.fromkeys(a.rotary):
-        angle = positions[:, :, None, None].astype(jnp.float32) * rotary.frequencies(a.head_dim)
-        angles[rotary] = jnp.cos(angle), jnp.sin(angle)
-    return angles
-
-
-@dataclass(frozen=True)
-class _Visible:
-    """Which keys each query sees, by window: bool [n,1,g or 1,1,K or 1,slots] for prompt and own slots."""
-
-    prefix: dict[int | None, Array | None]
-    own: dict[int | None, Array]
-
-
-def _visible(
-    a: Architecture, mask: Array, positions: Array, num_prompts: int, prefix_length: int
-) -> _Visible:
-    """Compares positions, which padding does not move: a key is seen if it is real and not in the future."""
-    (rows, _), queries = mask.shape, positions.shape[1]
-    group_size = rows // num_prompts
-    keys = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
-    query = positions.reshape(num_prompts, 1, group_size, 1, queries, 1)
-
-    def split(x, group_size):
-        return x.reshape(num_prompts, 1, group_size, 1, 1, -1)
-
-    prompt_real, prompt_keys = (split(x[::group_size, :prefix_length], 1) for x in (mask, keys))
-    own_real, own_keys = (split(x[:, prefix_length:], group_size) for x in (mask, keys))
-    prefix, own = {}, {}
-    for window in dict.fromkeys(a.windows):
-        prefix[window], own[window] = prompt_real, own_real & (own_keys <= query)
-        if window is not None:
-            prefix[window] = prompt_real & (query - prompt_keys < window)
-            own[window] &= query - own_keys < window
-    return _Visible(prefix=prefix, own=own)
-
-
-def _attend(a, query, own, prefix, visible: _Visible, window) -> Array:
-    """Attention of queries [n,k,g,r,K,d] to own [n,k,g,t,d] and shared [n,k,s,d] keys: [n,k,g,r,K,d]."""
-
-    def scores(spec, keys, seen):
-        raw = jnp.einsum(spec, query, keys, preferred_element_type=jnp.float32) * a.attention_scale
-        raw = raw if a.attention_softcap is None else _softcap(raw, a.attention_softcap)
-        return jnp.where(seen, raw, _MASKED)
-
-    parts = [scores("nkgrqd,nkgtd->nkgrqt", own[0], visible.own[window])]
-    if prefix is not None:
-        parts.append(scores("nkgrqd,nksd->nkgrqs", prefix[0], visible.prefix[window]))
-    largest = functools.reduce(jnp.maximum, (jnp.max(x, axis=-1, keepdims=True) for x in parts))
-    largest = jax.lax.stop_gradient(largest)
-    parts = [jnp.exp(x - largest) for x in parts]
-    total = functools.reduce(jnp.add, (jnp.sum(x, axis=-1, keepdims=True) for x in parts))
-
-    def mix(spec, weights, values):
-        return jnp.einsum(spec, weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
-
-    mixed = mix("nkgrqt,nkgtd->nkgrqd", parts[0], own[1])
-    if prefix is not None:
-        mixed = mixed + mix("nkgrqs,nksd->nkgrqd", parts[1], prefix[1])
-    return (mixed / total).astype(query.dtype)
 
 
 @jax.custom_vjp
@@ -366,44 +311,80 @@ _cut.defvjp(_cut_forward, _cut_backward)
 class _Frame:
     """What the layers of one call share."""
 
-    shape: tuple[int, int, int, int]  # n prompts, g rows each, K tokens of a row given now, own slots
-    visible: _Visible
-    angles: dict[Rotary, tuple[Array, Array]]
-    packing: Packing | None
+    segments: tuple[Segment, ...]  # a later one continues the prompts that the one before holds
+    angles: dict[Rotary, list[tuple[Array, Array]]]  # per segment
     always: Array  # [] True, of which the compiler does not know
 
-    def spread(self, x: Array, heads: int) -> Array:
-        """Returns [B,K,heads,d] of the features [B,K,heads*d], packed or not."""
-        x = x if self.packing is None else self.packing.unpack(x)
-        return x.reshape(*x.shape[:2], heads, -1)
+    def join(self, parts: list[Array]) -> Array:
+        """Puts arrays [B,K,...] of the segments side by side: [R,...]."""
+        flat = [segment.flatten(x) for segment, x in zip(self.segments, parts, strict=True)]
+        return flat[0] if len(flat) == 1 else jnp.concatenate(flat)
+
+    def separate(self, x: Array) -> list[Array]:
+        """Takes [R,...] apart again."""
+        flat = [x]
+        if len(self.segments) > 1:
+            n, g, queries, _ = self.segments[0].shape
+            flat = jnp.split(x, [n * g * queries])
+        return [segment.spread(part) for segment, part in zip(self.segments, flat, strict=True)]
 
 
-def _attention(a, weights, i, frame, features, cached) -> tuple[Array, tuple[Array, Array]]:
-    """Attention of layer i, from projected features to mixed ones; also returns the filled own cache."""
-    n, g, queries, slots = frame.shape
-    heads = (a.num_heads, a.num_kv_heads, a.num_kv_heads)
-    query, key, value = (frame.spread(x, count) for x, count in zip(features, heads, strict=True))
+def _make_frame(a: Architecture, tokens: Array, segments: tuple[Segment, ...]) -> _Frame:
+    rotaries = dict.fromkeys(a.rotary)
+    angles = {rotary: [rotary.angles(s.positions, a.head_dim) for s in segments] for rotary in rotaries}
+    return _Frame(segments=segments, angles=angles, always=tokens[0, 0] >= 0)
+
+
+def _heads(a, weights, i, frame, features) -> list[tuple[Array, Array, Array]]:
+    """Cuts projected features [R,...] into each segment's queries [n,k,g,r,K,d], keys and values [n,k,g,K,d]."""
+    counts = (a.num_heads, a.num_kv_heads, a.num_kv_heads)
+    features = [x.reshape(x.shape[0], count, a.head_dim) for x, count in zip(features, counts, strict=True)]
     if "query_norm" in weights:
-        query, key = _norm(a, query, weights["query_norm"]), _norm(a, key, weights["key_norm"])
-    if a.rotary:
-        query, key = (_rotate(x, *frame.angles[a.rotary[i]]) for x in (query, key))
-    query = query.reshape(n, g, queries, a.num_kv_heads, -1, a.head_dim).transpose(0, 3, 1, 4, 2, 5)
-    own = tuple(
-        x.reshape(n, g, queries, a.num_kv_heads, a.head_dim).transpose(0, 3, 1, 2, 4) for x in (key, value)
-    )
-    prefix, before, size = cached
-    if slots > queries:  # else these tokens are all there is
-        own = tuple(
-            jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), size, axis=3)
-            for old, new in zip(before, own, strict=True)
+        features[0] = _norm(a, features[0], weights["query_norm"])
+        features[1] = _norm(a, features[1], weights["key_norm"])
+    heads = []
+    parts = zip(*(frame.separate(x) for x in features), strict=True)
+    for number, (segment, (query, key, value)) in enumerate(zip(frame.segments, parts, strict=True)):
+        n, g, queries, _ = segment.shape
+        if a.rotary:
+            query, key = (rotate(x, *frame.angles[a.rotary[i]][number]) for x in (query, key))
+        query = query.reshape(n, g, queries, a.num_kv_heads, -1, a.head_dim).transpose(0, 3, 1, 4, 2, 5)
+        key, value = (
+            x.reshape(n, g, queries, a.num_kv_heads, a.head_dim).transpose(0, 3, 1, 2, 4)
+            for x in (key, value)
         )
-    mixed = _attend(a, query, own, prefix, frame.visible, a.windows[i])
-    mixed = mixed.transpose(0, 2, 4, 1, 3, 5).reshape(n * g, queries, a.num_heads * a.head_dim)
-    return mixed if frame.packing is None else frame.packing.pack(mixed), own
+        heads.append((query, key, value))
+    return heads
 
 
-def _layer(a, dtype, i, frame, weights, x, cached) -> tuple[Array, tuple[Array, Array]]:
-    """One block: attention, then the MLP, each added to the residual stream x [B,K,D] or [P,D]."""
+def _attention(a, weights, i, frame, features, cached) -> tuple[Array, KeysValues]:
+    """Attention of layer i, from projected features [R,...] to mixed ones; also fills the own cache."""
+    prefix, before, size = cached
+    mixed = []
+    for segment, (query, *own) in zip(frame.segments, _heads(a, weights, i, frame, features), strict=True):
+        n, g, queries, slots = segment.shape
+        if slots > queries:  # else these tokens are all there is
+            own = [
+                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), size, axis=3)
+                for old, new in zip(before, own, strict=True)
+            ]
+        x = attend(
+            query,
+            own,
+            prefix,
+            segment.visible,
+            a.windows[i],
+            scale=a.attention_scale,
+            cap=a.attention_softcap,
+        )
+        mixed.append(x.transpose(0, 2, 4, 1, 3, 5).reshape(n * g, queries, a.num_heads * a.head_dim))
+        if len(frame.segments) > 1:
+            prefix = tuple(x[:, :, 0] for x in own)
+    return frame.join(mixed), tuple(own)
+
+
+def _layer(a, dtype, i, frame, weights, x, cached) -> tuple[Array, KeysValues]:
+    """One block: attention, then the MLP, each added to the residual stream x [R,D]."""
     dense = functools.partial(_dense, a, dtype=dtype)
     normed = _norm(a, x, weights["attention_norm"])
     features = [dense(normed, w) for w in weights["qkv"]]
@@ -422,45 +403,20 @@ def _layer(a, dtype, i, frame, weights, x, cached) -> tuple[Array, tuple[Array, 
     return _cut(x, frame.always), own
 
 
-def _frame(a, tokens, mask, positions, cache, num_tokens) -> _Frame:
-    rows, queries = tokens.shape
-    slots, prefix_length, num_prompts = queries, 0, rows
-    if cache is not None:
-        slots = cache.own[0][0].shape[3]
-        if cache.prefix is not None:
-            num_prompts, _, prefix_length, _ = cache.prefix[0][0].shape
-    if mask.shape[1] != prefix_length + slots:
-        raise ValueError(
-            f"the mask covers {mask.shape[1]} tokens, tokens and cache have room for {prefix_length + slots}"
-        )
-    packing = None
-    if slots == queries and num_tokens is not None and num_tokens < rows * queries:
-        packing = make_packing(mask[:, prefix_length:], num_tokens)
-    return _Frame(
-        shape=(num_prompts, rows // num_prompts, queries, slots),
-        visible=_visible(a, mask, positions, num_prompts, prefix_length),
-        angles=_angles(a, positions),
-        packing=packing,
-        always=tokens[0, 0] >= 0,
-    )
+def _run(a, weights, frame, tokens, caches, dtype, remat) -> tuple[list[Array], list[KeysValues]]:
+    """Runs the segments' tokens [B,K]: final hidden states [B,K,D] of each, the last one's caches by layer.
 
-
-def _forward(a, weights, tokens, mask, positions, cache, num_tokens, dtype, remat):
-    frame = _frame(a, tokens, mask, positions, cache, num_tokens)
-    if frame.packing is not None:
-        tokens, positions = frame.packing.pack(tokens), frame.packing.pack(positions)
-    x = weights["embedding"].astype(dtype)[tokens]
+    Where tokens have no need of rows, they are one array [R,D], prompts and completions together: larger
+    matrix products, half as many of them, and one gradient per kernel.
+    """
+    x = weights["embedding"].astype(dtype)[frame.join(tokens)]
     if a.embedding_scale != 1.0:
         x = x * jnp.asarray(a.embedding_scale, dtype)
     if not a.rotary:
+        positions = frame.join([segment.positions for segment in frame.segments])
         x = x + weights["positions"].astype(dtype)[jnp.maximum(positions, 0)]
     own = []
-    for i, layer in enumerate(weights["layers"]):
-        cached = (None, None, None)
-        if cache is not None:
-            cached = None if cache.prefix is None else cache.prefix[i], cache.own[i], cache.size
+    for i, (layer, cached) in enumerate(zip(weights["layers"], caches, strict=True)):
         x, filled = remat(functools.partial(_layer, a, dtype, i, frame))(layer, x, cached)
         own.append(filled)
-    x = _norm(a, x, weights["final_norm"])
-    x = x if frame.packing is None else frame.packing.unpack(x)
-    return x, None if cache is None else cache.replace(own=tuple(own), size=cache.size + frame.shape[2])
+    return frame.separate(_norm(a, x, weights["final_norm"])), own

@@ -32,8 +32,8 @@ def completion_hidden(
 ) -> Array:
     """Runs prompts and completions through the model; each prompt once, however many completions it has.
 
-    With a group size above 1 the prompts fill a cache that is forked to their completions, as in `generate`,
-    and gradients flow back through it: the work on the prompts falls by that factor.
+    With a group size above 1 completions attend to their prompt's keys and values, which exist once, as in
+    `generate`, and gradients flow back through them: the work on the prompts falls by that factor.
 
     Args:
         policy: the model's functions.
@@ -56,15 +56,18 @@ def completion_hidden(
         hidden, _ = policy.forward(params, whole, whole_mask, positions, None)
         return hidden[:, prompt_length - 1 :]
     prompts = Prompts(tokens=rollout.prompt_tokens[::group_size], mask=rollout.prompt_mask[::group_size])
-    last, cache = prefill(policy, params, prompts)
-    last = fork(last, group_size)
     if tokens.shape[1] == 0:
-        return last[:, None]
-    cache = policy.grow_cache(policy.fork_cache(cache, group_size), whole_mask.shape[1])
-    hidden, _ = policy.forward(
-        params, tokens, whole_mask, positions[:, prompt_length:], cache, num_tokens=num_tokens
-    )
-    return jnp.concatenate([last[:, None], hidden], axis=1)
+        last, _ = prefill(policy, params, prompts)
+        return fork(last, group_size)[:, None]
+    if policy.forward_groups is not None:
+        last, hidden = policy.forward_groups(params, prompts, tokens, mask, num_tokens=num_tokens)
+    else:
+        last, cache = prefill(policy, params, prompts)
+        cache = policy.grow_cache(policy.fork_cache(cache, group_size), whole_mask.shape[1])
+        hidden, _ = policy.forward(
+            params, tokens, whole_mask, positions[:, prompt_length:], cache, num_tokens=num_tokens
+        )
+    return jnp.concatenate([fork(last, group_size)[:, None], hidden], axis=1)
 
 
 def token_log_probs(

@@ -65,6 +65,12 @@ class Policy:
     grow_cache: Callable[[Cache, int], Cache] = flax.struct.field(pytree_node=False, default=pad_slots)
     # (cache, rows [b]) -> cache of those rows
     take_cache: Callable[[Cache, Array], Cache] = flax.struct.field(pytree_node=False, default=take_rows)
+    # (params, Prompts [N,S], tokens [B,K], mask [B,K], num_tokens=None)
+    #     -> (hidden [N,D] of each prompt's last token, hidden [B,K,D])
+    # Prompts and their continuations, in one pass. None: the policy has no such pass, and a cache is forked.
+    forward_groups: Callable[..., tuple[Array, Array]] | None = flax.struct.field(
+        pytree_node=False, default=None
+    )
 
 
 @flax.struct.dataclass(kw_only=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from grpo_jax import architectures, families
-from grpo_jax.decoder import LinearScaling, Llama3Scaling, Rotary
+from grpo_jax.rotary import LinearScaling, Llama3Scaling, Rotary
 
 FIXTURES = Path(__file__).parent / "fixtures" / "models"
 LINEAR, LLAMA3 = (

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.decoder import LinearScaling, Llama3Scaling, Rotary, fork_cache, grow_cache, take_cache
+from grpo_jax.decoder import fork_cache, grow_cache, take_cache
 from grpo_jax.decoding import positions_from_mask, prefill
 from grpo_jax.log_probs import completion_log_probs
 from grpo_jax.models import load_model, pad_prompts
+from grpo_jax.rotary import LinearScaling, Llama3Scaling, Rotary
 from grpo_jax.types import Rollout
 
 FIXTURES = "tests/fixtures/models/"

@@ -20,8 +20,8 @@ FLOORS = {
     # the algebra
     1: ("advantages", "kl", "losses", "metrics", "recipes", "sampling", "shaping", "surrogates"),
     # the policy. The configuration is vocabulary, but it validates the names of recipes, so it stands here.
-    2: ("algorithm_config", "config", "decoder", "decoding", "log_probs", "lora", "meshes", "optimizers",
-        "packing"),
+    2: ("algorithm_config", "attention", "config", "decoder", "decoding", "log_probs", "lora", "meshes",
+        "optimizers", "packing", "rotary"),
     # the outside world
     3: ("architectures", "checkpoints", "data", "families", "implementations", "models", "notices",
         "reward_functions", "reward_sources", "rewards", "sources", "stored_leaves", "tasks", "trackers",
