@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jsonargparse
 
+from grpo_jax.huge_pages import use_huge_pages
+
 
 def parse_record(
     record: type, argv: list[str] | None, *, command: str, description: str, config_option: bool = True
@@ -141,6 +143,7 @@ def run_command(main: Callable[[], int | None]) -> None:
 
     GRPO_JAX_TRACEBACK=1 shows the traceback instead.
     """
+    use_huge_pages()
     try:
         code = main() or 0
     except (ValueError, OSError, ImportError, RuntimeError) as error:

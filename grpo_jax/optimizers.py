@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import optax
 
 
@@ -36,6 +37,24 @@ def make_schedule(
     return optax.join_schedules([warmup, main], [warmup_steps])
 
 
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """Scales gradients down to a global norm, https://arxiv.org/abs/1211.5063.
+
+    As `optax.clip_by_global_norm`, in one product per element: a select between gradients and quotients is
+    one more array of the size of the parameters, written and read.
+
+    Args:
+        max_norm: above 0.
+    """
+
+    def update(updates, state, params=None):
+        del params
+        scale = jnp.minimum(1.0, max_norm / optax.tree.norm(updates))
+        return jax.tree.map(lambda x: x * scale, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
 def make_optimizer(
     learning_rate: float | Callable,
     *,
@@ -60,4 +79,4 @@ def make_optimizer(
         weight_decay=weight_decay,
         mask=lambda params: jax.tree.map(lambda x: x.ndim >= 2, params),
     )
-    return optax.chain(optax.clip_by_global_norm(max_grad_norm), adamw) if max_grad_norm else adamw
+    return optax.chain(clip_by_global_norm(max_grad_norm), adamw) if max_grad_norm else adamw

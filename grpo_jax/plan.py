@@ -106,6 +106,16 @@ def _activation_bytes(parts: Parts, rows: int) -> int:
     return max(0, _bytes(kept) - _bytes(parts.model.params))
 
 
+def _relaid_bytes(parts: Parts, batch: int) -> int:
+    """Returns the bytes of the parameters that generation lays out anew."""
+    policy = parts.model.policy
+    if policy.for_decoding is None:
+        return 0
+    jaxpr = jax.make_jaxpr(lambda params: policy.for_decoding(params, batch)[1])(parts.model.params).jaxpr
+    given = set(jaxpr.invars)
+    return sum(x.aval.size * x.aval.dtype.itemsize for x in jaxpr.outvars if x not in given)
+
+
 def _memory(parts: Parts) -> dict[str, int]:
     """Estimates bytes by purpose; XLA's fusion usually needs less for the update."""
     config, policy, params = parts.config, parts.model.policy, parts.model.params
@@ -131,7 +141,7 @@ def _memory(parts: Parts) -> dict[str, int]:
         "optimizer": state,
         "gradients": size * (2 if config.training.num_microbatches > 1 else 1),
         # The loop's cache and the one being written; logits, their probabilities and running sums.
-        "generation": 2 * cache + 4 * 4 * vocabulary * batch,
+        "generation": 2 * cache + 4 * 4 * vocabulary * batch + _relaid_bytes(parts, batch),
         "update": _activation_bytes(parts, rows) + 3 * logits,
     }
 

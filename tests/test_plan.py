@@ -97,7 +97,8 @@ def test_memory_by_hand(tmp_path, model):
     assert memory["optimizer"] == 2 * memory["parameters"] + 2 * 4  # two moments; two step counters
     # Keys and values of 2 layers in float32: 6 positions of 4 prompts, 5 of 32 completions.
     prefix, own = (2 * 2 * tokens * 128 * 4 for tokens in (6 * 4, 5 * 32))
-    assert memory["generation"] == pytest.approx(2 * (prefix + own) + 4 * 4 * 17 * 32, rel=0.01)
+    turned = 4 * (2 * 12 * 128**2 + 17 * 128)  # kernels and tied head: 32 rows are few on a CPU
+    assert memory["generation"] == pytest.approx(2 * (prefix + own) + 4 * 4 * 17 * 32 + turned, rel=0.001)
 
 
 def test_memory_follows_the_settings(tmp_path, model):
@@ -107,7 +108,8 @@ def test_memory_follows_the_settings(tmp_path, model):
     no_kl = plan_of(tmp_path, model, algorithm__kl_coef=0)
     assert no_kl.memory["reference"] == 0 and "reference" not in no_kl.text()
     longer = plan_of(tmp_path, model, sampling__max_new_tokens=20).memory
-    assert longer["generation"] > 2 * memory["generation"] and longer["update"] > 2 * memory["update"]
+    growth = longer["generation"] - memory["generation"]
+    assert growth == 2 * (2 * 2 * 15 * 32 * 128 * 4) and longer["update"] > 2 * memory["update"]
 
 
 def test_total_is_the_peak(tmp_path, model):
