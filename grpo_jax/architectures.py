@@ -357,20 +357,21 @@ def param_shapes(config: Config) -> Params:
     return unflatten_dict({leaf.path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32) for leaf in leaves})
 
 
-def make_policy(config: Config, *, dtype: Any, remat: str = "none") -> Policy:
+def make_policy(config: Config, *, dtype: Any, remat: str = "none", attention: str = "shared") -> Policy:
     """Makes the policy of a configuration without `problems`.
 
     Args:
         config: the transformers configuration object.
         dtype: compute dtype, jnp.float32 or jnp.bfloat16; logits are float32 either way.
         remat: see `make_decoder`.
+        attention: see `make_decoder`.
     """
     tree = layout(config)
 
     def view(params: Params) -> dict[str, Any]:
         return jax.tree.map(lambda leaf: leaf.of(params), tree)
 
-    return make_decoder(architecture_of(config), view, dtype=dtype, remat=remat)
+    return make_decoder(architecture_of(config), view, dtype=dtype, remat=remat, attention=attention)
 
 
 def embedding_path(config: Config) -> tuple[str, ...]:

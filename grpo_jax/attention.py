@@ -8,6 +8,7 @@ to each of them, K queries of a row, s prompt slots, t slots of a row's own, d h
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -143,3 +144,70 @@ def attend(
     if prefix is not None:
         mixed = mixed + mix("nkgrqs,nksd->nkgrqd", parts[1], prefix[1])
     return (mixed / total).astype(query.dtype)
+
+
+def attend_flash(
+    query: Array,
+    own: KeysValues,
+    prefix: KeysValues | None,
+    visible: Visible,
+    window: int | None,
+    *,
+    scale: float,
+    cap: float | None,
+    implementation: str = "cudnn",
+) -> Array:
+    """Does what `attend` does with `jax.nn.dot_product_attention`, whose cuDNN kernel keeps no scores.
+
+    Each row gets its prompt's keys and values beside its own: memory linear in the length of a row, where
+    the scores of `attend` grow with its square. A single query per row, as in decoding, gains nothing, and
+    soft-capped scores have no such kernel: both are left to `attend`.
+
+    Args:
+        implementation: of `jax.nn.dot_product_attention`: `cudnn` (NVIDIA, bfloat16), or `xla`.
+    """
+    n, k, g, r, queries, d = query.shape
+    if queries == 1 or cap is not None:
+        return attend(query, own, prefix, visible, window, scale=scale, cap=cap)
+
+    def of_rows(x):
+        return jnp.broadcast_to(x, (n, k, g, *x.shape[-2:])).transpose(0, 2, 3, 1, 4).reshape(n * g, -1, k, d)
+
+    def seen(x):
+        return jnp.broadcast_to(x, (n, 1, g, 1, queries, x.shape[-1])).reshape(n * g, 1, queries, -1)
+
+    keys, values = (of_rows(x) for x in own)
+    mask = seen(visible.own[window])
+    if prefix is not None:
+        keys, values = (
+            jnp.concatenate([of_rows(shared[:, :, None]), x], axis=1)
+            for shared, x in zip(prefix, (keys, values), strict=True)
+        )
+        mask = jnp.concatenate([seen(visible.prefix[window]), mask], axis=-1)
+    mixed = jax.nn.dot_product_attention(
+        query.transpose(0, 2, 4, 1, 3, 5).reshape(n * g, queries, k * r, d),
+        keys,
+        values,
+        mask=mask,
+        scale=scale,
+        implementation=implementation,
+    )
+    return mixed.reshape(n, g, queries, k, r, d).transpose(0, 3, 1, 4, 2, 5)
+
+
+ATTENTION = {"shared": attend, "cudnn": attend_flash}
+
+
+def check_attention(attention: str, dtype: Any) -> None:
+    """Raises ValueError unless this attention can run here with this compute dtype."""
+    if attention not in ATTENTION:
+        raise ValueError(f"attention {attention!r}: choose one of {', '.join(ATTENTION)}")
+    if attention != "cudnn":
+        return
+    platform = jax.default_backend()
+    if platform not in ("gpu", "cuda"):
+        raise ValueError(
+            f"attention 'cudnn' needs an NVIDIA GPU, and JAX runs on {platform}: leave it at shared"
+        )
+    if dtype != jnp.bfloat16:
+        raise ValueError("attention 'cudnn' computes in 16 bits: set model.dtype to bfloat16")

@@ -29,6 +29,8 @@ class ModelConfig:
             the first of these that supports it.
         remat: what the backward pass computes again to save memory: nothing (`none`), all but the results of
             dense layers (`dots`), or every layer from its input (`full`). With the decoder only.
+        attention: `shared` (a group's completions attend to one copy of its prompt), or `cudnn`: flash
+            attention on an NVIDIA GPU, with bfloat16; memory then grows linearly with the length of a row.
     """
 
     type: Literal["policy"] = "policy"
@@ -37,6 +39,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     implementation: Literal["auto", "decoder", "flax"] = "auto"
     remat: Literal["none", "dots", "full"] = "none"
+    attention: Literal["shared", "cudnn"] = "shared"
 
 
 @dataclass(frozen=True, kw_only=True)

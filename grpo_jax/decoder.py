@@ -18,7 +18,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.attention import KeysValues, Segment, attend, make_segment, softcap
+from grpo_jax.attention import ATTENTION, KeysValues, Segment, check_attention, make_segment, softcap
 from grpo_jax.decoding import positions_from_mask
 from grpo_jax.rotary import Rotary, rotate
 from grpo_jax.types import Array, Params, Policy
@@ -150,6 +150,7 @@ def make_decoder(
     *,
     dtype: Any = jnp.float32,
     remat: str = "none",
+    attention: str = "shared",
 ) -> Policy:
     """Makes the policy of an architecture.
 
@@ -165,11 +166,16 @@ def make_decoder(
         remat: what the backward pass of a layer computes again instead of keeping it, a key of REMAT: nothing
             (`none`), all but the results of dense layers (`dots`), or everything from the layer's input
             (`full`). Values and gradients stay.
+        attention: a key of ATTENTION: `shared`, or `cudnn` (flash attention on NVIDIA, in bfloat16).
 
     Returns:
         a Policy, whose forward raises ValueError when traced for more than max_positions.
+
+    Raises:
+        ValueError: this attention cannot run here, or not in this dtype.
     """
     a = architecture
+    check_attention(attention, dtype)
 
     def check_length(length):
         if length > a.max_positions:
@@ -179,7 +185,7 @@ def make_decoder(
             )
 
     def run(params, frame, tokens, caches):
-        return _run(a, view(params), frame, tokens, caches, dtype, REMAT[remat])
+        return _run(a, view(params), frame, tokens, caches, dtype, REMAT[remat], ATTENTION[attention])
 
     def forward(params, tokens, mask, positions, cache=None, *, num_tokens=None):
         check_length(mask.shape[1])
@@ -384,7 +390,7 @@ def _heads(a, weights, i, frame, features) -> list[tuple[Array, Array, Array]]:
     return heads
 
 
-def _attention(a, weights, i, frame, features, cached) -> tuple[Array, KeysValues]:
+def _attention(a, attend, weights, i, frame, features, cached) -> tuple[Array, KeysValues]:
     """Attention of layer i, from projected features [R,...] to mixed ones; also fills the own cache."""
     prefix, before, size = cached
     mixed = []
@@ -410,7 +416,7 @@ def _attention(a, weights, i, frame, features, cached) -> tuple[Array, KeysValue
     return frame.join(mixed), tuple(own)
 
 
-def _layer(a, dtype, i, frame, weights, x, cached) -> tuple[Array, KeysValues]:
+def _layer(a, dtype, attend, i, frame, weights, x, cached) -> tuple[Array, KeysValues]:
     """One block: attention, then the MLP, each added to the residual stream x [R,D]."""
     dense = functools.partial(_dense, a, dtype=dtype)
     normed = _norm(a, x, weights["attention_norm"])
@@ -418,7 +424,7 @@ def _layer(a, dtype, i, frame, weights, x, cached) -> tuple[Array, KeysValues]:
     if len(features) == 1:
         sizes = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
         features = jnp.split(features[0], (sizes[0], sum(sizes)), axis=-1)
-    mixed, own = _attention(a, weights, i, frame, features, cached)
+    mixed, own = _attention(a, attend, weights, i, frame, features, cached)
     mixed = dense(mixed, weights["output"])
     x = x + (_norm(a, mixed, weights["post_attention_norm"]) if "post_attention_norm" in weights else mixed)
     x = _cut(x, frame.always)
@@ -430,7 +436,7 @@ def _layer(a, dtype, i, frame, weights, x, cached) -> tuple[Array, KeysValues]:
     return _cut(x, frame.always), own
 
 
-def _run(a, weights, frame, tokens, caches, dtype, remat) -> tuple[list[Array], list[KeysValues]]:
+def _run(a, weights, frame, tokens, caches, dtype, remat, attend) -> tuple[list[Array], list[KeysValues]]:
     """Runs the segments' tokens [B,K]: final hidden states [B,K,D] of each, the last one's caches by layer.
 
     Where tokens have no need of rows, they are one array [R,D], prompts and completions together: larger
@@ -444,6 +450,6 @@ def _run(a, weights, frame, tokens, caches, dtype, remat) -> tuple[list[Array], 
         x = x + weights["positions"].astype(dtype)[jnp.maximum(positions, 0)]
     own = []
     for i, (layer, cached) in enumerate(zip(weights["layers"], caches, strict=True)):
-        x, filled = remat(functools.partial(_layer, a, dtype, i, frame))(layer, x, cached)
+        x, filled = remat(functools.partial(_layer, a, dtype, attend, i, frame))(layer, x, cached)
         own.append(filled)
     return frame.separate(_norm(a, x, weights["final_norm"])), own

@@ -313,16 +313,22 @@ def buffers(config: Config) -> tuple[str, ...]:
     return FAMILIES[config.model_type].buffers
 
 
-def make_policy(config: Config, *, dtype: Any, remat: str = "none") -> Policy:
+def make_policy(config: Config, *, dtype: Any, remat: str = "none", attention: str = "shared") -> Policy:
     """Adapts a family to `Policy`.
 
     Args:
         config: a configuration without `problems`.
         dtype: compute dtype, jnp.float32 or jnp.bfloat16; logits are float32 either way.
         remat: `none`; these classes keep everything for the backward pass.
+        attention: `shared`; these classes have their own.
     Returns: the policy. A length over `max_positions` is a ValueError when the function is traced.
-    Raises: ValueError for another remat.
+    Raises: ValueError for another remat or attention.
     """
+    if attention != "shared":
+        raise ValueError(
+            f"attention {attention!r} is for models that our own decoder computes, and {config.model_type} is"
+            " not: leave model.attention at shared"
+        )
     if remat != "none":
         raise ValueError(
             f"remat {remat!r} is for models that our own decoder computes, and {config.model_type} is not:"

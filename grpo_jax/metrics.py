@@ -61,6 +61,8 @@ Seconds; the first three are 0 where an earlier rollout is used again:
     time/score                  waiting for old and reference log-probs, and making the Experience
     time/update                 in `train_step`
     step_time                   all of the step, without logging, evaluation and checkpoints
+    compilations                programs of `generate`, `completion_log_probs` and `train_step` that training
+                                has compiled or read from the cache in this process; the plan bounds them
 
 Evaluation, in rows of its own; a completion is correct if the first reward function gives at least 1
 (`evaluate`):

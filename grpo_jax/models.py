@@ -18,6 +18,7 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from grpo_jax import families, weights
+from grpo_jax.attention import check_attention
 from grpo_jax.decoder import REMAT
 from grpo_jax.implementations import IMPLEMENTATIONS, choose_implementation
 from grpo_jax.sources import find_directory, read_json
@@ -67,6 +68,7 @@ def load_model(
     dtype: str = "float32",
     implementation: str = "auto",
     remat: str = "none",
+    attention: str = "shared",
 ) -> Model:
     """Loads a model from a directory, the Hugging Face hub, or the package.
 
@@ -79,6 +81,7 @@ def load_model(
         dtype: compute dtype, `float32` or `bfloat16`; parameters are float32 either way.
         implementation: `decoder` (ours), `flax` (that of transformers), or `auto`, the first that is right.
         remat: what a layer's backward pass computes again, `none`, `dots` or `full`; see `make_decoder`.
+        attention: `shared`, or `cudnn` on NVIDIA in bfloat16; see `attend_flash`.
     Returns: the model.
     Raises: FileNotFoundError for what is not there, ValueError for what is not supported.
     """
@@ -86,6 +89,7 @@ def load_model(
         raise ValueError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     if remat not in REMAT:
         raise ValueError(f"remat {remat!r}: choose one of {', '.join(REMAT)}")
+    check_attention(attention, DTYPES[dtype])
     directory = find_directory(hf_model_name, revision=revision)
     raw = read_json(directory / "config.json")
     if raw is None:
@@ -109,7 +113,7 @@ def load_model(
         buffers=chosen.buffers(config),
     )
     return Model(
-        policy=chosen.make_policy(config, dtype=DTYPES[dtype], remat=remat),
+        policy=chosen.make_policy(config, dtype=DTYPES[dtype], remat=remat, attention=attention),
         params=params,
         tokenizer=tokenizer,
         config=config,

@@ -192,6 +192,7 @@ def _load_named_model(config: Config) -> Model:
         dtype=named.dtype,
         implementation=named.implementation,
         remat=named.remat,
+        attention=named.attention,
     )
 
 

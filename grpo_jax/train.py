@@ -17,10 +17,11 @@ from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.cli import enable_compilation_cache, parse_record, run_command
 from grpo_jax.config import Config
 from grpo_jax.data import batch
+from grpo_jax.decoding import generate
 from grpo_jax.evaluate import evaluate_parts
 from grpo_jax.kl import adapt_kl_coef
 from grpo_jax.learner import mix_params, train_step
-from grpo_jax.log_probs import tokens_in_use
+from grpo_jax.log_probs import completion_log_probs, tokens_in_use
 from grpo_jax.models import save_model
 from grpo_jax.notices import Notices
 from grpo_jax.plan import make_plan
@@ -143,6 +144,11 @@ def _one_step(parts: Parts, actor: Actor, progress: Progress, key: jax.Array) ->
     return metrics
 
 
+def _num_programs() -> int:
+    """Returns how many programs the three jit boundaries have, compiled or read from the cache."""
+    return sum(f._cache_size() for f in (generate, completion_log_probs, train_step))
+
+
 def _loop(
     parts: Parts, progress: Progress, checkpoints: Checkpoints, trackers: Trackers, interrupts: _Interrupts
 ) -> None:
@@ -150,8 +156,10 @@ def _loop(
     config, actor, notices = parts.config, parts.actor(), Notices()
     key = jax.random.key(config.training.seed)
     every, saved = config.evaluation.every, progress.step
+    num_programs = _num_programs()
     while progress.step < parts.num_steps and interrupts.signum is None:
         metrics = _one_step(parts, actor, progress, key)
+        metrics["compilations"] = _num_programs() - num_programs
         step, last = progress.step, progress.step == parts.num_steps
         trackers.log(step, metrics)
         for text in notices.about(step, metrics):

@@ -175,6 +175,11 @@ def test_each_program_compiles_once(tmp_path, monkeypatch, capsys):
     in_training = counts["generate"] - plan.num_evaluation_compilations
     assert in_training + counts["completion_log_probs"] + counts["train_step"] == plan.num_compilations
     assert plan.text() in capsys.readouterr().out
+    # Logged as they come: all of training's after its last step.
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    logged = [row["compilations"] for row in rows if "loss" in row]
+    assert logged == sorted(logged) and logged[0] >= 2 and logged[-1] == plan.num_compilations
 
 
 def test_a_continued_run_compiles_once_too(tmp_path, monkeypatch):

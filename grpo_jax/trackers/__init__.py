@@ -45,8 +45,8 @@ class Tracker(Protocol):
 
 
 def is_timing(name: str) -> bool:
-    """Says whether a metric measures time, so that it differs between two equal runs."""
-    return name.startswith("time/") or name == "step_time"
+    """Says whether a metric measures the process, so that it differs between two equal runs."""
+    return name.startswith("time/") or name in ("step_time", "compilations")
 
 
 class Trackers:
