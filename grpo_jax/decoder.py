@@ -184,8 +184,13 @@ def make_decoder(
                 f"model's {a.max_positions} positions"
             )
 
+    def read(params):
+        if isinstance(params, _OutputLast):
+            return replace(a, transposed_kernels=False), params.weights
+        return a, view(params)
+
     def run(params, frame, tokens, caches):
-        return _run(a, view(params), frame, tokens, caches, dtype, REMAT[remat], ATTENTION[attention])
+        return _run(*read(params), frame, tokens, caches, dtype, REMAT[remat], ATTENTION[attention])
 
     def forward(params, tokens, mask, positions, cache=None, *, num_tokens=None):
         check_length(mask.shape[1])
@@ -225,19 +230,18 @@ def make_decoder(
 
     def for_decoding(params, num_rows):
         if num_rows >= _MANY_ROWS or jax.default_backend() != "cpu":
-            return policy, params
-        flipped = make_decoder(replace(a, transposed_kernels=False), lambda weights: weights, dtype=dtype)
-        return flipped, _output_last(a, view(params))
+            return params
+        return _output_last(a, view(params))
 
     def unembed(params, hidden):
-        weights = view(params)
+        form, weights = read(params)
         if "head" in weights:
-            logits = _dense(a, hidden, weights["head"], dtype, jnp.float32)
+            logits = _dense(form, hidden, weights["head"], dtype, jnp.float32)
         else:
             logits = _matmul(hidden.astype(dtype), weights["embedding"].astype(dtype), 1, jnp.float32)
         return softcap(logits, a.logit_softcap)
 
-    policy = Policy(
+    return Policy(
         forward=forward,
         unembed=unembed,
         init_cache=functools.partial(init_cache, a, dtype=dtype),
@@ -247,10 +251,16 @@ def make_decoder(
         for_decoding=for_decoding,
         forward_groups=forward_groups,
     )
-    return policy
 
 
-def _output_last(a: Architecture, weights: dict[str, Any]) -> dict[str, Any]:
+@flax.struct.dataclass
+class _OutputLast:
+    """A decoder's parameters with every kernel as [in, out]."""
+
+    weights: dict[str, Any]  # as a view gives them, with a head
+
+
+def _output_last(a: Architecture, weights: dict[str, Any]) -> _OutputLast:
     """Lays out every kernel as [in, out], a tied head included.
 
     With few rows XLA on the CPU multiplies by such matrices up to twice as fast as by [out, in]: 125
@@ -265,7 +275,7 @@ def _output_last(a: Architecture, weights: dict[str, Any]) -> dict[str, Any]:
         return layer | lists | {name: flip(layer[name]) for name in ("output", "down")}
 
     head = flip(weights["head"]) if "head" in weights else {"kernel": weights["embedding"].T}
-    return weights | {"head": head, "layers": [flip_all(layer) for layer in weights["layers"]]}
+    return _OutputLast(weights | {"head": head, "layers": [flip_all(layer) for layer in weights["layers"]]})
 
 
 def _sharing(cache: DecoderCache | None, tokens: Array, mask: Array) -> tuple[int, int]:

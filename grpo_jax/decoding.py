@@ -175,7 +175,7 @@ def generate(
         done=jnp.zeros(batch, bool),
     )
     if policy.for_decoding is not None:
-        policy, params = policy.for_decoding(params, batch)
+        params = policy.for_decoding(params, batch)
     sample = functools.partial(_draw_and_record, policy, params, eos_ids=eos_ids, sampling=sampling)
 
     def step(carry: _Decode, slots: int) -> _Decode:

@@ -111,7 +111,7 @@ def _relaid_bytes(parts: Parts, batch: int) -> int:
     policy = parts.model.policy
     if policy.for_decoding is None:
         return 0
-    jaxpr = jax.make_jaxpr(lambda params: policy.for_decoding(params, batch)[1])(parts.model.params).jaxpr
+    jaxpr = jax.make_jaxpr(lambda params: policy.for_decoding(params, batch))(parts.model.params).jaxpr
     given = set(jaxpr.invars)
     return sum(x.aval.size * x.aval.dtype.itemsize for x in jaxpr.outvars if x not in given)
 

@@ -29,6 +29,7 @@ from grpo_jax.progress import Progress, restore, resume_sources, save
 from grpo_jax.runs import Parts, build, config_dict, write_config
 from grpo_jax.trackers import Trackers, make_trackers
 
+_JIT_BOUNDARIES = (generate, completion_log_probs, train_step)
 _MAX_SKIPPED = 5  # updates in a row without a finite gradient before the run stops
 
 
@@ -146,7 +147,7 @@ def _one_step(parts: Parts, actor: Actor, progress: Progress, key: jax.Array) ->
 
 def _num_programs() -> int:
     """Returns how many programs the three jit boundaries have, compiled or read from the cache."""
-    return sum(f._cache_size() for f in (generate, completion_log_probs, train_step))
+    return sum(function._cache_size() for function in _JIT_BOUNDARIES)
 
 
 def _loop(

@@ -65,11 +65,9 @@ class Policy:
     grow_cache: Callable[[Cache, int], Cache] = flax.struct.field(pytree_node=False, default=pad_slots)
     # (cache, rows [b]) -> cache of those rows
     take_cache: Callable[[Cache, Array], Cache] = flax.struct.field(pytree_node=False, default=take_rows)
-    # (params, number of rows) -> (Policy, its params): the same model, laid out for decoding so many rows.
-    # None: as it is.
-    for_decoding: Callable[[Params, int], tuple["Policy", Params]] | None = flax.struct.field(
-        pytree_node=False, default=None
-    )
+    # (params, number of rows) -> params laid out for decoding so many rows, which the other functions take as
+    # well. None: as they are.
+    for_decoding: Callable[[Params, int], Params] | None = flax.struct.field(pytree_node=False, default=None)
     # (params, Prompts [N,S], tokens [B,K], mask [B,K], num_tokens=None)
     #     -> (hidden [N,D] of each prompt's last token, hidden [B,K,D])
     # Prompts and their continuations, in one pass. None: the policy has no such pass, and a cache is forked.

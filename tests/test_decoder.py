@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from grpo_jax.decoder import fork_cache, grow_cache, take_cache
-from grpo_jax.decoding import positions_from_mask, prefill
+from grpo_jax.decoding import generate, positions_from_mask, prefill
 from grpo_jax.log_probs import completion_log_probs
 from grpo_jax.models import load_model, pad_prompts
 from grpo_jax.rotary import LinearScaling, Llama3Scaling, Rotary
@@ -105,3 +105,23 @@ def test_rotary_frequencies():
     blend = (8192 / 4096 - 1) / (4 - 1)
     expected = 2 * np.pi / wavelengths * np.array([1, 1, (1 - blend) / 8 + blend, 1 / 8, 1 / 8])
     np.testing.assert_allclose(llama3.scale(jnp.asarray(2 * np.pi / wavelengths)), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("group_size", [2, 64])
+def test_a_policy_with_another_function_decodes_by_it(group_size):
+    """Few rows and many: laying parameters out for decoding must not bring the old function back."""
+    model = load_model(FIXTURES + "gpt2")
+
+    def unembed(params, hidden):
+        return model.policy.unembed(params, hidden).at[..., 3].add(1e6)
+
+    rollout = generate(
+        model.policy.replace(unembed=unembed),
+        model.params,
+        pad_prompts([[5, 6, 7]], 3),
+        jax.random.key(0),
+        group_size=group_size,
+        max_new_tokens=2,
+        eos_ids=jnp.array([1]),
+    )
+    assert (rollout.tokens == 3).all()
