@@ -174,8 +174,9 @@ def generate(
         last=jnp.zeros(batch, jnp.int32),
         done=jnp.zeros(batch, bool),
     )
+    stages = decode_stages(batch, max_new_tokens)
     if policy.for_decoding is not None:
-        params = policy.for_decoding(params, batch)
+        params = policy.for_decoding(params, stages[-1][0])
     sample = functools.partial(_draw_and_record, policy, params, eos_ids=eos_ids, sampling=sampling)
 
     def step(carry: _Decode, slots: int) -> _Decode:
@@ -198,12 +199,11 @@ def generate(
     )
     # The first token needs no forward of its own (the prefill was it), and after the last none follows.
     carry = sample(start, hidden)
-    stages = decode_stages(batch, max_new_tokens)
-    for (size, slots), (smaller, _) in zip(stages, (*stages[1:], (0, 0)), strict=True):
+    for size, slots in stages:
         rows = carry.rows if size == carry.rows.row.size else _drop_finished(policy, carry.rows, size)
         carry = carry.replace(rows=rows.replace(cache=policy.grow_cache(rows.cache, prompt_length + slots)))
-        # A stage ends when its slots are full, or when the rows of a smaller one are enough.
-        enough = smaller if smaller < size else 0
+        # A stage ends when its slots are full, or when fewer rows are enough: that may skip the next one.
+        enough = max((rows for rows, _ in stages if rows < size), default=0)
         carry = jax.lax.while_loop(
             lambda carry, slots=slots, enough=enough: (
                 (carry.step <= min(slots, max_new_tokens - 1)) & (jnp.sum(~carry.rows.done) > enough)

@@ -65,8 +65,8 @@ class Policy:
     grow_cache: Callable[[Cache, int], Cache] = flax.struct.field(pytree_node=False, default=pad_slots)
     # (cache, rows [b]) -> cache of those rows
     take_cache: Callable[[Cache, Array], Cache] = flax.struct.field(pytree_node=False, default=take_rows)
-    # (params, number of rows) -> params laid out for decoding so many rows, which the other functions take as
-    # well. None: as they are.
+    # (params, number of rows at the end) -> params laid out for decoding down to so many rows, which the
+    # other functions take as well. None: as they are.
     for_decoding: Callable[[Params, int], Params] | None = flax.struct.field(pytree_node=False, default=None)
     # (params, Prompts [N,S], tokens [B,K], mask [B,K], num_tokens=None)
     #     -> (hidden [N,D] of each prompt's last token, hidden [B,K,D])
