@@ -5,7 +5,7 @@ from itertools import chain
 import pytest
 
 from grpo_jax.config import DataConfig
-from grpo_jax.data import Example, batch, load_data, load_jsonl
+from grpo_jax.data import Example, batch, load_data
 
 
 def make_examples(n):
@@ -59,6 +59,10 @@ def test_batch_refuses_nonsense():
         batch(make_examples(3), seed=0, step=-1, num_prompts=1)
     with pytest.raises(ValueError, match="num_prompts 0"):
         batch(make_examples(3), seed=0, step=0, num_prompts=0)
+
+
+def load_jsonl(path, **settings):
+    return load_data(DataConfig(train_file=str(path), **settings)).train
 
 
 def write(path, *lines):
