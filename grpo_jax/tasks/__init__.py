@@ -56,5 +56,7 @@ def load_task(name: str, arguments: Mapping[str, Any] | None = None) -> Task:
     arguments = arguments or {}
     if name.startswith(PREFIX):
         return make_reasoning_gym(name.removeprefix(PREFIX), arguments)
+    if name in ROW_TASKS:
+        raise ValueError(f"data.task: {name} reads rows; load it by `load_data`, from a file or a data set")
     check_arguments(name, TASKS[name], arguments)
     return TASKS[name](**arguments)
