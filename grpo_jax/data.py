@@ -175,7 +175,7 @@ def _split(examples: Sequence[Example], fraction: float) -> tuple[list[Example],
     """
     sides: tuple[list[Example], list[Example]] = ([], [])
     for example in examples:
-        digest = hashlib.sha256(_text_of(example.prompt).encode()).digest()
+        digest = hashlib.sha256(_text_of(example.prompt).encode(errors="surrogatepass")).digest()
         sides[int.from_bytes(digest[:8], "big") < fraction * 2**64].append(example)
     for side, what in zip(sides, ("to train on", "held out"), strict=True):
         if not side:
