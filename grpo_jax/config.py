@@ -246,7 +246,7 @@ class Config:
 
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
+    data: DataConfig = field(default_factory=DataConfig)
     rewards: list[RewardConfig] = field(default_factory=list)
     sampling: SamplingConfig = SamplingConfig()
     training: TrainingConfig = TrainingConfig()

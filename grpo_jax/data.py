@@ -49,7 +49,9 @@ def load_data(data: DataConfig) -> Task:
     else:
         for name in ("columns", "eval_fraction"):
             if getattr(data, name):
-                raise ValueError(f"data.{name} is for a train_file or dataset; {data.task} has its own prompts")
+                raise ValueError(
+                    f"data.{name} is for a train_file or dataset; {data.task} has its own prompts"
+                )
         task = _templated(load_task(data.task, data.task_arguments), form)
     return _completed(task, form)
 
@@ -188,7 +190,9 @@ def _split(examples: Sequence[Example], fraction: float) -> tuple[list[Example],
 
 def _text_of(prompt: Prompt) -> str:
     """Returns one text for equal prompts, white space aside."""
-    parts = [prompt] if isinstance(prompt, str) else [part for m in prompt for part in (m["role"], m["content"])]
+    parts = (
+        [prompt] if isinstance(prompt, str) else [part for m in prompt for part in (m["role"], m["content"])]
+    )
     return "\0".join(" ".join(part.split()) for part in parts)
 
 

@@ -19,9 +19,10 @@ def read_dataset(name: str, *, config: str | None, split: str) -> Rows:
     """
     try:
         from datasets import load_dataset
-    except ImportError:
+    except ImportError as error:
         raise ImportError(
-            f'data.dataset: {name} needs `datasets`: pip install "grpo-jax[hub]"; or give data.train_file'
+            f'data.dataset: {name} needs `datasets`: pip install "grpo-jax[hub]", or give data.train_file '
+            f"({error})"
         ) from None
     try:
         rows = load_dataset(name, config, split=split)

@@ -76,7 +76,9 @@ def fit_prompts(
     cut = list(examples)
     for i in over:
         prompt = examples[i].prompt
-        shorter = _cut_text(model, prompt, limit) if isinstance(prompt, str) else _cut_chat(model, prompt, limit)
+        shorter = (
+            _cut_text(model, prompt, limit) if isinstance(prompt, str) else _cut_chat(model, prompt, limit)
+        )
         if shorter is None:
             raise ValueError(
                 f"{what} prompt {i} has {lengths[i]} tokens and cannot be cut at the left to {limit}: what "
@@ -91,7 +93,7 @@ def _length(model: Model, prompt: str | list[dict[str, str]]) -> int:
 
 
 def _cut_text(model: Model, text: str, limit: int) -> str | None:
-    """Returns the longest end of a text, from the start of a token on, that fits; None: not one token does."""
+    """Returns the longest end of a text, from a token's start on, that fits; None: not one token does."""
     return _first_fitting(model, (text[start:] for start in _token_starts(model, text)[-limit:]), limit)
 
 

@@ -91,8 +91,10 @@ def _checked_header(names: list[str]) -> list[str]:
 def _read_parquet(path: str | Path) -> Rows:
     try:
         from pyarrow import parquet
-    except ImportError:
-        raise ImportError(f'{path} is Parquet, which needs pyarrow: pip install "grpo-jax[parquet]"') from None
+    except ImportError as error:
+        raise ImportError(
+            f'{path} is Parquet, which needs pyarrow: pip install "grpo-jax[parquet]" ({error})'
+        ) from None
     number = 0
     with open(path, "rb") as file:  # names a missing file as Python does
         try:

@@ -31,7 +31,9 @@ def test_blocks_make_up_the_text():
 def test_from_a_text_and_from_lines(tmp_path):
     paragraphs = [" ".join(f"word{i}-{j}" for j in range(20)) for i in range(50)]
     (tmp_path / "book.txt").write_text("\n\n".join(paragraphs))
-    (tmp_path / "book.jsonl").write_text("".join(json.dumps({"body": p, "page": 1}) + "\n" for p in paragraphs))
+    (tmp_path / "book.jsonl").write_text(
+        "".join(json.dumps({"body": p, "page": 1}) + "\n" for p in paragraphs)
+    )
     settings = {"task": "completion", "task_arguments": {"num_words": 5}}
     of_text = load_data(DataConfig(train_file=str(tmp_path / "book.txt"), **settings))
     of_lines = load_data(
@@ -54,7 +56,10 @@ def test_mistakes(tmp_path):
         ({"train_file": short}, r"short\.txt: there is no row of which completion makes a prompt"),
         ({"train_file": short, "task_arguments": {"words": 3}}, r"did you mean 'num_words'\?"),
         ({"train_file": short, "task_arguments": {"num_words": 0}}, r"num_words: 0; at least 1"),
-        ({"train_file": short, "columns": {"title": "text"}}, r"completion needs the column `text`; .*: title"),
+        (
+            {"train_file": short, "columns": {"title": "text"}},
+            r"completion needs the column `text`; .*: title",
+        ),
     )
     for settings, message in cases:
         with pytest.raises(ValueError, match=message):

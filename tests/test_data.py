@@ -184,7 +184,9 @@ def test_template_knows_both_names(tmp_path):
     for name in ("question", "prompt"):
         task = of_rows(tmp_path, row, prompt_template=f"Q: {{{{ {name} }}}}\nA:", **settings)
         assert task.train == [Example("Q: 1+1?\nA:", {"answer": "2"})]
-    message = r"rows\.jsonl, line 1: data\.prompt_template: 'quest' is undefined; the columns are: question, sol"
+    message = (
+        r"rows\.jsonl, line 1: data\.prompt_template: 'quest' is undefined; the columns are: question, sol"
+    )
     with pytest.raises(ValueError, match=message):
         of_rows(tmp_path, row, prompt_template="{{ quest }}", **settings)
 
@@ -258,9 +260,15 @@ def test_split_that_leaves_nothing(tmp_path):
     ("settings", "message"),
     [
         ({"task": "gsm"}, r"data\.task: 'gsm' is not a built-in task; did you mean 'gsm8k'"),
-        ({"task": "countdown", "train_file": "a.csv"}, r"countdown makes its own problems; leave out data\.train"),
+        (
+            {"task": "countdown", "train_file": "a.csv"},
+            r"countdown makes its own problems; leave out data\.train",
+        ),
         ({"task": "addition", "dataset": "a/b"}, r"addition makes its own problems; leave out data\.dataset"),
-        ({"columns": {"prompt": "q"}}, r"data\.columns is for a train_file or dataset; arithmetic has its own"),
+        (
+            {"columns": {"prompt": "q"}},
+            r"data\.columns is for a train_file or dataset; arithmetic has its own",
+        ),
         ({"eval_fraction": 0.1}, r"data\.eval_fraction is for a train_file or dataset"),
         ({"task_arguments": {"digits": 2}}, r"arithmetic has no argument 'digits'; it takes none"),
         ({"train_file": "a.csv", "task_arguments": {"x": 2}}, r"data\.task_arguments: a has no argument 'x'"),

@@ -35,15 +35,17 @@ def test_values(text, value, numbers):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "x", "1+", "2**3", "7//2", "7%2", "1.5", "1_000", "1e3", "007", "3(4)", "(1", "1,2", "1 2", "[1]", "1/0",
-     "1/(2-2)", "__import__('os')", "1==1", "1 if 2 else 3", "True", "~1", "+1+", "١", "()", "1\n+2", "1" * 201,
-     "(" * 99 + "1" + ")" * 99 + "+"],
+    [
+        "", "x", "1+", "2**3", "7//2", "7%2", "1.5", "1_000", "1e3", "007", "3(4)", "(1", "1,2", "1 2", "[1]",
+        "1/0", "1/(2-2)", "__import__('os')", "1==1", "1 if 2 else 3", "True", "~1", "+1+", "١", "()",
+        "1\n+2", "1" * 201, "(" * 99 + "1" + ")" * 99 + "+",
+    ],
 )  # fmt: skip
 def test_what_is_no_expression(text):
     assert evaluate_expression(text) is None
 
 
-@given(st.text(alphabet="0123456789+-*/() \n=<>answer\\{}box", max_size=300))
+@given(st.text(alphabet="0123456789+-*/() \n=<>answer\\{}box", max_size=60))
 def test_no_text_raises(text):
     evaluate_expression(text)
     assert reaches_target(text, [1, 2], 3) in (True, False)

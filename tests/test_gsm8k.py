@@ -57,7 +57,9 @@ def test_other_names_and_a_template(tmp_path):
         )
     )
     assert task.train[1].prompt == "Q: 1 and 1?\nA:" and list(task.train[1].columns) == ["answer"]
-    with pytest.raises(ValueError, match=r"sums\.csv, line 2: gsm8k needs the column `question`; there are: pr"):
+    with pytest.raises(
+        ValueError, match=r"sums\.csv, line 2: gsm8k needs the column `question`; there are: pr"
+    ):
         load_data(DataConfig(task="gsm8k", train_file=str(path)))
 
 

@@ -54,7 +54,7 @@ def test_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r'a/b needs `datasets`: pip install "grpo-jax\[hub\]"'):
         list(read_dataset("a/b", config=None, split="train"))
-    with pytest.raises(ImportError, match=r'openai/gsm8k needs `datasets`.*or give data\.train_file'):
+    with pytest.raises(ImportError, match=r"openai/gsm8k needs `datasets`.*or give data\.train_file"):
         load_data(DataConfig(task="gsm8k"))
 
 
@@ -65,7 +65,9 @@ def test_a_data_set_as_training_data(asked):
     assert task.train[3].prompt == "3 + 3?" and task.train[3].columns == {"answer": "so #### 6"}
     assert asked == [("a/sums", "main", "train"), ("a/sums", "main", "test")]
     assert load_data(DataConfig(dataset="a/sums", columns=columns)).evaluation == []
-    with pytest.raises(ValueError, match=r"a/sums \[train\], row 1: `prompt` is missing; the keys are: question"):
+    with pytest.raises(
+        ValueError, match=r"a/sums \[train\], row 1: `prompt` is missing; the keys are: question"
+    ):
         load_data(DataConfig(dataset="a/sums"))
 
 
@@ -80,8 +82,9 @@ def test_gsm8k_knows_its_data_set(asked):
     assert len(task.train) + len(task.evaluation) == 40 and 4 < len(task.evaluation) < 20
 
 
-def test_a_local_directory(tmp_path):
-    pytest.importorskip("datasets")
+def test_a_local_directory(tmp_path, tmp_path_factory, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     for split, rows in ROWS.items():
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert [row for _, row in read_dataset(str(tmp_path), config=None, split="train")] == ROWS["train"]

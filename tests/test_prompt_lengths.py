@@ -28,7 +28,9 @@ def chat(*texts, first="user"):
 
 
 def truncated(model, prompt, limit):
-    fitted = fit_prompts([Example("1=", {"n": 1}), Example(prompt, {"n": 2})], model, limit, "truncate_left", "t")
+    fitted = fit_prompts(
+        [Example("1=", {"n": 1}), Example(prompt, {"n": 2})], model, limit, "truncate_left", "t"
+    )
     assert fitted.examples[0] == Example("1=", {"n": 1}) and fitted.examples[1].columns == {"n": 2}
     assert (fitted.num_dropped, fitted.num_truncated) == (0, 1)
     cut = fitted.examples[1].prompt
@@ -54,7 +56,9 @@ def test_what_fits_is_left_alone(model):
 
 def test_error_and_drop(model):
     examples = [Example("1+1="), Example("22+1="), Example("22+33=")]
-    with pytest.raises(ValueError, match=r"^2 of 3 t prompts have more than 4 tokens \(the first is number 1 with"):
+    with pytest.raises(
+        ValueError, match=r"^2 of 3 t prompts have more than 4 tokens \(the first is number 1 with"
+    ):
         fit_prompts(examples, model, 4, "error", "t")
     assert fit_prompts(examples, model, 4, "drop", "t") == Fitted(examples[:1], frozenset({4}), num_dropped=2)
 
@@ -86,7 +90,9 @@ def test_tokens_that_are_added_count(model):
     assert encode(added, ["12+34="])[0] == [0, *encoding]
     fitted = fit_prompts([Example("12+34+56=")], added, 6, "truncate_left", "t")
     assert fitted.examples[0].prompt == "4+56=" and fitted.lengths == {6}
-    with pytest.raises(ValueError, match=r"t prompt 0 has 10 tokens and cannot be cut at the left to 1: what is"):
+    with pytest.raises(
+        ValueError, match=r"t prompt 0 has 10 tokens and cannot be cut at the left to 1: what is"
+    ):
         fit_prompts([Example("12+34+56=")], added, 1, "truncate_left", "t")
 
 

@@ -16,7 +16,9 @@ TURNS = [
 
 
 def test_template():
-    form = make_prompt_form(prompt_template="Q: {{ q | upper }}{% if hint %} ({{ hint.text }}){% endif %}\nA:\n")
+    form = make_prompt_form(
+        prompt_template="Q: {{ q | upper }}{% if hint %} ({{ hint.text }}){% endif %}\nA:\n"
+    )
     assert row_prompt(form, {"q": "why?", "hint": {"text": "because"}}) == "Q: WHY? (because)\nA:\n"
     assert row_prompt(form, {"q": "why?", "hint": None}) == "Q: WHY?\nA:\n"
     assert row_prompt(make_prompt_form(), {"prompt": "as it is {{ q }}"}) == "as it is {{ q }}"
@@ -47,9 +49,7 @@ def test_template_that_is_none(template):
 def test_plain_text_with_solved_examples():
     form = make_prompt_form(few_shot=SHOTS, few_shot_separator="\n")
     assert complete_prompt(form, "3+3=") == "1+1=2\n2+2=4\n3+3="
-    form = make_prompt_form(
-        few_shot=[{"q": "1+1", "completion": " 2"}], prompt_template="Q: {{ q }}\nA:"
-    )
+    form = make_prompt_form(few_shot=[{"q": "1+1", "completion": " 2"}], prompt_template="Q: {{ q }}\nA:")
     assert complete_prompt(form, row_prompt(form, {"q": "3+3"})) == "Q: 1+1\nA: 2\n\nQ: 3+3\nA:"
 
 

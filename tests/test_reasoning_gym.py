@@ -20,7 +20,9 @@ def created(monkeypatch):
         if "legs" in settings:
             raise TypeError("unexpected keyword argument 'legs'")
         questions = [i % 30 for i in range(settings["size"])]
-        return ({"question": f"{i}?", "answer": str(i), "metadata": {"source_dataset": name}} for i in questions)
+        return (
+            {"question": f"{i}?", "answer": str(i), "metadata": {"source_dataset": name}} for i in questions
+        )
 
     def get_score_answer_fn(name):
         assert name == "leg_counting"
@@ -75,13 +77,18 @@ def test_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(ImportError, match=r'needs reasoning-gym: pip install "grpo-jax\[reasoning-gym\]"'):
         load_task("reasoning_gym:leg_counting")
-    assert score(load_rewards([RewardConfig(function="reasoning_gym")]), [], [], {"entry": []}).shape == (0, 1)
+    assert score(load_rewards([RewardConfig(function="reasoning_gym")]), [], [], {"entry": []}).shape == (
+        0,
+        1,
+    )
 
 
 def test_the_library():
     pytest.importorskip("reasoning_gym")
     task = load_task("reasoning_gym:leg_counting", {"size": 30, "held_out": 5, "max_animals": 3})
-    assert len(task.evaluation) == 5 and not {e.prompt for e in task.train} & {e.prompt for e in task.evaluation}
+    assert len(task.evaluation) == 5 and not {e.prompt for e in task.train} & {
+        e.prompt for e in task.evaluation
+    }
     assert load_task("reasoning_gym:leg_counting", {"size": 30, "held_out": 5, "max_animals": 3}) == task
     examples = task.train[:4]
     columns = {"entry": [e.columns["entry"] for e in examples]}

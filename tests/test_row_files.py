@@ -53,14 +53,18 @@ def test_paragraphs(tmp_path):
         ("line 3", {"text": "first line\nsecond line"}),
         ("line 7", {"text": "next"}),
     ]
-    assert list(read_rows(write(tmp_path, "b.txt", "no end of line"))) == [("line 1", {"text": "no end of line"})]
+    assert list(read_rows(write(tmp_path, "b.txt", "no end of line"))) == [
+        ("line 1", {"text": "no end of line"})
+    ]
     assert list(read_rows(write(tmp_path, "c.txt", "\n\n"))) == []
     with pytest.raises(ValueError, match=r"d\.txt: not UTF-8"):
         list(read_rows(write(tmp_path, "d.txt", b"\xff")))
 
 
 def test_unknown_suffix(tmp_path):
-    with pytest.raises(ValueError, match=r"a\.xlsx: files of rows end in \.jsonl, \.json, \.csv.*not in '\.xlsx'"):
+    with pytest.raises(
+        ValueError, match=r"a\.xlsx: files of rows end in \.jsonl, \.json, \.csv.*not in '\.xlsx'"
+    ):
         read_rows(tmp_path / "a.xlsx")
     with pytest.raises(ValueError, match=r"prompts: the file's name needs a suffix"):
         read_rows(tmp_path / "prompts")

@@ -197,18 +197,24 @@ def test_prompts_too_long(tmp_path, model):
     parts = build(small_run.config(tmp_path, **from_file(path, data__over_length="drop")), model=model)
     assert [e.prompt for e in parts.task.train] == ["1+1=", "2+2="]
     assert parts.num_dropped == 1 and parts.prompt_length == 4
-    parts = build(small_run.config(tmp_path, **from_file(path, data__over_length="truncate_left")), model=model)
+    parts = build(
+        small_run.config(tmp_path, **from_file(path, data__over_length="truncate_left")), model=model
+    )
     assert [e.prompt for e in parts.task.train] == ["1+1=", "+" + "1+" * 12 + "1=", "2+2="]
     assert (parts.num_dropped, parts.num_truncated, parts.prompt_lengths) == (0, 1, {4, 27})
 
 
 def test_default_rewards_bring_their_arguments(tmp_path, model, monkeypatch):
     task = load_task("addition")
-    monkeypatch.setattr(runs, "load_data", lambda data: dataclasses.replace(task, train=[Example("1+1=")] * 4))
+    monkeypatch.setattr(
+        runs, "load_data", lambda data: dataclasses.replace(task, train=[Example("1+1=")] * 4)
+    )
     with pytest.raises(ValueError, match="needs `answer`"):
         build(small_run.config(tmp_path), model=model)
     examples = [Example("1+1=", {"answer": "2"})] * 4
-    monkeypatch.setattr(runs, "load_data", lambda data: dataclasses.replace(task, train=examples, evaluation=[]))
+    monkeypatch.setattr(
+        runs, "load_data", lambda data: dataclasses.replace(task, train=examples, evaluation=[])
+    )
     (reward,) = build(small_run.config(tmp_path), model=model).rewards
     assert (reward.name, reward.arguments) == ("numeric_answer", {"which": "first"})
     given = small_run.config(tmp_path, rewards="[{function: numeric_answer}]")

@@ -1,4 +1,4 @@
-"""Addition with solved examples before it: `Q: 3+4\\nA: 7\\n\\nQ: 2+5\\nA:` -> ` 7`, for models that only continue."""
+"""Addition after solved examples, for models that only continue: `Q: 3+4\\nA: 7\\n\\nQ: 2+5\\nA:` -> ` 7`."""
 
 import hashlib
 

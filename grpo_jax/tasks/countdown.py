@@ -94,8 +94,8 @@ def make_countdown(
 def _example(problem: Problem) -> Example:
     shown = ", ".join(map(str, problem.numbers))
     prompt = (
-        f"Use the numbers {shown}, each at most once, with + - * / and parentheses to make {problem.target}.\n"
-        "Expression:"
+        f"Use the numbers {shown}, each at most once, with + - * / and parentheses to make "
+        f"{problem.target}.\nExpression:"
     )
     columns = {"numbers": list(problem.numbers), "target": problem.target, "solution": problem.solution}
     return Example(prompt, columns)

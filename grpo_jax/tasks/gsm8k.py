@@ -1,4 +1,4 @@
-"""GSM8K (https://arxiv.org/abs/2110.14168): word problems whose answers end in `#### 18`, from a file or the hub."""
+"""GSM8K (https://arxiv.org/abs/2110.14168): word problems whose answers end in `#### 18`, read from rows."""
 
 from typing import Any
 

@@ -15,9 +15,9 @@ def _library() -> Any:
     try:
         import reasoning_gym
         import reasoning_gym.factory
-    except ImportError:
+    except ImportError as error:
         raise ImportError(
-            f'data.task: {PREFIX}<name> needs reasoning-gym: pip install "grpo-jax[reasoning-gym]"'
+            f'data.task: {PREFIX}<name> needs reasoning-gym: pip install "grpo-jax[reasoning-gym]" ({error})'
         ) from None
     return reasoning_gym
 
@@ -49,7 +49,10 @@ def make_reasoning_gym(name: str, arguments: Mapping[str, Any]) -> Task:
     except Exception as error:  # its configurations are checked by TypeErrors and assertions
         reason = " ".join(str(error).split()) or "no reason given"
         raise ValueError(f"data.task_arguments: {name}: {type(error).__name__}: {reason}") from error
-    different = list({entry["question"]: entry for entry in reversed(entries)}.values())[::-1]
+    by_question: dict[str, Any] = {}
+    for entry in entries:
+        by_question.setdefault(entry["question"], entry)
+    different = list(by_question.values())
     if len(different) <= held_out:
         raise ValueError(
             f"data.task_arguments: {name} has only {len(different)} different questions here; lower "
