@@ -33,7 +33,7 @@ def load_data(data: DataConfig) -> Task:
     form = make_prompt_form(
         prompt_template=data.prompt_template,
         system_prompt=data.system_prompt,
-        few_shot=[_rename(shot, data.columns, strict=False) for shot in data.few_shot],
+        few_shot=[shot | _rename(shot, data.columns, strict=False) for shot in data.few_shot],
         few_shot_separator=data.few_shot_separator,
     )
     if data.task in ROW_TASKS:

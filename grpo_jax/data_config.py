@@ -26,7 +26,7 @@ class DataConfig:
         dataset_config: the data set's configuration, such as `main`.
         train_split: split of dataset to train on.
         eval_split: split of dataset that is held out.
-        eval_fraction: share of the training prompts to hold out, chosen by their text alone; None: the
+        eval_fraction: about this share of the training prompts is held out, by their text alone; None: the
             task's own, none for a file.
         columns: new name of a column: its name in the file, such as `{prompt: question, answer: solution}`.
         prompt_template: jinja2 template that makes the prompt from the row's columns.

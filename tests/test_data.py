@@ -184,6 +184,10 @@ def test_template_knows_both_names(tmp_path):
     for name in ("question", "prompt"):
         task = of_rows(tmp_path, row, prompt_template=f"Q: {{{{ {name} }}}}\nA:", **settings)
         assert task.train == [Example("Q: 1+1?\nA:", {"answer": "2"})]
+    shots = {"few_shot": [{"question": "2?", "completion": " 2"}], "few_shot_separator": "\n"}
+    for name in ("question", "prompt"):
+        task = of_rows(tmp_path, row, prompt_template=f"Q: {{{{ {name} }}}}\nA:", **settings, **shots)
+        assert task.train[0].prompt == "Q: 2?\nA: 2\nQ: 1+1?\nA:"
     message = (
         r"rows\.jsonl, line 1: data\.prompt_template: 'quest' is undefined; the columns are: question, sol"
     )
