@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from grpo_jax.algorithm_config import AlgorithmConfig
+from grpo_jax.data_config import DataConfig
 
 
 def _require(condition: bool, message: str) -> None:
@@ -40,34 +41,6 @@ class ModelConfig:
     implementation: Literal["auto", "decoder", "flax"] = "auto"
     remat: Literal["none", "dots", "full"] = "none"
     attention: Literal["shared", "cudnn"] = "shared"
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where prompts come from.
-
-    Args:
-        task: a built-in task (`arithmetic`), used when train_file is not given.
-        train_file: JSONL; each line has `prompt` (a string or a list of chat messages), every other
-            column goes to the reward functions.
-        eval_file: JSONL of held-out prompts; without it a file-based run has no evaluation.
-        max_prompt_length: limit in tokens; None: whatever the model's positions leave for the prompt.
-        over_length: what happens to a longer prompt: `error`, or `drop` (counted and printed).
-    """
-
-    task: str = "arithmetic"
-    train_file: str | None = None
-    eval_file: str | None = None
-    max_prompt_length: int | None = None
-    over_length: Literal["error", "drop"] = "error"
-
-    def __post_init__(self):
-        n = self.max_prompt_length
-        _require(n is None or n >= 1, f"data.max_prompt_length: {n}; at least 1 token")
-        _require(
-            self.eval_file is None or self.train_file is not None,
-            "data.eval_file is given without data.train_file; give both, or neither and a task",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,7 +249,7 @@ class Config:
 
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
+    data: DataConfig = field(default_factory=DataConfig)
     rewards: list[RewardConfig] = field(default_factory=list)
     sampling: SamplingConfig = SamplingConfig()
     training: TrainingConfig = TrainingConfig()

@@ -32,6 +32,7 @@ class Plan:
     num_steps: int
     num_examples: int
     num_dropped: int
+    num_truncated: int
     num_evaluation: int
     prompt_length: int  # S
     max_new_tokens: int  # T
@@ -56,7 +57,8 @@ class Plan:
         epochs = self.num_steps * self.num_prompts / self.num_iterations / self.num_examples
         passes = f", {self.num_iterations} updates per rollout" if self.num_iterations > 1 else ""
         slices = f" in {self.num_microbatches} micro-batches" if self.num_microbatches > 1 else ""
-        dropped = f" ({self.num_dropped:,} dropped: too long)" if self.num_dropped else ""
+        changed = f" ({self.num_dropped:,} dropped: too long)" if self.num_dropped else ""
+        changed += f" ({self.num_truncated:,} cut at the left: too long)" if self.num_truncated else ""
         evaluation = f" + {self.num_evaluation_compilations} for evaluation"
         parts = ", ".join(f"{name} {_megabytes(size)}" for name, size in self.memory.items() if size)
         return "\n".join(
@@ -64,7 +66,7 @@ class Plan:
                 self.title,
                 f"  {self.num_prompts} prompts × {self.group_size} completions = {self.batch_size} per update"
                 f"{slices}{passes}, {self.num_steps:,} updates = {epochs:.2f} epochs of "
-                f"{self.num_examples:,} prompts{dropped}",
+                f"{self.num_examples:,} prompts{changed}",
                 f"  prompts up to {self.prompt_length} tokens + completions up to {self.max_new_tokens} = "
                 f"{self.prompt_length + self.max_new_tokens}; {self.num_evaluation:,} held-out prompts",
                 f"  {self.num_compilations} compilations{evaluation if self.num_evaluation else ''}, "
@@ -175,6 +177,7 @@ def make_plan(parts: Parts) -> Plan:
         num_steps=parts.num_steps,
         num_examples=len(parts.task.train),
         num_dropped=parts.num_dropped,
+        num_truncated=parts.num_truncated,
         num_evaluation=len(parts.task.evaluation),
         prompt_length=parts.prompt_length,
         max_new_tokens=config.sampling.max_new_tokens,

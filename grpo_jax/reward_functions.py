@@ -1,9 +1,11 @@
 """The reward functions that come with the package. Columns are positional, arguments keyword-only."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from grpo_jax.expressions import reaches_target
+from grpo_jax.tasks.reasoning_gym import score_entry
 from grpo_jax.verifiers import as_number, extract_number, numbers_equal, texts_equal
 
 Completion = str | list[dict[str, Any]]
@@ -118,6 +120,33 @@ def distinct_words(completions: Sequence[Completion]) -> list[float]:
     return [different / total if total else 0.0 for different, total in counts]
 
 
+def countdown(
+    completions: Sequence[Completion], numbers: Sequence[Sequence[int]], target: Sequence[int]
+) -> list[float]:
+    r"""Rewards 1 if the completion's expression equals the target, using each number at most once, else 0.
+
+    The expression is the content of the last ``<answer>...</answer>`` or ``\boxed{}``, else the first line;
+    what follows an equals sign is left out. It is evaluated exactly, whole numbers with ``+ - * / ( )`` only.
+
+    Args:
+        completions: B completions.
+        numbers: column, the numbers that may be used.
+        target: column.
+    """
+    rows = zip(completions, numbers, target, strict=True)
+    return [float(reaches_target(completion_text(c), list(given), goal)) for c, given, goal in rows]
+
+
+def reasoning_gym(completions: Sequence[Completion], entry: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Rewards what the scorer of a reasoning-gym task gives (extra `reasoning-gym`), in [0, 1].
+
+    Args:
+        completions: B completions; the last ``<answer>...</answer>`` is the answer, else the whole text.
+        entry: column, the problem as reasoning-gym made it.
+    """
+    return [score_entry(completion_text(c), problem) for c, problem in zip(completions, entry, strict=True)]
+
+
 REWARDS: dict[str, Callable[..., list[float]]] = {
     function.__name__: function
     for function in (
@@ -127,5 +156,7 @@ REWARDS: dict[str, Callable[..., list[float]]] = {
         length_penalty,
         required_words,
         distinct_words,
+        countdown,
+        reasoning_gym,
     )
 }

@@ -2,7 +2,6 @@
 
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,11 @@ from grpo_jax.actor import Actor
 from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.cli import parse_record
 from grpo_jax.config import Config, RewardConfig
-from grpo_jax.data import Example, Task, load_data
+from grpo_jax.data import Task, load_data
 from grpo_jax.learner import TrainState, init_train_state
-from grpo_jax.models import Model, encode, load_model
+from grpo_jax.models import Model, load_model
 from grpo_jax.optimizers import make_optimizer, make_schedule
+from grpo_jax.prompt_lengths import fit_prompts, prompt_limit
 from grpo_jax.recipes import CLIP_KEYWORDS, Recipe, make_recipe
 from grpo_jax.rewards import Reward, check_columns, load_rewards
 from grpo_jax.types import Params
@@ -42,6 +42,7 @@ class Parts:
     model: Model
     task: Task  # prompts over the limit are gone
     num_dropped: int  # training prompts over the limit
+    num_truncated: int  # training prompts that lost their beginning to it
     rewards: tuple[Reward, ...]
     recipe: Recipe
     schedule: optax.Schedule
@@ -125,15 +126,18 @@ def build(config: Config, *, model: Model | None = None) -> Parts:
     for examples in filter(None, (task.train, task.evaluation)):
         check_columns(rewards, examples[0].columns)
     model = _load_named_model(config) if model is None else model
-    limit = _prompt_limit(config, model)
-    train, lengths, num_dropped = _fit(task.train, model, limit, config.data.over_length, "training")
-    if not train:
-        raise ValueError(f"all {num_dropped} training prompts have more than {limit} tokens; nothing is left")
-    evaluation = task.evaluation[: config.evaluation.num_prompts]
-    evaluation, eval_lengths, _ = _fit(evaluation, model, limit, config.data.over_length, "evaluation")
+    limit = prompt_limit(model, config.data.max_prompt_length, config.sampling.max_new_tokens)
+    over_length = config.data.over_length
+    train = fit_prompts(task.train, model, limit, over_length, "training")
+    if not train.examples:
+        raise ValueError(
+            f"all {train.num_dropped} training prompts have more than {limit} tokens; nothing is left"
+        )
+    held_out = task.evaluation[: config.evaluation.num_prompts]
+    held_out = fit_prompts(held_out, model, limit, over_length, "evaluation")
 
     recipe = _make_recipe(config)
-    rollouts = max(1, math.ceil(training.num_epochs * len(train) / config.num_prompts - 1e-9))
+    rollouts = max(1, math.ceil(training.num_epochs * len(train.examples) / config.num_prompts - 1e-9))
     num_steps = training.num_steps or rollouts * config.updates_per_rollout
     schedule = make_schedule(
         training.learning_rate,
@@ -144,15 +148,16 @@ def build(config: Config, *, model: Model | None = None) -> Parts:
     return Parts(
         config=config,
         model=model,
-        task=replace(task, train=train, evaluation=evaluation),
-        num_dropped=num_dropped,
+        task=replace(task, train=train.examples, evaluation=held_out.examples),
+        num_dropped=train.num_dropped,
+        num_truncated=train.num_truncated,
         rewards=rewards,
         recipe=recipe,
         schedule=schedule,
         optimizer=_make_optimizer(config, schedule),
         num_steps=num_steps,
-        prompt_lengths=lengths,
-        eval_prompt_length=max(eval_lengths, default=0),
+        prompt_lengths=train.lengths,
+        eval_prompt_length=max(held_out.lengths, default=0),
     )
 
 
@@ -208,47 +213,16 @@ def _make_optimizer(config: Config, schedule: optax.Schedule) -> optax.GradientT
 
 
 def _load_rewards(config: Config, task: Task) -> tuple[Reward, ...]:
-    specs = config.rewards or [RewardConfig(function=name) for name in task.rewards]
+    specs = config.rewards or [
+        RewardConfig(function=name, arguments=dict(task.reward_arguments.get(name, {})))
+        for name in task.rewards
+    ]
     if not specs:
         raise ValueError(
             "rewards: none are given, and prompts from a file have none of their own; "
             "name at least one, such as rewards: [{function: exact_match}]"
         )
     return load_rewards(specs)
-
-
-def _prompt_limit(config: Config, model: Model) -> int | None:
-    """Returns the largest number of prompt tokens, None if nothing limits it."""
-    limit, new_tokens = config.data.max_prompt_length, config.sampling.max_new_tokens
-    if model.max_positions is None:
-        return limit
-    room = model.max_positions - new_tokens
-    if room < (limit or 1):
-        raise ValueError(
-            f"data.max_prompt_length {limit or 1} + sampling.max_new_tokens {new_tokens} exceed the "
-            f"{model.max_positions} positions of {model.source}; lower one of them"
-        )
-    return room if limit is None else limit
-
-
-def _fit(
-    examples: Sequence[Example], model: Model, limit: int | None, over_length: str, what: str
-) -> tuple[Sequence[Example], frozenset[int], int]:
-    """Returns (examples within the limit, their prompts' lengths in tokens, number dropped)."""
-    lengths = [len(tokens) for tokens in encode(model, [example.prompt for example in examples])]
-    if 0 in lengths:
-        raise ValueError(f"{what} prompt {lengths.index(0)} has no tokens; every prompt needs at least one")
-    if limit is None or not lengths or max(lengths) <= limit:
-        return examples, frozenset(lengths), 0
-    over = [i for i, length in enumerate(lengths) if length > limit]
-    if over_length == "error":
-        raise ValueError(
-            f"{len(over)} of {len(lengths)} {what} prompts have more than {limit} tokens (the first is "
-            f"number {over[0]} with {lengths[over[0]]}); shorten them, raise data.max_prompt_length "
-            "if the model's positions allow, or set data.over_length: drop"
-        )
-    kept = [example for example, length in zip(examples, lengths, strict=True) if length <= limit]
-    return kept, frozenset(n for n in lengths if n <= limit), len(over)
 
 
 def config_dict(config: Config) -> dict[str, Any]:

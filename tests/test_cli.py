@@ -160,6 +160,19 @@ def broken(tmp_path):
             ["--training.warmup_steps=9", "--training.lr_schedule=linear", "--training.num_steps=9", new],
             ("warmup_steps 9 must be below the 9 steps",),
         ),
+        "columns": (
+            [f"--data.train_file={long}", match, "--data.columns={prompt: question}"],
+            ("long.jsonl, line 1: data.columns: there is no column `question`", "prompt, answer"),
+        ),
+        "template": (
+            [f"--data.train_file={long}", match, "--data.prompt_template={{ promt }}"],
+            ("long.jsonl, line 1: data.prompt_template: 'promt' is undefined", "prompt, answer"),
+        ),
+        "suffix": ([f"--data.train_file={tmp_path}/a.xlsx", match], ("a.xlsx: files of rows end in",)),
+        "argument": (
+            ["--data.task=addition", "--data.task_arguments={digit: 2}"],
+            ("addition has no argument 'digit'; did you mean 'digits'?",),
+        ),
         "over": (
             ["--data.max_prompt_length=30", new],
             ("data.max_prompt_length 30 + sampling.max_new_tokens 5 exceed the 32 positions",),
@@ -169,7 +182,7 @@ def broken(tmp_path):
 
 NAMES = (
     "line", "too long", "all too long", "positions", "no reward", "no file", "no model", "tensor", "task",
-    "reward", "reward file", "column", "warmup", "over",
+    "reward", "reward file", "column", "warmup", "over", "columns", "template", "suffix", "argument",
 )  # fmt: skip
 
 

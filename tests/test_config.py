@@ -69,7 +69,17 @@ def test_the_configs_we_ship(path):
 def test_written_and_read_again(tmp_path):
     given = {
         "algorithm": {"name": "dapo", "kl_coef": 0.0, "clip_range_high": 0.3, "kl_estimator": "k2"},
-        "data": {"train_file": "a: b.jsonl", "over_length": "drop", "max_prompt_length": 7},
+        "data": {
+            "train_file": "a: b.jsonl",
+            "over_length": "drop",
+            "max_prompt_length": 7,
+            "columns": {"prompt": "question"},
+            "prompt_template": "Q: {{ prompt }}\nA:",
+            "few_shot": [{"prompt": "1+1", "completion": " 2"}, {"prompt": "7", "completion": "8"}],
+            "few_shot_separator": "\n",
+            "system_prompt": "Be brief: answer.",
+            "task_arguments": {"digits": 2},
+        },
         "rewards": [
             {"function": "length_penalty", "weight": 2, "arguments": {"target": 3}},
             {"function": "required_words", "arguments": {"words": ["yes", "no"]}},
@@ -81,6 +91,7 @@ def test_written_and_read_again(tmp_path):
     assert config.rewards[0] == records.RewardConfig(
         function="length_penalty", weight=2.0, arguments={"target": 3}
     )
+    assert {name: getattr(config.data, name) for name in given["data"]} == given["data"]
     write_config(config)
     assert read_config(config.run_dir) == config
     assert config_dict(config)["rewards"][1]["arguments"] == {"words": ["yes", "no"]}
@@ -121,6 +132,18 @@ INVALID = [
     ("algorithm", {"overlong_buffer": -1}, "algorithm.overlong_buffer: -1; 0 (off) or more"),
     ("data", {"max_prompt_length": 0}, "data.max_prompt_length: 0; at least 1 token"),
     ("data", {"eval_file": "e.jsonl"}, "data.eval_file is given without data.train_file"),
+    ("data", {"train_file": "a.csv", "dataset": "a/b"}, "data.train_file and data.dataset are both given"),
+    ("data", {"dataset_config": "main"}, "data.dataset_config is given without data.dataset"),
+    ("data", {"eval_split": "test"}, "data.eval_split is given without data.dataset"),
+    ("data", {"eval_fraction": 1.0}, "data.eval_fraction: 1.0; in [0, 1)"),
+    ("data", {"eval_fraction": -0.1}, "data.eval_fraction: -0.1; in [0, 1)"),
+    (
+        "data",
+        {"train_file": "a.csv", "eval_file": "b.csv", "eval_fraction": 0.1},
+        "data.eval_file and data.eval_fraction are both given",
+    ),
+    ("data", {"few_shot": [{"prompt": "1"}]}, "data.few_shot[0] needs `completion`, and `prompt` or the"),
+    ("data", {"few_shot": [{"completion": "1"}]}, "data.few_shot[0] needs `completion`, and `prompt` or the"),
     ("sampling", {"max_new_tokens": 0}, "sampling.max_new_tokens: 0; at least 1"),
     ("sampling", {"temperature": 0.0}, "sampling.temperature: 0.0; training needs a temperature above 0"),
     ("sampling", {"temperature": float("inf")}, "sampling.temperature: inf;"),

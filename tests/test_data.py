@@ -1,11 +1,12 @@
 """Examples from files, and their order as a function of (seed, step)."""
 
+import json
 from itertools import chain
 
 import pytest
 
 from grpo_jax.config import DataConfig
-from grpo_jax.data import Example, batch, load_data, load_jsonl
+from grpo_jax.data import Example, batch, load_data
 
 
 def make_examples(n):
@@ -59,6 +60,10 @@ def test_batch_refuses_nonsense():
         batch(make_examples(3), seed=0, step=-1, num_prompts=1)
     with pytest.raises(ValueError, match="num_prompts 0"):
         batch(make_examples(3), seed=0, step=0, num_prompts=0)
+
+
+def load_jsonl(path, **settings):
+    return load_data(DataConfig(train_file=str(path), **settings)).train
 
 
 def write(path, *lines):
@@ -138,3 +143,144 @@ def test_load_data(tmp_path):
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl"):
         load_data(DataConfig(train_file=str(tmp_path / "nowhere.jsonl")))
+
+
+def of_rows(tmp_path, *rows, name="rows.jsonl", **settings):
+    """Loads a task from rows of JSON."""
+    path = write(tmp_path / name, *(json.dumps(row) for row in rows))
+    return load_data(DataConfig(train_file=str(path), **settings))
+
+
+def test_csv_gives_the_same_examples(tmp_path):
+    lines = write(tmp_path / "a.jsonl", '{"prompt": "1+1=", "answer": "2"}', '{"prompt": "2", "answer": "4"}')
+    table = write(tmp_path / "a.csv", "answer,prompt", "2,1+1=", "4,2")
+    assert load_jsonl(table) == load_jsonl(lines)
+    with pytest.raises(ValueError, match=r"b\.csv, line 3: `prompt` is empty"):
+        load_jsonl(write(tmp_path / "b.csv", "prompt,answer", "1,1", ",2"))
+    with pytest.raises(ValueError, match=r"c\.csv: the file has no examples"):
+        load_jsonl(write(tmp_path / "c.csv", "prompt,answer"))
+
+
+def test_columns_get_new_names(tmp_path):
+    row = {"question": "1+1?", "answer": "long", "solution": "2", "id": 7}
+    task = of_rows(tmp_path, row, columns={"prompt": "question", "answer": "solution"})
+    assert task.train == [Example("1+1?", {"answer": "2", "id": 7})]
+    task = of_rows(tmp_path, row, columns={"prompt": "question", "solution": "answer", "answer": "solution"})
+    assert task.train == [Example("1+1?", {"answer": "2", "solution": "long", "id": 7})]
+    task = of_rows(tmp_path, {"prompts": "1"}, columns={"prompt": "prompts"})
+    assert task.train == [Example("1")]
+
+
+def test_a_missing_column_is_named(tmp_path):
+    rows = {"question": "1", "n": 1}, {"quest": "1", "n": 1}
+    message = r"rows\.jsonl, line 2: data\.columns: there is no column `question`; the columns are: quest, n"
+    with pytest.raises(ValueError, match=message):
+        of_rows(tmp_path, *rows, columns={"prompt": "question"})
+
+
+def test_template_knows_both_names(tmp_path):
+    row = {"question": "1+1?", "solution": "2"}
+    settings = {"columns": {"prompt": "question", "answer": "solution"}}
+    for name in ("question", "prompt"):
+        task = of_rows(tmp_path, row, prompt_template=f"Q: {{{{ {name} }}}}\nA:", **settings)
+        assert task.train == [Example("Q: 1+1?\nA:", {"answer": "2"})]
+    shots = {"few_shot": [{"question": "2?", "completion": " 2"}], "few_shot_separator": "\n"}
+    for name in ("question", "prompt"):
+        task = of_rows(tmp_path, row, prompt_template=f"Q: {{{{ {name} }}}}\nA:", **settings, **shots)
+        assert task.train[0].prompt == "Q: 2?\nA: 2\nQ: 1+1?\nA:"
+    message = (
+        r"rows\.jsonl, line 1: data\.prompt_template: 'quest' is undefined; the columns are: question, sol"
+    )
+    with pytest.raises(ValueError, match=message):
+        of_rows(tmp_path, row, prompt_template="{{ quest }}", **settings)
+
+
+def test_solved_examples_and_system_prompt_on_both_sides(tmp_path):
+    held_out = write(tmp_path / "held_out.jsonl", '{"q": "3"}')
+    settings = {
+        "columns": {"prompt": "q"},
+        "few_shot": [{"q": "1", "completion": " a"}, {"prompt": "2", "completion": " b"}],
+        "eval_file": str(held_out),
+    }
+    task = of_rows(tmp_path, {"q": "4"}, **settings)
+    assert [e.prompt for e in (*task.train, *task.evaluation)] == ["1 a\n\n2 b\n\n4", "1 a\n\n2 b\n\n3"]
+    task = of_rows(tmp_path, {"q": "4"}, **settings, system_prompt="Count.")
+    assert [m["content"] for m in task.evaluation[0].prompt] == ["Count.", "1", " a", "2", " b", "3"]
+
+
+def test_built_in_tasks_take_templates(tmp_path):
+    settings = {"prompt_template": "What is {{ prompt[:-1] }}?", "system_prompt": "Add."}
+    plain, task = load_data(DataConfig()), load_data(DataConfig(**settings))
+    for a, b in zip(plain.evaluation[:3], task.evaluation[:3], strict=True):
+        assert [m["content"] for m in b.prompt] == ["Add.", f"What is {a.prompt[:-1]}?"]
+        assert a.columns == b.columns
+    assert task.rewards == plain.rewards
+
+
+def prompts_of(examples):
+    return [example.prompt for example in examples]
+
+
+def test_split_is_of_the_text_alone(tmp_path):
+    rows = [{"prompt": f"question {i}", "n": i} for i in range(200)]
+    task = of_rows(tmp_path, *rows, eval_fraction=0.25)
+    train, held_out = prompts_of(task.train), prompts_of(task.evaluation)
+    assert sorted(train + held_out) == sorted(row["prompt"] for row in rows) and 30 < len(held_out) < 70
+    # The order of the rows, other columns and further rows change nothing; nor do the examples before it.
+    more = [{"prompt": f"other {i}", "n": "x"} for i in range(50)]
+    again = of_rows(tmp_path, *more, *reversed(rows), eval_fraction=0.25)
+    assert {p for p in prompts_of(again.evaluation) if p.startswith("question")} == set(held_out)
+    shots = [{"prompt": "a", "completion": "b"}]
+    dressed = of_rows(tmp_path, *rows, eval_fraction=0.25, few_shot=shots, few_shot_separator=";")
+    assert prompts_of(dressed.evaluation) == [f"ab;{prompt}" for prompt in held_out]
+    larger = of_rows(tmp_path, *rows, eval_fraction=0.5)
+    assert set(prompts_of(larger.evaluation)) > set(held_out)
+
+
+def test_equal_prompts_are_on_one_side(tmp_path):
+    texts = [f"{a} and {a}" for a in range(60)]
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    rows = [{"prompt": prompt, "n": i} for prompt in [*texts, *chats] for i in range(3)]
+    rows += [{"prompt": text.replace(" ", "\n\t ") + "\n", "n": 4} for text in texts]
+    task = of_rows(tmp_path, *rows, eval_fraction=0.3)
+    kinds = [
+        {p if isinstance(p, list) else " ".join(p.split()) for p in prompts_of(side) if isinstance(p, kind)}
+        if kind is str
+        else {json.dumps(p) for p in prompts_of(side) if isinstance(p, kind)}
+        for kind in (str, list)
+        for side in (task.train, task.evaluation)
+    ]
+    assert not kinds[0] & kinds[1] and not kinds[2] & kinds[3] and all(kinds)
+    assert len(task.train) + len(task.evaluation) == len(rows)
+
+
+def test_split_that_leaves_nothing(tmp_path):
+    for fraction, what in ((0.01, "none held out"), (0.999, "none to train on")):
+        with pytest.raises(ValueError, match=rf"eval_fraction {fraction} of 2 prompts leaves {what}"):
+            of_rows(tmp_path, {"prompt": "a"}, {"prompt": "b"}, eval_fraction=fraction)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"task": "gsm"}, r"data\.task: 'gsm' is not a built-in task; did you mean 'gsm8k'"),
+        (
+            {"task": "countdown", "train_file": "a.csv"},
+            r"countdown makes its own problems; leave out data\.train",
+        ),
+        ({"task": "addition", "dataset": "a/b"}, r"addition makes its own problems; leave out data\.dataset"),
+        (
+            {"columns": {"prompt": "q"}},
+            r"data\.columns is for a train_file or dataset; arithmetic has its own",
+        ),
+        ({"eval_fraction": 0.1}, r"data\.eval_fraction is for a train_file or dataset"),
+        ({"task_arguments": {"digits": 2}}, r"arithmetic has no argument 'digits'; it takes none"),
+        ({"train_file": "a.csv", "task_arguments": {"x": 2}}, r"data\.task_arguments: a has no argument 'x'"),
+        ({"prompt_template": "{{ x"}, r"data\.prompt_template, line 1: "),
+        ({"prompt_template": "{{ x }}"}, r"'x' is undefined; the columns are: answer, prompt"),
+        ({"few_shot": [{"q": "1", "completion": "2"}]}, r"data\.few_shot\[0\]: `prompt` is missing"),
+    ],
+)
+def test_settings_that_contradict_each_other(settings, message):
+    with pytest.raises(ValueError, match=message):
+        load_data(DataConfig(**settings))

@@ -20,12 +20,12 @@ FLOORS = {
     # the algebra
     1: ("advantages", "kl", "losses", "metrics", "recipes", "sampling", "shaping", "surrogates"),
     # the policy. The configuration is vocabulary, but it validates the names of recipes, so it stands here.
-    2: ("algorithm_config", "attention", "config", "decoder", "decoding", "log_probs", "lora", "meshes",
-        "optimizers", "packing", "rotary"),
+    2: ("algorithm_config", "attention", "config", "data_config", "decoder", "decoding", "log_probs", "lora",
+        "meshes", "optimizers", "packing", "rotary"),
     # the outside world
-    3: ("architectures", "checkpoints", "data", "families", "implementations", "models", "notices",
-        "reward_functions", "reward_sources", "rewards", "sources", "stored_leaves", "tasks", "trackers",
-        "verifiers", "weights"),
+    3: ("architectures", "checkpoints", "data", "expressions", "families", "hub_data", "implementations",
+        "models", "notices", "prompt_lengths", "prompts", "reward_functions", "reward_sources", "rewards",
+        "row_files", "sources", "stored_leaves", "tasks", "trackers", "verifiers", "weights"),
     # the two halves
     4: ("actor", "experience", "groups", "learner"),
     # the commands, and what they share
@@ -46,6 +46,10 @@ DOORS = {
     "tensorboardX": {"trackers"},
     "rich": {"trackers"},
     "jsonargparse": {"cli"},
+    "datasets": {"hub_data"},
+    "pyarrow": {"row_files"},
+    "jinja2": {"prompts"},
+    "reasoning_gym": {"tasks"},
     "torch": set(),
 }
 ALGEBRA = (

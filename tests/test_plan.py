@@ -81,6 +81,13 @@ def test_dropped_prompts(tmp_path, model, prompts):
     assert "epochs of 40 prompts (40 dropped: too long)" in plan.text()
 
 
+def test_truncated_prompts(tmp_path, model, prompts):
+    limits = {"data__max_prompt_length": 8, "data__over_length": "truncate_left"}
+    plan = plan_of(tmp_path, model, **of_file(prompts, **limits))
+    assert (plan.num_examples, plan.num_dropped, plan.num_truncated, plan.prompt_length) == (80, 0, 40, 8)
+    assert "epochs of 80 prompts (40 cut at the left: too long)" in plan.text()
+
+
 def test_compilations_follow_what_is_scored_and_packed(tmp_path, model, monkeypatch):
     alone = {"algorithm__kl_coef": 0.0}  # no reference, and one update per rollout: nothing is scored
     whole, unscored = plan_of(tmp_path, model), plan_of(tmp_path, model, **alone)

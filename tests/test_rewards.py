@@ -47,6 +47,8 @@ BUILT_IN = [
         [1, 0.5, 0],
     ),
     ("distinct_words", {}, {}, ["a b c", "a A a b", " .", "don't don't"], [1, 0.5, 0, 0.5]),
+    ("countdown", {}, {"numbers": [[1, 2, 3]] * 3, "target": [6] * 3}, ["1*2*3", "3+3", "6"], [1, 0, 0]),
+    ("reasoning_gym", {}, {"entry": []}, [], []),  # test_reasoning_gym has rows
 ]
 
 

@@ -11,6 +11,7 @@ import pytest
 import small_run
 import yaml
 
+from grpo_jax import runs
 from grpo_jax.advantages import ADVANTAGES
 from grpo_jax.models import load_model
 from grpo_jax.recipes import RECIPES
@@ -22,6 +23,7 @@ from grpo_jax.runs import (
     restore_params,
     write_config,
 )
+from grpo_jax.tasks import Example, load_task
 from grpo_jax.train import train
 
 
@@ -195,6 +197,36 @@ def test_prompts_too_long(tmp_path, model):
     parts = build(small_run.config(tmp_path, **from_file(path, data__over_length="drop")), model=model)
     assert [e.prompt for e in parts.task.train] == ["1+1=", "2+2="]
     assert parts.num_dropped == 1 and parts.prompt_length == 4
+    parts = build(
+        small_run.config(tmp_path, **from_file(path, data__over_length="truncate_left")), model=model
+    )
+    assert [e.prompt for e in parts.task.train] == ["1+1=", "+" + "1+" * 12 + "1=", "2+2="]
+    assert (parts.num_dropped, parts.num_truncated, parts.prompt_lengths) == (0, 1, {4, 27})
+
+
+def test_default_rewards_bring_their_arguments(tmp_path, model, monkeypatch):
+    task = load_task("addition")
+    monkeypatch.setattr(
+        runs, "load_data", lambda data: dataclasses.replace(task, train=[Example("1+1=")] * 4)
+    )
+    with pytest.raises(ValueError, match="needs `answer`"):
+        build(small_run.config(tmp_path), model=model)
+    examples = [Example("1+1=", {"answer": "2"})] * 4
+    monkeypatch.setattr(
+        runs, "load_data", lambda data: dataclasses.replace(task, train=examples, evaluation=[])
+    )
+    (reward,) = build(small_run.config(tmp_path), model=model).rewards
+    assert (reward.name, reward.arguments) == ("numeric_answer", {"which": "first"})
+    given = small_run.config(tmp_path, rewards="[{function: numeric_answer}]")
+    assert build(given, model=model).rewards[0].arguments == {}
+
+
+def test_a_task_of_a_name_and_its_arguments(tmp_path, model):
+    changes = {"data__task": "countdown", "data__task_arguments": "{size: 40, held_out: 8}"}
+    template = {"data__prompt_template": "{{ numbers | join('+') }}={{ target }}"}
+    parts = build(small_run.config(tmp_path, **changes, **template), model=model)
+    assert len(parts.task.train) == 40 and [reward.name for reward in parts.rewards] == ["countdown"]
+    assert set("".join(e.prompt for e in parts.task.train)) <= set("0123456789+=")
 
 
 def test_held_out_prompts_too_long(tmp_path, model):

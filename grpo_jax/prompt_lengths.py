@@ -1,0 +1,130 @@
+"""Prompts over the limit in tokens: an error, dropped, or cut at the left."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from grpo_jax.models import Model, encode
+from grpo_jax.tasks import Example
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Examples within the limit.
+
+    Args:
+        examples: what is left.
+        lengths: token counts that occur among their prompts.
+        num_dropped: examples that are gone.
+        num_truncated: examples whose prompts were cut.
+    """
+
+    examples: Sequence[Example]
+    lengths: frozenset[int]
+    num_dropped: int = 0
+    num_truncated: int = 0
+
+
+def prompt_limit(model: Model, max_prompt_length: int | None, max_new_tokens: int) -> int | None:
+    """Returns the largest number of prompt tokens, None if nothing limits it.
+
+    Raises:
+        ValueError: prompt and completion do not fit the model's positions.
+    """
+    limit = max_prompt_length
+    if model.max_positions is None:
+        return limit
+    room = model.max_positions - max_new_tokens
+    if room < (limit or 1):
+        raise ValueError(
+            f"data.max_prompt_length {limit or 1} + sampling.max_new_tokens {max_new_tokens} exceed the "
+            f"{model.max_positions} positions of {model.source}; lower one of them"
+        )
+    return room if limit is None else limit
+
+
+def fit_prompts(
+    examples: Sequence[Example], model: Model, limit: int | None, over_length: str, what: str
+) -> Fitted:
+    """Makes every prompt fit the limit.
+
+    Args:
+        examples: may be empty.
+        model: whose tokens count.
+        limit: tokens; None: no limit.
+        over_length: `error`, `drop` or `truncate_left`.
+        what: `training` or `evaluation`, for messages.
+
+    Raises:
+        ValueError: a prompt without tokens; one over the limit with `error`; one that cannot be cut to it.
+    """
+    lengths = [len(tokens) for tokens in encode(model, [example.prompt for example in examples])]
+    if 0 in lengths:
+        raise ValueError(f"{what} prompt {lengths.index(0)} has no tokens; every prompt needs at least one")
+    if limit is None or not lengths or max(lengths) <= limit:
+        return Fitted(examples, frozenset(lengths))
+    over = [i for i, length in enumerate(lengths) if length > limit]
+    if over_length == "error":
+        raise ValueError(
+            f"{len(over)} of {len(lengths)} {what} prompts have more than {limit} tokens (the first is "
+            f"number {over[0]} with {lengths[over[0]]}); shorten them, raise data.max_prompt_length "
+            "if the model's positions allow, or set data.over_length: drop (or truncate_left)"
+        )
+    if over_length == "drop":
+        kept = [example for example, length in zip(examples, lengths, strict=True) if length <= limit]
+        return Fitted(kept, frozenset(n for n in lengths if n <= limit), num_dropped=len(over))
+    cut = list(examples)
+    for i in over:
+        prompt = examples[i].prompt
+        shorter = (
+            _cut_text(model, prompt, limit) if isinstance(prompt, str) else _cut_chat(model, prompt, limit)
+        )
+        if shorter is None:
+            raise ValueError(
+                f"{what} prompt {i} has {lengths[i]} tokens and cannot be cut at the left to {limit}: what "
+                "is around its text is longer; raise data.max_prompt_length or set data.over_length: drop"
+            )
+        cut[i], lengths[i] = replace(examples[i], prompt=shorter), _length(model, shorter)
+    return Fitted(cut, frozenset(lengths), num_truncated=len(over))
+
+
+def _length(model: Model, prompt: str | list[dict[str, str]]) -> int:
+    return len(encode(model, [prompt])[0])
+
+
+def _cut_text(model: Model, text: str, limit: int) -> str | None:
+    """Returns the longest end of a text, from a token's start on, that fits; None: not one token does."""
+    return _first_fitting(model, (text[start:] for start in _token_starts(model, text)[-limit:]), limit)
+
+
+def _cut_chat(model: Model, messages: list[dict[str, str]], limit: int) -> list[dict[str, str]] | None:
+    """Removes the oldest turns up to a later user's, then the beginning of the last message.
+
+    A leading system message stays.
+    """
+    head = messages[:1] if messages[0]["role"] == "system" else []
+    rest = messages[len(head) :]
+    if not rest:
+        return None
+    starts = [i for i, message in enumerate(rest) if i and message["role"] == "user"]
+    for turns in (rest[start:] for start in starts):
+        if _length(model, head + turns) <= limit:
+            return head + turns
+    last = rest[starts[-1] :] if starts else rest
+    *before, final = last
+    content = final["content"]
+    cuts = (content[start:] for start in _token_starts(model, content)[-limit:])
+    return _first_fitting(model, ([*head, *before, {**final, "content": cut}] for cut in cuts), limit)
+
+
+def _token_starts(model: Model, text: str) -> list[int]:
+    """Returns the position in the text at which each of its tokens begins."""
+    encoded = model.tokenizer(
+        text, return_offsets_mapping=True, split_special_tokens=True, add_special_tokens=False, verbose=False
+    )
+    return [start for start, end in encoded["offset_mapping"] if end > start]
+
+
+def _first_fitting(model: Model, candidates: Iterable[Any], limit: int) -> Any:
+    """Returns the first prompt that fits. Text cut anew may have other tokens, so each is counted."""
+    return next((prompt for prompt in candidates if _length(model, prompt) <= limit), None)

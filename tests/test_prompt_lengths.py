@@ -1,0 +1,120 @@
+"""Prompts over the limit; test_runs has what a run makes of it."""
+
+import copy
+import dataclasses
+
+import pytest
+
+from grpo_jax.models import encode, load_model
+from grpo_jax.prompt_lengths import Fitted, fit_prompts, prompt_limit
+from grpo_jax.tasks import Example
+
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}={% endfor %}"  # each message is a token longer
+
+
+@pytest.fixture(scope="module")
+def model():
+    """The packaged model: a token is a character."""
+    model = load_model("packaged:arithmetic")
+    tokenizer = copy.deepcopy(model.tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    return dataclasses.replace(model, tokenizer=tokenizer)
+
+
+def chat(*texts, first="user"):
+    """Messages of taking turns; `first` may be system."""
+    roles = [first, *(["user", "assistant"] if first == "system" else ["assistant", "user"]) * len(texts)]
+    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+
+
+def truncated(model, prompt, limit):
+    fitted = fit_prompts(
+        [Example("1=", {"n": 1}), Example(prompt, {"n": 2})], model, limit, "truncate_left", "t"
+    )
+    assert fitted.examples[0] == Example("1=", {"n": 1}) and fitted.examples[1].columns == {"n": 2}
+    assert (fitted.num_dropped, fitted.num_truncated) == (0, 1)
+    cut = fitted.examples[1].prompt
+    assert fitted.lengths == {2, len(encode(model, [cut])[0])} and max(fitted.lengths) <= limit
+    return cut
+
+
+def test_limit(model):
+    assert prompt_limit(model, None, 5) == 27 and prompt_limit(model, 9, 5) == 9
+    endless = dataclasses.replace(model, max_positions=None)
+    assert prompt_limit(endless, None, 5) is None and prompt_limit(endless, 9, 500) == 9
+    with pytest.raises(ValueError, match=r"max_prompt_length 28 \+ sampling\.max_new_tokens 5 exceed the 32"):
+        prompt_limit(model, 28, 5)
+
+
+def test_what_fits_is_left_alone(model):
+    examples = [Example("1+1="), Example("22+1=")]
+    for over_length in ("error", "drop", "truncate_left"):
+        assert fit_prompts(examples, model, 5, over_length, "t") == Fitted(examples, frozenset({4, 5}))
+        assert fit_prompts([], model, 5, over_length, "t") == Fitted([], frozenset())
+    assert fit_prompts(examples, model, None, "error", "t").examples is examples
+
+
+def test_error_and_drop(model):
+    examples = [Example("1+1="), Example("22+1="), Example("22+33=")]
+    with pytest.raises(
+        ValueError, match=r"^2 of 3 t prompts have more than 4 tokens \(the first is number 1 with"
+    ):
+        fit_prompts(examples, model, 4, "error", "t")
+    assert fit_prompts(examples, model, 4, "drop", "t") == Fitted(examples[:1], frozenset({4}), num_dropped=2)
+
+
+def test_text_loses_its_beginning(model):
+    assert truncated(model, "12+34+56=", 6) == "34+56="
+    assert truncated(model, "12+34+56=", 2) == "6="
+
+
+def test_tokens_that_are_added_count(model):
+    """A tokenizer with a BOS leaves one token less for the text."""
+    encoding = encode(model, ["12+34="])[0]
+
+    class WithBos:
+        def __init__(self, tokenizer):
+            self._tokenizer = tokenizer
+
+        def __getattr__(self, name):
+            return getattr(self._tokenizer, name)
+
+        def __call__(self, texts, add_special_tokens=True, **kwargs):
+            result = self._tokenizer(texts, add_special_tokens=False, **kwargs)
+            if add_special_tokens:
+                result["input_ids"] = [[0, *ids] for ids in result["input_ids"]]
+                result["special_tokens_mask"] = [[1, *mask] for mask in result["special_tokens_mask"]]
+            return result
+
+    added = dataclasses.replace(model, tokenizer=WithBos(model.tokenizer))
+    assert encode(added, ["12+34="])[0] == [0, *encoding]
+    fitted = fit_prompts([Example("12+34+56=")], added, 6, "truncate_left", "t")
+    assert fitted.examples[0].prompt == "4+56=" and fitted.lengths == {6}
+    with pytest.raises(
+        ValueError, match=r"t prompt 0 has 10 tokens and cannot be cut at the left to 1: what is"
+    ):
+        fit_prompts([Example("12+34+56=")], added, 1, "truncate_left", "t")
+
+
+def test_chat_loses_its_oldest_turns(model):
+    messages = chat("11111", "2", "3", "4", "5")
+    assert truncated(model, messages, 6) == messages[2:]  # 2 * 3 tokens
+    assert truncated(model, messages, 5) == messages[4:]
+    with_system = chat("7", "11111", "2", "3", first="system")
+    assert truncated(model, with_system, 5) == [with_system[0], with_system[3]]
+
+
+def test_chat_of_one_turn_loses_its_beginning(model):
+    (cut,) = truncated(model, chat("123456"), 4)
+    assert cut == {"role": "user", "content": "456"}
+    system, cut = truncated(model, chat("7", "123456", first="system"), 5)
+    assert (system["content"], cut["content"]) == ("7", "56")
+    messages = chat("1", "2", "123456")
+    assert truncated(model, messages, 4) == [{"role": "user", "content": "456"}]
+    assert messages[2]["content"] == "123456"
+
+
+def test_chat_whose_system_message_is_too_long(model):
+    for messages in (chat("1234567", "1", first="system"), chat("1234567", first="system")):
+        with pytest.raises(ValueError, match=r"t prompt 0 has \d+ tokens and cannot be cut at the left to 5"):
+            fit_prompts([Example(messages)], model, 5, "truncate_left", "t")
