@@ -1,5 +1,6 @@
 """Reward functions in worker processes: the same scores, limits on time, and nobody left behind."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -107,7 +108,7 @@ def alive(pid: int) -> bool:
         return not Path("/proc").is_dir()
 
 
-def gone(pids, seconds=10.0) -> bool:
+def gone(pids: list[int], seconds=10.0) -> bool:
     """Waits until none of the processes runs."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -201,7 +202,7 @@ def test_a_call_over_its_time_costs_its_rows(load, tmp_path):
     pids = [str(tmp_path / "pids")] * 4
     values = scored(reward, ["a", "sleep", "b", "c"], pids=pids)
     assert np.isnan(values).tolist() == [False, True, False, False]
-    assert gone(map(int, (tmp_path / "pids").read_text().split()))  # and the command that it ran
+    assert gone([int(pid) for pid in (tmp_path / "pids").read_text().split()])  # and the command that it ran
     assert len(pids_of(reward)) == 2
     assert scored(reward, ["a"] * 4, pids=pids) == [1] * 4
     metrics = reward_means([reward], np.array([values], np.float32).T)
@@ -299,7 +300,9 @@ def test_forgetting_a_reward_ends_its_workers(load, tmp_path):
     scored(reward, ["a"])
     (pid,) = pids_of(reward)
     del reward
-    assert gone([pid])
+    gc.collect()
+    with pytest.raises(ProcessLookupError):  # at once, and waited for
+        os.kill(pid, 0)
 
 
 def test_ctrl_c_during_a_call(load):

@@ -341,8 +341,28 @@ def test_a_reward_that_hangs_costs_its_row_and_leaves_nobody_behind(tmp_path, sh
     assert first["rewards/f/timeouts"] == first["rewards/f/missing"] == 8 / 32
     assert second["rewards/f/timeouts"] == second["rewards/f/missing"] == 0
     assert "its worker died: f (25.0%)" in capsys.readouterr().out
-    pids = set((tmp_path / "pids").read_text().split())
-    assert len(pids) == 2
+    assert len(gone(tmp_path / "pids")) == 2
+
+
+def gone(file) -> set[str]:
+    """Checks that no process that wrote its number into a file is there; returns the numbers."""
+    pids = set(file.read_text().split())
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(int(pid), 0)
+    return pids
+
+
+def test_a_run_that_breaks_down_ends_its_workers(tmp_path, shared, monkeypatch):
+    source = (
+        "import os\n"
+        "def f(completions):\n"
+        f"    open('{tmp_path}/pids', 'a').write(f'{{os.getpid()}} ')\n"
+        "    return [0.0] * len(completions)\n"
+    )
+    rewards = rewards_from(tmp_path, source).replace("}", ", timeout: 60}")
+    small_run.crash_at(monkeypatch, "updated", 1)
+    with pytest.raises(small_run.Crash) as caught:
+        train(small_run.config(tmp_path / "run", rewards=rewards, evaluation__num_prompts=0))
+    assert caught.tb is not None  # and with it everything that the run was made of
+    assert len(gone(tmp_path / "pids")) == 1
