@@ -48,14 +48,34 @@ class RewardConfig:
     """One reward function.
 
     Args:
-        function: built-in name, `package.module:function`, or `path/file.py:function`.
+        function: built-in name, `package.module:function`, or `path/file.py:function`; with `verl:` before
+            one of the last two, a compute_score written for verl.
         weight: factor of this reward in the sum.
         arguments: extra keyword arguments of the function.
+        timeout: seconds that a call may take, in a worker process without a device; what takes longer is
+            killed, and its rows have no reward. None: called in the run's own process, without a limit.
+        workers: such processes.
+        rows_per_call: completions of a call; None: the batch in as many equal parts as there are workers.
     """
 
     function: str
     weight: float = 1.0
     arguments: dict[str, Any] = field(default_factory=dict)
+    timeout: float | None = None
+    workers: int = 1
+    rows_per_call: int | None = None
+
+    def __post_init__(self):
+        limit, workers, rows = self.timeout, self.workers, self.rows_per_call
+        _require(
+            limit is None or 0 < limit < math.inf, f"rewards.timeout: {limit}; seconds, above 0 and finite"
+        )
+        _require(workers >= 1, f"rewards.workers: {workers}; at least 1")
+        _require(rows is None or rows >= 1, f"rewards.rows_per_call: {rows}; at least 1")
+        if limit is None:
+            for name, default in (("workers", 1), ("rows_per_call", None)):
+                value = getattr(self, name)
+                _require(value == default, f"rewards.{name}: {value} needs rewards.timeout, in seconds")
 
 
 def check_drawing(section: str, *, max_new_tokens: int, top_k: int, top_p: float, min_p: float) -> None:

@@ -40,6 +40,8 @@ reward functions gave, plus the overlong penalty, without any KL; valid where `m
     rewards/<name>/std          their standard deviation over the B completions (ddof 1; 0 for a single one);
                                 both are absent if it gave none
     rewards/<name>/missing      share of the B completions for which it gave none
+    rewards/<name>/timeouts     with a timeout: share of the B completions whose call ran over it or killed
+                                its worker; they are missing as well
     completions/mean_length     mean over the B completions of their tokens, the eos included
     completions/min_length      the shortest
     completions/max_length      the longest

@@ -96,7 +96,7 @@ def load_model(
         raise FileNotFoundError(f"{hf_model_name}: no config.json in {directory}")
     config = families.read_config(raw, hf_model_name)
     implementation = choose_implementation(config, implementation, source=hf_model_name)
-    tokenizer = _load_tokenizer(directory, hf_model_name)
+    tokenizer = load_tokenizer(directory, hf_model_name)
     if (largest := max(tokenizer.get_vocab().values(), default=-1)) >= config.vocab_size:
         raise ValueError(
             f"{hf_model_name}: the tokenizer has {len(tokenizer)} tokens with ids up to {largest}, the "
@@ -284,7 +284,8 @@ def _render(model: Model, i: int, messages: list[dict]) -> str:
         raise ValueError(f"prompt {i}: the chat template refuses these messages: {error}") from None
 
 
-def _load_tokenizer(directory: Path, source: str) -> PreTrainedTokenizerFast:
+def load_tokenizer(directory: Path, source: str) -> PreTrainedTokenizerFast:
+    """Loads the fast tokenizer of a directory; `source` is what messages call it."""
     if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
         raise FileNotFoundError(f"{source}: no tokenizer in {directory} (tokenizer.json or vocabulary files)")
     if "auto_map" in (read_json(directory / "tokenizer_config.json") or {}):

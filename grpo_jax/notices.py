@@ -13,7 +13,7 @@ Metrics = Mapping[str, float]
 
 class _Notice(NamedTuple):
     applies: Callable[[Metrics], bool]
-    text: str  # a format of the metrics, and of `silent`: the reward functions that gave no value at all
+    text: str  # a format of the metrics, and of `silent` and `slow`: see _silent and _slow
     once: bool = False
 
 
@@ -25,7 +25,7 @@ class Notices:
 
     def about(self, step: int, metrics: Metrics) -> list[str]:
         """Returns the lines due after this step's metrics; each at most every 100 steps."""
-        lines, facts = [], {**metrics, "silent": ", ".join(_silent(metrics))}
+        lines, facts = [], {**metrics, "silent": ", ".join(_silent(metrics)), "slow": _slow(metrics)}
         for applies, text, once in _NOTICES:
             last = self._printed.get(text)
             if applies(metrics) and (last is None or (not once and step - last >= _REPEAT)):
@@ -38,6 +38,13 @@ def _silent(m: Metrics) -> list[str]:
     """Lists the reward functions that gave no value for any completion."""
     names = (name for name, value in m.items() if name.endswith("/missing") and value == 1)
     return [name.removeprefix("rewards/").removesuffix("/missing") for name in names]
+
+
+def _slow(m: Metrics) -> str:
+    """Lists the reward functions that lost rows to their timeout, with the share of the rows."""
+    lost = {name: value for name, value in m.items() if name.endswith("/timeouts") and value > 0}
+    shares = (f"{k.removeprefix('rewards/').removesuffix('/timeouts')} ({v:.1%})" for k, v in lost.items())
+    return ", ".join(shares)
 
 
 def _all_dead(m: Metrics) -> bool:
@@ -72,6 +79,11 @@ _NOTICES = (
         lambda m: bool(_silent(m)),
         "no value for any completion from the reward {silent}, which therefore takes no part: None is not 0. "
         "Does it look for a column or a format that is not there?",
+    ),
+    _Notice(
+        lambda m: bool(_slow(m)),
+        "completions without a reward, as the call ran over its timeout or its worker died: {slow}. A higher "
+        "`timeout` of that reward, or a lower `rows_per_call`, with which one row takes fewer others along",
     ),
     _Notice(
         _nothing_but_truncated,

@@ -13,14 +13,17 @@ import math
 import numbers
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from grpo_jax.http_scores import EndpointError
 from grpo_jax.reward_functions import REWARDS, Completion, completion_text
+from grpo_jax.reward_pool import RewardPool, WorkerError
 from grpo_jax.reward_sources import find_function
+from grpo_jax.verl_scores import PREFIX, TRUTHS, adapt_compute_score
 
 if TYPE_CHECKING:
     from grpo_jax.config import RewardConfig
@@ -42,6 +45,8 @@ class Reward:
         weight: factor in the sum.
         arguments: fixed keyword arguments of the function.
         source: where the function comes from, for messages.
+        pool: processes that call it, with a timeout; None: it is called here.
+        one_of: columns of which the data must have at least one.
     """
 
     name: str
@@ -49,14 +54,18 @@ class Reward:
     weight: float = 1.0
     arguments: Mapping[str, Any] = field(default_factory=dict)
     source: str = "built in"
+    pool: RewardPool | None = None
+    one_of: tuple[str, ...] = ()
 
 
 def load_rewards(specs: "Sequence[RewardConfig]") -> tuple[Reward, ...]:
     """Loads the reward functions of a config.
 
     Args:
-        specs: function (a name in REWARDS, `package.module:function` or `path/file.py:function`), weight
-            and arguments of each. A name that comes twice gets `_2`, `_3`, ...
+        specs: function (a name in REWARDS, `package.module:function`, `path/file.py:function`, or one of
+            these two for verl's compute_score as `verl:...`), weight and arguments of each. A name that
+            comes twice gets `_2`, `_3`, ... One with a timeout gets processes of its own, which start with
+            the first batch and end with `close_rewards`, or with this process.
 
     Returns:
         R rewards in the order given.
@@ -66,22 +75,51 @@ def load_rewards(specs: "Sequence[RewardConfig]") -> tuple[Reward, ...]:
     """
     rewards: list[Reward] = []
     for spec in specs:
-        if spec.function in REWARDS:
-            name, function, source = spec.function, REWARDS[spec.function], "built in"
-        else:
-            name, function, source = find_function(spec.function, built_in=tuple(REWARDS))
-        taken = {reward.name for reward in rewards}
+        reward = _load(spec)
+        taken, name = {reward.name for reward in rewards}, reward.name
         unique = next(n for n in (name, *(f"{name}_{i}" for i in range(2, len(specs) + 2))) if n not in taken)
-        reward = Reward(
-            name=unique,
-            function=function,
-            weight=float(spec.weight),
-            arguments=dict(spec.arguments),
-            source=source,
-        )
+        reward = replace(reward, name=unique)
         _check_reward(reward)
-        rewards.append(reward)
+        rewards.append(replace(reward, pool=_make_pool(reward, spec)))
     return tuple(rewards)
+
+
+def _load(spec: "RewardConfig") -> Reward:
+    weight, arguments = float(spec.weight), dict(spec.arguments)
+    if spec.function in REWARDS:
+        function = REWARDS[spec.function]
+        return Reward(name=spec.function, function=function, weight=weight, arguments=arguments)
+    own = spec.function.removeprefix(PREFIX)
+    name, function, source = find_function(own, built_in=tuple(REWARDS))
+    if own == spec.function:
+        return Reward(name=name, function=function, weight=weight, arguments=arguments, source=source)
+    try:
+        adapted = adapt_compute_score(function, arguments)
+    except ValueError as error:
+        raise ValueError(f"reward `{name}` ({source}): {error}") from None
+    return Reward(name=name, function=adapted, weight=weight, source=source, one_of=TRUTHS)
+
+
+def _make_pool(reward: Reward, spec: "RewardConfig") -> RewardPool | None:
+    if spec.timeout is None:
+        return None
+    if reward.function is REWARDS["reward_model"]:
+        raise ValueError(f"{_named(reward)} computes on the device that trains; it takes no timeout")
+    return RewardPool(
+        who=_named(reward),
+        function=spec.function,
+        arguments=spec.arguments,
+        timeout=spec.timeout,
+        workers=spec.workers,
+        rows_per_call=spec.rows_per_call,
+    )
+
+
+def close_rewards(rewards: Sequence[Reward]) -> None:
+    """Ends the processes of those rewards that have some."""
+    for reward in rewards:
+        if reward.pool is not None:
+            reward.pool.close()
 
 
 def _named(reward: Reward) -> str:
@@ -115,7 +153,7 @@ def _check_reward(reward: Reward) -> None:
     for name in arguments:
         if name in ("prompts", "completions"):
             raise ValueError(f"{who}: `{name}` cannot be given in its arguments")
-        if name not in parameters and not takes_any:
+        if name not in parameters and (not takes_any or reward.source == "built in"):
             known = [p for p in parameters if p not in ("prompts", "completions")]
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean `{near[0]}`?" if near else f"it takes {', '.join(known) or 'none'}"
@@ -158,6 +196,9 @@ def check_columns(rewards: Sequence[Reward], columns: Iterable[str]) -> None:
             raise ValueError(f"the data has a column `{name}`, which is what reward functions get; rename it")
     for reward in rewards:
         parameters, takes_any = _parameters(reward)
+        if reward.one_of and not set(reward.one_of) & {*columns}:
+            wanted = ", ".join(f"`{column}`" for column in reward.one_of)
+            raise ValueError(f"{_named(reward)} needs one of the columns {wanted}; columns: {there}")
         for name, parameter in parameters.items():
             given = name in ("prompts", "completions") or name in columns or name in reward.arguments
             if parameter.default is inspect.Parameter.empty and not given:
@@ -207,17 +248,33 @@ def score(
     scores = np.full((size, len(rewards)), np.nan, np.float32)
     for r, reward in enumerate(rewards):
         try:
+            if reward.pool is not None:
+                wanted = {name: values for name, values in columns.items() if _takes(reward, name)}
+                scores[:, r] = reward.pool.score(prompts, completions, wanted)
+                continue
             values = _call(reward, batch)
+        except WorkerError as error:  # the worker has explained it
+            raise RewardError(str(error)) from None
+        except EndpointError as error:  # no row is to blame
+            raise RewardError(f"{_named(reward)}: {error}") from None
         except Exception as error:
             raise _explain(reward, batch, size, error) from error
         scores[:, r] = _checked(reward, values, completions)
     return scores
 
 
-def _call(reward: Reward, batch: Mapping[str, Sequence[Any]]) -> Any:
+def _takes(reward: Reward, name: str) -> bool:
+    """Says whether a function is called with a column; what is keyword-only in a built-in is an argument."""
     parameters, takes_any = _parameters(reward)
+    if name not in parameters:
+        return takes_any
+    is_argument = parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
+    return not (is_argument and reward.function in REWARDS.values())
+
+
+def _call(reward: Reward, batch: Mapping[str, Sequence[Any]]) -> Any:
     # A list of its own for every function: one that sorts or pops must not hurt the next.
-    passed = {name: list(values) for name, values in batch.items() if takes_any or name in parameters}
+    passed = {name: list(values) for name, values in batch.items() if _takes(reward, name)}
     return reward.function(**{**passed, **reward.arguments})
 
 
@@ -293,7 +350,9 @@ def _short(value: Any) -> str:
 
 def reward_means(rewards: Sequence[Reward], scores: np.ndarray) -> dict[str, float]:
     """Returns rewards/<name>/mean and /std (ddof 1) over the values each function gave, absent if none; and
-    rewards/<name>/missing, the share of the rows without one.
+    rewards/<name>/missing, the share of the rows without one. For a function with a timeout also
+    rewards/<name>/timeouts, the share of the rows whose call ran over it or killed its worker, of those
+    scored since the last time.
     """
     metrics = {}
     for reward, column in zip(rewards, scores.astype(np.float64).T, strict=True):
@@ -302,4 +361,6 @@ def reward_means(rewards: Sequence[Reward], scores: np.ndarray) -> dict[str, flo
             metrics[f"{name}/mean"] = float(values.mean())
             metrics[f"{name}/std"] = float(values.std(ddof=1)) if values.size > 1 else 0.0
         metrics[f"{name}/missing"] = 1.0 - values.size / column.size
+        if reward.pool is not None:
+            metrics[f"{name}/timeouts"] = reward.pool.take_lost() / column.size
     return metrics

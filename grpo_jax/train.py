@@ -26,6 +26,7 @@ from grpo_jax.models import save_model
 from grpo_jax.notices import Notices
 from grpo_jax.plan import make_plan
 from grpo_jax.progress import Progress, restore, resume_sources, save
+from grpo_jax.rewards import close_rewards
 from grpo_jax.runs import Parts, build, config_dict, write_config
 from grpo_jax.trackers import Trackers, make_trackers
 
@@ -232,6 +233,7 @@ def train(config: Config) -> int:
             _loop(parts, progress, checkpoints, trackers, interrupts)
     finally:
         checkpoints.close()
+        close_rewards(parts.rewards)
     if interrupts.signum is not None and progress.step < parts.num_steps:
         print(f"interrupted after step {progress.step}, saved; the same command continues it", flush=True)
         return 128 + interrupts.signum

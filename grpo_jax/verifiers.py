@@ -7,8 +7,9 @@ model: every pattern here runs in linear time and no number is large enough to h
 import math
 import numbers
 import re
+import threading
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, get_args
 
 # A sign belongs to the number only where it cannot be a minus between two terms: "7-5" is 7 and 5,
 # "= -2" is -2. Digits inside a word ("GPT2", "x1") are not numbers; a unit may follow ("5kg", "50%").
@@ -22,6 +23,10 @@ _NUMBER = re.compile(
 )
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([-+]?[0-9]+)\}\{([0-9]+)\}")
 _MAX_CHARACTERS = 400  # of one number; a longer digit string is noise, and slow to turn into an integer
+_MATH_SECONDS = 5  # of math-verify for one text, where it can measure them
+
+Where = Literal["boxed", "hashes", "tag", "last_number", "first_number", "text"]
+PLACES: tuple[str, ...] = get_args(Where)
 
 
 def find_numbers(text: str) -> list[Fraction]:
@@ -63,6 +68,99 @@ def last_boxed(text: str) -> str | None:
         if depth == 0:
             return text[start:end]
     return None
+
+
+def tag_answer(text: str, tag: str = "answer") -> str | None:
+    """Returns what the last complete ``<tag>...</tag>`` holds, None without one.
+
+    >>> tag_answer("<think>2 or 3?</think><answer> 3 </answer>")
+    '3'
+    """
+    end = text.rfind(f"</{tag}>")
+    start = text.rfind(f"<{tag}>", 0, max(end, 0))
+    return None if start < 0 else text[start + len(tag) + 2 : end].strip()
+
+
+def extract_answer(text: str, *, where: Where, tag: str = "answer") -> str | None:
+    r"""Returns the part of a text that is its answer, None when it is not there.
+
+    Args:
+        text: a completion.
+        where: the last ``\boxed{}`` (`boxed`), behind the last ``####`` (`hashes`), in the last
+            ``<tag>...</tag>`` (`tag`), the `last_number` or `first_number`, or the whole `text`.
+        tag: of `tag`.
+
+    >>> extract_answer("so 7. #### 7 ", where="hashes")
+    '7'
+    """
+    if where not in PLACES:
+        raise ValueError(f"where={where!r}: choose one of {', '.join(PLACES)}")
+    if where == "boxed":
+        return None if (boxed := last_boxed(text)) is None else boxed.strip()
+    if where == "hashes":
+        return text.rsplit("####", 1)[1].strip() if "####" in text else None
+    if where == "tag":
+        return tag_answer(text, tag)
+    if where == "text":
+        return text.strip()
+    found = find_numbers(text)
+    return str(found[-1 if where == "last_number" else 0]) if found else None
+
+
+def answers_equal(a: str, b: str, *, tolerance: float = 1e-6) -> bool:
+    """Compares two answers: as numbers where each is one and nothing else, else as texts.
+
+    >>> answers_equal("$1,250.0", "1250"), answers_equal("Paris", "paris")
+    (True, False)
+    """
+    numbers_ = [_only_number(text) for text in (a, b)]
+    if None in numbers_:
+        return texts_equal(a, b)
+    return numbers_equal(*numbers_, tolerance=tolerance)
+
+
+def _only_number(text: str) -> Fraction | None:
+    text = text.strip().strip("$").removesuffix(".").strip()
+    text = _LATEX_FRACTION.sub(r"\1/\2", text.replace("\u2212", "-").replace("{,}", ","))
+    match = _NUMBER.fullmatch(text)
+    return None if match is None else _value(match)
+
+
+def load_math_verify():
+    """Imports math-verify, which decides whether two expressions are equal.
+
+    Raises:
+        ImportError: it is not installed; the message says how.
+    """
+    try:
+        import math_verify
+    except ImportError as error:
+        raise ImportError(
+            f'comparing expressions needs the package math-verify ({error}): pip install "grpo-jax[math]"'
+        ) from None
+    return math_verify
+
+
+def math_equal(text: str, answer: str) -> bool | None:
+    r"""Says whether a text gives the expected answer, as mathematics: ``\frac{1}{2}`` is ``0.5``.
+
+    Args:
+        text: a completion; math-verify looks for LaTeX (``\boxed{}`` first) and plain expressions in it.
+        answer: expected; plain, in ``$...$``, or a text with the answer in ``\boxed{}``.
+
+    Returns:
+        None when math-verify finds no mathematics in the expected answer.
+    """
+    math_verify = load_math_verify()
+    # Its time limits are alarms, which only a main thread may set. Elsewhere a reward's timeout bounds it.
+    seconds = _MATH_SECONDS if threading.current_thread() is threading.main_thread() else None
+    if not re.search(r"\$|\\boxed|\\\(|\\\[", answer):  # LaTeX is read in an environment only
+        answer = f"\\boxed{{{answer}}}"
+    expected = math_verify.parse(answer, parsing_timeout=seconds)
+    if not expected:
+        return None
+    given = math_verify.parse(text, parsing_timeout=seconds)
+    return bool(math_verify.verify(expected, given, timeout_seconds=seconds))
 
 
 def extract_number(text: str, *, which: Literal["last", "first"] = "last") -> Fraction | None:

@@ -283,3 +283,27 @@ def test_every_field_is_documented():
     for record in [record for _, record in sections()] + [records.RewardConfig, Config]:
         for f in dataclasses.fields(record):
             assert f"\n        {f.name}: " in record.__doc__, (record, f.name)
+
+
+@pytest.mark.parametrize(
+    "settings, match",
+    [
+        ({"timeout": 0.0}, "rewards.timeout: 0.0; seconds, above 0"),
+        ({"timeout": float("inf")}, "rewards.timeout: inf"),
+        ({"timeout": 1.0, "workers": 0}, "rewards.workers: 0; at least 1"),
+        ({"timeout": 1.0, "rows_per_call": 0}, "rewards.rows_per_call: 0; at least 1"),
+        ({"workers": 2}, "rewards.workers: 2 needs rewards.timeout"),
+        ({"rows_per_call": 2}, "rewards.rows_per_call: 2 needs rewards.timeout"),
+    ],
+)
+def test_workers_of_a_reward(settings, match):
+    with pytest.raises(ValueError, match=match):
+        records.RewardConfig(function="f", **settings)
+
+
+def test_a_timeout_from_yaml(tmp_path):
+    given = {"rewards": [{"function": "f", "timeout": 5, "workers": 2, "rows_per_call": 1}]}
+    (reward,) = parse("--config", write_yaml(tmp_path / "a.yaml", given)).rewards
+    assert (reward.timeout, reward.workers, reward.rows_per_call) == (5.0, 2, 1)
+    with pytest.raises(ValueError, match=r"timeout: -1\.0; seconds, above 0"):
+        parse("--rewards", "[{function: f, timeout: -1}]")

@@ -23,9 +23,10 @@ FLOORS = {
     2: ("algorithm_config", "attention", "config", "data_config", "decoder", "decoding", "log_probs", "lora",
         "meshes", "optimizers", "packing", "rotary"),
     # the outside world
-    3: ("architectures", "checkpoints", "data", "expressions", "families", "hub_data", "implementations",
-        "models", "notices", "prompt_lengths", "prompts", "reward_functions", "reward_sources", "rewards",
-        "row_files", "sources", "stored_leaves", "tasks", "trackers", "verifiers", "weights"),
+    3: ("architectures", "checkpoints", "data", "expressions", "families", "http_scores", "hub_data",
+        "implementations", "models", "notices", "prompt_lengths", "prompts", "reward_functions",
+        "reward_models", "reward_pool", "reward_sources", "reward_worker", "rewards", "row_files", "sources",
+        "stored_leaves", "tasks", "trackers", "verifiers", "verl_scores", "weights"),
     # the two halves
     4: ("actor", "experience", "groups", "learner"),
     # the commands, and what they share
@@ -50,6 +51,7 @@ DOORS = {
     "pyarrow": {"row_files"},
     "jinja2": {"prompts"},
     "reasoning_gym": {"tasks"},
+    "math_verify": {"verifiers"},
     "torch": set(),
 }
 ALGEBRA = (

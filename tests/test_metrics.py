@@ -606,6 +606,7 @@ def logged(tmp_path_factory):
         "algorithm__name": "dapo", "algorithm__num_minibatches": 2, "algorithm__num_iterations": 2,
         "algorithm__kl_coef": 0.1, "algorithm__kl_target": 1e-4, "algorithm__importance_cap": 2,
         "training__lr_schedule": "linear", "training__num_steps": 5,
+        "rewards": "[{function: numeric_answer, timeout: 60}]",
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as monkeypatch:
         small_run.share_compilations(monkeypatch)

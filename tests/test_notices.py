@@ -44,6 +44,10 @@ CASES = [
     ({"rewards/exact_match/missing": 1.0}, "no value for any completion from the reward exact_match, which"),
     ({"rewards/a/missing": 1.0, "rewards/b/missing": 1.0}, "from the reward a, b, which"),
     ({**DEAD, "rewards/exact_match/missing": 1.0, "reward": 0.0}, "no value for any completion"),
+    (
+        {"rewards/exact_match/timeouts": 0.125, "rewards/exact_match/missing": 0.125},
+        "as the call ran over its timeout or its worker died: exact_match (12.5%)",
+    ),
     ({"completions/clipped_ratio": 1.0, "reward": 0.0}, "every completion was cut off at max_new_tokens"),
     ({"completions/clipped_ratio": 1.0, "reward": -1.0}, "every completion was cut off at max_new_tokens"),
     ({"completions/clipped_ratio": 0.5}, "50% of the completions were cut off"),
@@ -93,6 +97,7 @@ def test_each_under_its_condition(changes, text):
         {"skipped_updates": 7.0},  # some time ago
         {"idle_updates": 7.0},
         {"sampling/kept_mass": 0.9995},
+        {"rewards/exact_match/timeouts": 0.0},
         {"kl": 3.0},
         {"kl": 0.0},
         {"ratio/max": 10.0},

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import time
 from fractions import Fraction
 
 import numpy as np
@@ -39,6 +40,54 @@ BUILT_IN = [
     ("regex_format", {"pattern": "(?s)<a>.*</a>", "search": True}, {}, ["x<a>\n</a>", "<a>"], [1, 0]),
     ("length_penalty", {"target": 4}, {}, ["", "1234", "123456", "1" * 9], [0, 0, -0.5, -1]),
     ("length_penalty", {"target": 0, "window": 10}, {}, ["", "1"], [0, -0.1]),
+    ("length_penalty", {"target": 2, "unit": "words"}, {}, ["a b", "a  b\nc", "a b c d e"], [0, -0.5, -1]),
+    (
+        "answer_match",
+        {"where": "boxed"},
+        {"answer": ["1/2", 7, r"so \boxed{b}", "7"]},
+        [r"\boxed{0.5}", r"\boxed{8} 7", r"\boxed{b}", "7"],
+        [1, 0, 1, 0],
+    ),
+    ("answer_match", {"where": "hashes"}, {"answer": ["a #### 18", "18"]}, ["#### 18.0", "18"], [1, 0]),
+    (
+        "answer_match",
+        {"where": "tag", "tag": "solution"},
+        {"answer": ["Paris", "Paris"]},
+        ["<solution>Paris</solution>", "<answer>Paris</answer>"],
+        [1, 0],
+    ),
+    ("answer_match", {"where": "text", "tolerance": 0.1}, {"answer": [3, 3]}, ["3.2", "it is 3"], [1, 0]),
+    (
+        "think_format",
+        {},
+        {},
+        [
+            "<think>a</think><answer>b</answer>",
+            " <think>a\n</think>\n<answer></answer>\n",
+            "<think>a</think> b <answer>c</answer>",
+            "<think>a</think><answer>b</answer> c",
+            "<think>a<think></think><answer>b</answer>",
+            "<answer>b</answer><think>a</think>",
+            "<think>a</think>",
+            "",
+        ],
+        [1, 1, 0, 0, 0, 0, 0, 0],
+    ),
+    (
+        "think_format",
+        {"tags": ["a.b"], "opened": True},
+        {},
+        ["x</a.b>", "<a.b>x</a.b>", "x</a_b>", "x"],
+        [1, 0, 0, 0],
+    ),
+    (
+        "repetition_penalty",
+        {},
+        {},
+        ["a b c d", "a B c A b C", "x x x x x", "one two", ""],
+        [0, -0.25, -2 / 3, 0, 0],
+    ),
+    ("repetition_penalty", {"ngram": 1}, {}, ["a a a a", "a b"], [-0.75, 0]),
     (
         "required_words",
         {"words": ["Sun", "moon"]},
@@ -63,7 +112,12 @@ def test_built_in_rewards(name, arguments, columns, texts, expected):
 
 
 def test_every_built_in_is_documented_and_tested():
-    assert {case[0] for case in BUILT_IN} == set(REWARDS)
+    elsewhere = {
+        "math_answer",
+        "http_score",
+        "reward_model",
+    }  # below, and in files of theirs
+    assert {case[0] for case in BUILT_IN} == set(REWARDS) - elsewhere
     assert all(function.__doc__ for function in REWARDS.values())
 
 
@@ -77,6 +131,13 @@ def test_every_built_in_is_documented_and_tested():
         ("length_penalty", {"target": -1}, "target=-1"),
         ("length_penalty", {"target": 0}, "window"),
         ("length_penalty", {"target": "long"}, "length_penalty"),
+        ("length_penalty", {"target": 1, "unit": "tokens"}, "unit='tokens'"),
+        ("answer_match", {}, "needs the argument `where`"),
+        ("answer_match", {"where": "box"}, "where='box': choose one of boxed, hashes"),
+        ("answer_match", {"where": "tag", "tolerance": 1}, "tolerance=1"),
+        ("think_format", {"tags": "think"}, "tags='think'"),
+        ("think_format", {"tags": []}, "at least one name"),
+        ("repetition_penalty", {"ngram": 0}, "ngram=0"),
         ("numeric_answer", {"which": "middle"}, "middle"),
         ("numeric_answer", {"tolerance": -1}, "tolerance=-1"),
         ("numeric_answer", {"answer": "7"}, "`answer` is a column"),
@@ -89,6 +150,38 @@ def test_every_built_in_is_documented_and_tested():
 def test_wrong_arguments_are_found_at_load_time(name, arguments, match):
     with pytest.raises(ValueError, match=match) as caught:
         load(name, **arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_column_is_no_argument_of_a_built_in():
+    """Data may well have a column that is called like an argument."""
+    reward = load("numeric_answer")
+    check_columns([reward], ["answer", "which"])
+    assert scored(reward, ["1 2"], answer=[2], which=["first"]) == [1]
+
+
+def test_the_format_takes_linear_time():
+    hostile = ["<think>" + " \n" * 50_000, "<think>a</think>" + " " * 100_000 + "b", "</think>" * 20_000]
+    started = time.perf_counter()
+    assert scored(load("think_format"), hostile) == [0, 0, 0]
+    assert time.perf_counter() - started < 1
+
+
+def test_math_answer():
+    pytest.importorskip("math_verify")
+    texts = [r"\boxed{\frac12}", "0.5", "<answer>1/2</answer>", "1"]
+    assert scored(load("math_answer"), [*texts[:2], texts[3]], answer=["0.5"] * 3) == [1, 1, 0]
+    assert scored(load("math_answer", where="boxed"), texts, answer=["0.5"] * 4) == [1, 0, 0, 0]
+    assert scored(load("math_answer", where="tag"), texts, answer=["0.5"] * 4) == [0, 0, 1, 0]
+    assert np.isnan(scored(load("math_answer"), ["1"], answer=[""])).all()  # nothing to compare with
+    with pytest.raises(ValueError, match="where='box'"):
+        load("math_answer", where="box")
+
+
+def test_math_answer_without_math_verify(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(ImportError, match=r"pip install .grpo-jax\[math\]") as caught:
+        load("math_answer")
     assert "\n" not in str(caught.value)
 
 

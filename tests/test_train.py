@@ -1,6 +1,7 @@
 """The training command, end to end."""
 
 import json
+import os
 import shutil
 from collections import Counter
 
@@ -324,3 +325,49 @@ def test_learns_addition(tmp_path):
     before, after = (row for row in small_run.rows(tmp_path) if "eval/mean@4" in row)
     assert after["eval/mean@4"] >= before["eval/mean@4"] + 0.20
     assert after["eval/greedy_accuracy"] > before["eval/greedy_accuracy"]
+
+
+def test_a_reward_that_hangs_costs_its_row_and_leaves_nobody_behind(tmp_path, shared, capsys):
+    source = (
+        "import os, time\n"
+        "def f(completions):\n"
+        f"    open('{tmp_path}/pids', 'a').write(f'{{os.getpid()}} ')\n"
+        f"    if not os.path.exists('{tmp_path}/hung'):\n"
+        f"        open('{tmp_path}/hung', 'w').close()\n"
+        "        time.sleep(1000)\n"
+        "    return [float(len(c)) for c in completions]\n"
+    )
+    rewards = rewards_from(tmp_path, source).replace("}", ", timeout: 2, rows_per_call: 8}")
+    config = small_run.config(
+        tmp_path / "run", rewards=rewards, evaluation__num_prompts=0, training__num_steps=2
+    )
+    assert train(config) == 0
+    first, second = small_run.rows(tmp_path / "run")
+    assert first["rewards/f/timeouts"] == first["rewards/f/missing"] == 8 / 32
+    assert second["rewards/f/timeouts"] == second["rewards/f/missing"] == 0
+    assert "its worker died: f (25.0%)" in capsys.readouterr().out
+    assert len(gone(tmp_path / "pids")) == 2
+
+
+def gone(file) -> set[str]:
+    """Checks that no process that wrote its number into a file is there; returns the numbers."""
+    pids = set(file.read_text().split())
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
+    return pids
+
+
+def test_a_run_that_breaks_down_ends_its_workers(tmp_path, shared, monkeypatch):
+    source = (
+        "import os\n"
+        "def f(completions):\n"
+        f"    open('{tmp_path}/pids', 'a').write(f'{{os.getpid()}} ')\n"
+        "    return [0.0] * len(completions)\n"
+    )
+    rewards = rewards_from(tmp_path, source).replace("}", ", timeout: 60}")
+    small_run.crash_at(monkeypatch, "updated", 1)
+    with pytest.raises(small_run.Crash) as caught:
+        train(small_run.config(tmp_path / "run", rewards=rewards, evaluation__num_prompts=0))
+    assert caught.tb is not None  # and with it everything that the run was made of
+    assert len(gone(tmp_path / "pids")) == 1

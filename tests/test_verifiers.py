@@ -1,5 +1,7 @@
 import doctest
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import numpy as np
@@ -8,7 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_jax import verifiers
-from grpo_jax.verifiers import as_number, extract_number, find_numbers, last_boxed, numbers_equal, texts_equal
+from grpo_jax.verifiers import (
+    PLACES,
+    answers_equal,
+    as_number,
+    extract_answer,
+    extract_number,
+    find_numbers,
+    last_boxed,
+    math_equal,
+    numbers_equal,
+    tag_answer,
+    texts_equal,
+)
 
 
 def test_docstring_examples_hold():
@@ -113,3 +127,107 @@ def test_equality_is_tolerant_and_can_be_exact():
     assert not numbers_equal(Fraction(7), Fraction(8))
     assert numbers_equal(Fraction(10**9 + 1), Fraction(10**9))  # relative for large numbers
     assert texts_equal(" a b\n", "a b") and not texts_equal("a  b", "a b")
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("<answer> 3 </answer>", "3"),
+        ("<answer>1</answer> no, <answer>2</answer>.", "2"),
+        ("<answer>1</answer> and <answer>unfinished", "1"),
+        ("<answer>a\nb</answer>", "a\nb"),
+        ("<answer></answer>", ""),
+        ("</answer><answer>", None),
+        ("<answer>never closed", None),
+        ("</answer>", None),
+        ("", None),
+    ],
+)
+def test_the_last_complete_tag(text, expected):
+    assert tag_answer(text) == expected
+    assert tag_answer(text.replace("answer", "x"), "x") == expected
+
+
+EVERYWHERE = r"<answer>1</answer> \boxed{ 2 } or 3, even 7/2 #### 4 kg "
+
+
+@pytest.mark.parametrize(
+    "where, expected, without",
+    [
+        ("boxed", "2", None),
+        ("hashes", "4 kg", None),
+        ("tag", "1", None),
+        ("last_number", "4", None),
+        ("first_number", "1", None),
+        ("text", EVERYWHERE.strip(), "none"),
+    ],
+)
+def test_places_of_an_answer(where, expected, without):
+    assert extract_answer(EVERYWHERE, where=where) == expected
+    assert extract_answer(" none\n", where=where) == without
+    assert where in PLACES
+
+
+def test_an_unknown_place():
+    with pytest.raises(ValueError, match="where='box': choose one of boxed, hashes, tag"):
+        extract_answer("", where="box")
+
+
+@pytest.mark.parametrize(
+    "a, b, equal",
+    [
+        ("7", "7.0", True),
+        ("1,250", "1250", True),
+        ("$\\frac{1}{2}$", "0.5", True),
+        ("7/2", "3.5.", True),
+        ("\u22123", "-3", True),
+        ("7", "8", False),
+        ("7 kg", "7", False),  # text: the unit may be wrong
+        ("7 kg", " 7 kg", True),
+        ("Paris", "Paris\n", True),
+        ("Paris", "paris", False),
+        ("", "0", False),
+        ("1/0", "1/0", True),
+    ],
+)
+def test_answers_are_equal_as_numbers_or_as_texts(a, b, equal):
+    assert answers_equal(a, b) == equal
+    assert answers_equal(b, a) == equal
+
+
+def test_answers_within_a_tolerance():
+    assert answers_equal("3.2", "3", tolerance=0.1) and not answers_equal("3.4", "3", tolerance=0.1)
+
+
+# Mathematics
+
+
+@pytest.mark.parametrize(
+    "text, answer, equal",
+    [
+        (r"so \boxed{\frac{1}{2}}", "0.5", True),
+        (r"so \boxed{0.5}", r"$\frac{1}{2}$", True),
+        (r"$x^2 + 2x + 1$", r"\boxed{(x+1)^2}", True),
+        (r"\boxed{\{1, 2\}}", r"\{2, 1\}", True),
+        (r"The answer is 7.", "7", True),
+        (r"\boxed{8}", "7", False),
+        ("no mathematics", "7", False),
+        (r"\boxed{7}", "", None),
+    ],
+)
+def test_equal_as_mathematics(text, answer, equal):
+    pytest.importorskip("math_verify")
+    assert math_equal(text, answer) is equal
+
+
+def test_mathematics_outside_the_main_thread():
+    """math-verify measures time with signals, which only a main thread may set."""
+    pytest.importorskip("math_verify")
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(math_equal, r"\boxed{\sqrt{4}}", "2").result() is True
+
+
+def test_without_math_verify(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(ImportError, match=r"needs the package math-verify .*grpo-jax\[math\]"):
+        math_equal("7", "7")

@@ -1,0 +1,87 @@
+"""Reward functions written for verl: compute_score(data_source, solution_str, ground_truth, extra_info).
+
+Named as `verl:path/file.py:compute_score`. It is called for one completion at a time, with what its
+datasets have as columns: `data_source`, `extra_info`, and the truth in `reward_model: {ground_truth: ...}`.
+"""
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from grpo_jax.reward_functions import Completion, completion_text
+
+PREFIX = "verl:"
+# Of these columns the data must have one; the first that is there counts.
+TRUTHS = ("ground_truth", "reward_model", "answer")
+_GIVEN = ("data_source", "solution_str", "ground_truth", "extra_info")
+
+
+def adapt_compute_score(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Callable[..., Any]:
+    """Makes a reward function of a compute_score.
+
+    Args:
+        function: compute_score; returns a number, or a mapping with the number as `score`.
+        arguments: further keyword arguments of it.
+
+    Returns:
+        f(completions, ...) with the columns `ground_truth`, `reward_model` or `answer`, and, if there are
+        any, `data_source` (else "") and `extra_info` (else {}).
+
+    Raises:
+        ValueError: the function does not take what verl gives, or not these arguments.
+    """
+    _check(function, arguments)
+
+    def verl_score(
+        completions: Sequence[Completion],
+        ground_truth: Sequence[Any] | None = None,
+        reward_model: Sequence[Any] | None = None,
+        answer: Sequence[Any] | None = None,
+        data_source: Sequence[Any] | None = None,
+        extra_info: Sequence[Any] | None = None,
+    ) -> list[Any]:
+        nested = None if reward_model is None else [row["ground_truth"] for row in reward_model]
+        truths = next(column for column in (ground_truth, nested, answer) if column is not None)
+        return [
+            _number(
+                function(
+                    data_source="" if data_source is None else data_source[i],
+                    solution_str=completion_text(completion),
+                    ground_truth=truths[i],
+                    extra_info={} if extra_info is None else extra_info[i],
+                    **arguments,
+                )
+            )
+            for i, completion in enumerate(completions)
+        ]
+
+    return verl_score
+
+
+def _number(returned: Any) -> Any:
+    if not isinstance(returned, Mapping):
+        return returned
+    if "score" not in returned:
+        raise ValueError(f"compute_score returned a mapping without `score`: it has {', '.join(returned)}")
+    return returned["score"]
+
+
+def _check(function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+    if inspect.iscoroutinefunction(function):
+        raise ValueError("it is async; a reward function is called, not awaited")
+    parameters = inspect.signature(function).parameters.values()
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if not takes_any and (lacking := [name for name in _GIVEN if name not in names]):
+        raise ValueError(
+            f"it has no parameter `{lacking[0]}`; verl calls compute_score({', '.join(_GIVEN)}) by keyword"
+        )
+    for name in arguments:
+        if name in _GIVEN:
+            raise ValueError(f"`{name}` cannot be given in its arguments")
+        if name not in names and not takes_any:
+            own = [n for n in names if n not in _GIVEN]
+            near = difflib.get_close_matches(name, own, n=1)
+            hint = f"did you mean `{near[0]}`?" if near else f"it takes {', '.join(own) or 'none'}"
+            raise ValueError(f"it takes no argument `{name}`; {hint}")

@@ -1,0 +1,123 @@
+"""compute_score functions of verl, as reward functions."""
+
+import pytest
+
+from grpo_jax.config import RewardConfig
+from grpo_jax.rewards import RewardError, check_columns, load_rewards, score
+from grpo_jax.verl_scores import adapt_compute_score
+
+FILE = """\
+def compute_score(data_source, solution_str, ground_truth, extra_info=None, scale=1.0):
+    return scale * (solution_str == ground_truth)
+
+def whatever(**kwargs):
+    return len(kwargs)
+
+def detailed(data_source, solution_str, ground_truth, extra_info):
+    return {"score": 0.5, "acc": True}
+
+def no_score(data_source, solution_str, ground_truth, extra_info):
+    return {"acc": True, "pred": "1"}
+
+def text(data_source, solution_str, ground_truth, extra_info):
+    return "1"
+
+def missing(data_source, solution_str, ground_truth, extra_info):
+    return None
+
+def broken(data_source, solution_str, ground_truth, extra_info):
+    return 1 / len(solution_str)
+
+def two(solution_str, ground_truth):
+    return 0
+
+async def later(data_source, solution_str, ground_truth, extra_info):
+    return 0
+"""
+
+
+@pytest.fixture
+def load(tmp_path):
+    (tmp_path / "judge.py").write_text(FILE)
+
+    def load(name, **arguments):
+        function = f"verl:{tmp_path}/judge.py:{name}"
+        return load_rewards([RewardConfig(function=function, weight=2, arguments=arguments)])[0]
+
+    return load
+
+
+def scored(reward, completions, **columns):
+    return score([reward], ["p"] * len(completions), completions, columns)[:, 0].tolist()
+
+
+def calls_with(**columns):
+    """What compute_score is called with for one completion and these columns."""
+    calls = []
+
+    def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+        calls.append((data_source, solution_str, ground_truth, extra_info))
+        return 1.0
+
+    function = adapt_compute_score(compute_score, {})
+    chat = [[{"role": "assistant", "content": "said"}]]
+    assert function(completions=chat, **columns) == [1.0]
+    return calls
+
+
+def test_columns_are_mapped():
+    info = [{"index": 3}]
+    assert calls_with(answer=[7]) == [("", "said", 7, {})]
+    assert calls_with(answer=[7], ground_truth=["8"], data_source=["gsm8k"], extra_info=info) == [
+        ("gsm8k", "said", "8", {"index": 3})
+    ]
+    nested = [{"style": "rule", "ground_truth": "9"}]
+    assert calls_with(answer=[7], reward_model=nested) == [("", "said", "9", {})]
+
+
+def test_as_a_reward(load):
+    reward = load("compute_score", scale=2.0)
+    assert (reward.name, reward.weight) == ("compute_score", 2.0)
+    assert scored(reward, ["7", "8"], ground_truth=["7", "7"], split=["a", "b"]) == [2, 0]
+    assert scored(load("whatever", strict=True), ["7"], answer=["7"]) == [5]
+    assert scored(load("detailed"), ["7", "8"], answer=["7", "7"]) == [0.5, 0.5]
+    value = scored(load("missing"), ["7"], answer=["7"])[0]
+    assert value != value
+
+
+def test_the_data_must_have_a_truth(load):
+    reward = load("compute_score")
+    check_columns([reward], ["answer"])
+    check_columns([reward], ["reward_model", "data_source"])
+    with pytest.raises(ValueError, match="needs one of the columns `ground_truth`, `reward_model`, `answer`"):
+        check_columns([reward], ["data_source"])
+
+
+@pytest.mark.parametrize(
+    "name, arguments, match",
+    [
+        ("two", {}, "`two` .*has no parameter `data_source`; verl calls compute_score"),
+        ("later", {}, "`later` .*async"),
+        ("compute_score", {"scal": 1}, "takes no argument `scal`; did you mean `scale`"),
+        ("detailed", {"scale": 1}, "takes no argument `scale`; it takes none"),
+        ("compute_score", {"ground_truth": 1}, "`ground_truth` cannot be given"),
+        ("comput_score", {}, "has no `comput_score`; did you mean `compute_score`"),
+    ],
+)
+def test_wrong_turns_are_found_at_load_time(load, name, arguments, match):
+    with pytest.raises(ValueError, match=match) as caught:
+        load(name, **arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name, match",
+    [
+        ("no_score", "mapping without `score`: it has acc, pred.*row 0"),
+        ("text", "returned '1' of type str for row 0"),
+        ("broken", r"raised ZeroDivisionError.* at judge.py:20 on a batch of 2 rows; row 1"),
+    ],
+)
+def test_wrong_values_are_named(load, name, match):
+    with pytest.raises(RewardError, match=match):
+        scored(load(name), ["7", ""], answer=["7", "7"])
