@@ -29,6 +29,8 @@ class ModelConfig:
             the first of these that supports it.
         remat: what the backward pass computes again to save memory: nothing (`none`), all but the results of
             dense layers (`dots`), or every layer from its input (`full`). With the decoder only.
+        chat_template: how chat messages become text: `auto` (the tokenizer's own template), `plain` (lines
+            `role: content`, then `assistant:`; for models without one), or the path of a Jinja file.
     """
 
     type: Literal["policy"] = "policy"
@@ -37,6 +39,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     implementation: Literal["auto", "decoder", "flax"] = "auto"
     remat: Literal["none", "dots", "full"] = "none"
+    chat_template: str = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
