@@ -75,9 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         description="Complete a prompt with a model or a run.",
     )
     enable_compilation_cache()
-    model = load_model_or_run(
-        arguments.model, dtype=arguments.dtype, chat_template=arguments.chat_template
-    )
+    model = load_model_or_run(arguments.model, dtype=arguments.dtype, chat_template=arguments.chat_template)
     prompt = [{"role": "user", "content": arguments.prompt}] if arguments.chat else arguments.prompt
     sequences = encode(model, [prompt])
     length = len(sequences[0])

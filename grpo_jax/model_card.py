@@ -58,8 +58,8 @@ def model_card(
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {name}",
-        f"{source}, trained for {step} updates with grpo_jax: recipe `{recipe.name}` ({recipe.paper}), groups "
-        f"of {algorithm.group_size} completions, {config.training.batch_size} completions per update.",
+        f"{source}, trained for {step} updates with grpo_jax: recipe `{recipe.name}` ({recipe.paper}), "
+        f"groups of {algorithm.group_size} completions, {config.training.batch_size} completions per update.",
         "## Evaluation",
         _evaluation(rows, step),
         "## Training",

@@ -334,8 +334,8 @@ def _set_chat_template(tokenizer: PreTrainedTokenizerFast, chat_template: str) -
         path = Path(chat_template).expanduser()
         if not path.is_file():
             raise FileNotFoundError(
-                f"model.chat_template: {chat_template!r} is no file; give auto, plain, or the path of a Jinja "
-                "file"
+                f"model.chat_template: {chat_template!r} is no file; give auto, plain, or the path of a "
+                "Jinja file"
             )
         tokenizer.chat_template = path.read_text(encoding="utf-8")
         return

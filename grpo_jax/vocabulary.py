@@ -1,4 +1,4 @@
-"""Rows of the embedding that no token has: many models round their vocabulary up to a multiple of 64 or 128."""
+"""Ids that no token has: many models round their vocabulary up to a multiple of 64 or 128."""
 
 import jax.numpy as jnp
 
@@ -8,8 +8,8 @@ from grpo_jax.types import Array, Params, Policy
 def limit_vocabulary(policy: Policy, num_tokens: int) -> Policy:
     """Gives the logits of all ids from num_tokens on the value -inf.
 
-    Such an id is then never sampled, and has no part in a probability, an entropy or a KL; its row of the head
-    has no gradient. Sampler and scorer agree, since both have their logits from here.
+    Such an id is then never sampled, and has no part in a probability, an entropy or a KL; its row of the
+    head has no gradient. Sampler and scorer agree, since both have their logits from here.
 
     Args:
         policy: the model's functions.
@@ -24,6 +24,4 @@ def limit_vocabulary(policy: Policy, num_tokens: int) -> Policy:
         laid_out, params = policy.for_decoding(params, num_rows)
         return limit_vocabulary(laid_out, num_tokens), params
 
-    return policy.replace(
-        unembed=unembed, for_decoding=None if policy.for_decoding is None else for_decoding
-    )
+    return policy.replace(unembed=unembed, for_decoding=None if policy.for_decoding is None else for_decoding)

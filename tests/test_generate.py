@@ -53,7 +53,10 @@ BAD = {
         "prompt of 6 tokens + max_new_tokens 27 exceed the 32 positions of packaged:arithmetic; lower one",
     ),
     "chat": ([*GREEDY, "--chat=true"], "the tokenizer of packaged:arithmetic has no chat template"),
-    "template": ([*GREEDY, "--chat_template=no.jinja"], "model.chat_template: 'no.jinja' is no file; give auto"),
+    "template": (
+        [*GREEDY, "--chat_template=no.jinja"],
+        "model.chat_template: 'no.jinja' is no file; give auto",
+    ),
     "model": (
         ["--model=packaged:none", "--prompt=1"],
         "FileNotFoundError: packaged:none: no such packaged model",

@@ -23,7 +23,7 @@ from grpo_jax.models import encode, load_model, pad_prompts, save_model
 FIXTURES = Path(__file__).parent / "fixtures" / "models"
 TOKENS, EXTRA = 288, 5
 TABLES = {"transformer.wte.weight", "model.embed_tokens.weight", "lm_head.weight"}
-CASES = [("gpt2", "decoder"), ("gpt2", "flax"), ("llama", "decoder"), ("llama", "flax"), ("gemma2", "decoder")]
+CASES = [("gpt2", "decoder"), ("llama", "flax"), ("gemma2", "decoder")]
 each_case = pytest.mark.parametrize(("name", "implementation"), CASES)
 
 
@@ -64,7 +64,9 @@ def sample(model, **settings):
 @each_case
 def test_ids_without_a_token_have_no_probability(models, name, implementation):
     plain, padded = models(name, implementation)
-    hidden = jnp.asarray(np.random.default_rng(1).standard_normal((3, 2, plain.config.hidden_size)), jnp.float32)
+    hidden = jnp.asarray(
+        np.random.default_rng(1).standard_normal((3, 2, plain.config.hidden_size)), jnp.float32
+    )
     logits = padded.policy.unembed(padded.params, hidden)
     assert logits.shape == (3, 2, TOKENS + EXTRA) and np.all(np.asarray(logits[..., TOKENS:]) == -np.inf)
     np.testing.assert_allclose(logits[..., :TOKENS], plain.policy.unembed(plain.params, hidden), atol=1e-5)
@@ -102,15 +104,14 @@ def test_they_would_be_sampled_without_the_limit(models):
 
 
 @each_case
-@pytest.mark.parametrize("chunk_size", [7, 1024])
-def test_gradients_are_those_of_the_model_without_padding(models, name, implementation, chunk_size):
+def test_gradients_are_those_of_the_model_without_padding(models, name, implementation):
     """Of log-probs, entropies and the exact KL; the rows without a token get none as outputs."""
     rollout = sample(models(name, implementation)[0])
 
     def total(model, params):
         reference = jax.tree.map(lambda x: 0.9 * x, params)
         hidden, of_reference = (completion_hidden(model.policy, p, rollout) for p in (params, reference))
-        settings = {"temperature": 1.3, "chunk_size": chunk_size}
+        settings = {"temperature": 1.3, "chunk_size": 7}
         arguments = (params, reference, hidden, of_reference, rollout.tokens)
         exact = token_log_probs_and_kls(model.policy, *arguments, **settings)
         scores = token_log_probs(model.policy, params, hidden, rollout.tokens, **settings)
