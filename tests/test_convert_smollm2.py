@@ -5,12 +5,13 @@ import json
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from grpo_jax.decoding import positions_from_mask
-from grpo_jax.models import decode, encode, load_model
+from grpo_jax.models import decode, encode, load_model, pad_prompts
 
 ROOT = Path(__file__).parent.parent
 FIXTURE = ROOT / "tests" / "fixtures" / "models" / "smollm2"
@@ -77,14 +78,18 @@ def model(gguf, tmp_path_factory):
 
 def test_the_converted_model_is_the_one_that_was_there(model):
     reference = np.load(FIXTURE / "reference.npz")
-    start = 0
-    for length in reference["lengths"]:
-        tokens = reference["tokens"][None, start : start + length]
-        mask = np.ones(tokens.shape, bool)
-        hidden, _ = model.policy.forward(model.params, tokens, mask, positions_from_mask(mask), None)
-        logits = model.policy.unembed(model.params, hidden)[0]
-        np.testing.assert_allclose(logits, reference["logits"][start : start + length], atol=2e-5)
-        start += length
+    starts = np.cumsum(reference["lengths"])[:-1]
+    rows = [row.tolist() for row in np.split(reference["tokens"], starts)]
+    prompts = pad_prompts(rows, 12)
+
+    @jax.jit
+    def run(params, tokens, mask):
+        hidden, _ = model.policy.forward(params, tokens, mask, positions_from_mask(mask), None)
+        return model.policy.unembed(params, hidden)
+
+    logits = run(model.params, prompts.tokens, prompts.mask)
+    for row, actual, expected in zip(rows, logits, np.split(reference["logits"], starts), strict=True):
+        np.testing.assert_allclose(actual[-len(row) :], expected, atol=2e-5)
 
 
 def test_configuration_comes_from_the_metadata(model):

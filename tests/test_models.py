@@ -191,7 +191,7 @@ def test_chat_template_from_a_file(directory, tmp_path):
     model = load_model(str(directory), chat_template=str(template))
     assert encode(model, [CHAT]) == encode(model, ["<user>one and<assistant>two<answer>"])
     template.write_text("{{ raise_exception('no system message here') }}")
-    with pytest.raises(ValueError, match="prompt 0: the chat template refuses .*: no system message here"):
+    with pytest.raises(ValueError, match=r"prompt 0: the chat template refuses .*: no system message here"):
         encode(load_model(str(directory), chat_template=str(template)), [CHAT])
     template.write_text("{% for")
     with pytest.raises(ValueError, match="prompt 0: the chat template refuses these messages"):
