@@ -54,11 +54,12 @@ def model_card(
     source = f"`{config.model.hf_model_name}`"
     if config.model.revision is not None:
         source += f" at revision `{config.model.revision}`"
+    updates = "update" if step == 1 else "updates"
     moved = "" if Path(run) == Path(config.run_dir) else f" --run_dir {run}"
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {name}",
-        f"{source}, trained for {step} updates with grpo_jax: recipe `{recipe.name}` ({recipe.paper}), "
+        f"{source}, trained for {step} {updates} with grpo_jax: recipe `{recipe.name}` ({recipe.paper}), "
         f"groups of {algorithm.group_size} completions, {config.training.batch_size} completions per update.",
         "## Evaluation",
         _evaluation(rows, step),

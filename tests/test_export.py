@@ -84,7 +84,7 @@ def test_errors(run, tmp_path, capsys):
     assert "is not a run directory: it has no config.yaml" in failure([tmp_path, to], capsys)
     assert "max_shard_size: '5 apples'" in failure([run, to, "--max_shard_size=5 apples"], capsys)
     assert "max_shard_size: '0GB'" in failure([run, to, "--max_shard_size=0GB"], capsys)
-    assert "did you mean 'max_shard_size'?" in failure([run, to, "--max_shard=1"], capsys)
+    assert "did you mean 'max_shard_size'?" in failure([run, to, "--shard_size=1"], capsys)
     assert "run" in failure([to], capsys) and "to" in failure([run], capsys)
     assert not (tmp_path / "out").exists()
 
