@@ -3,6 +3,7 @@
 import functools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -11,13 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from grpo_jax import architectures
 from grpo_jax.decoding import generate
-from grpo_jax.log_probs import (
-    completion_hidden,
-    completion_log_probs,
-    token_log_probs,
-    token_log_probs_and_kls,
-)
+from grpo_jax.log_probs import completion_log_probs, token_log_probs, token_log_probs_and_kls
 from grpo_jax.models import encode, load_model, pad_prompts, save_model
 
 FIXTURES = Path(__file__).parent / "fixtures" / "models"
@@ -95,33 +92,31 @@ def test_they_are_never_sampled_and_the_scorer_agrees(models, name, implementati
 def test_they_would_be_sampled_without_the_limit(models):
     """Negative control."""
     _, padded = models("gpt2", "decoder")
-    config = padded.config
-    from grpo_jax import architectures
-
-    policy = architectures.make_policy(config, dtype=jnp.float32)
-    rollout = sample(padded.__class__(**{**padded.__dict__, "policy": policy}))
+    policy = architectures.make_policy(padded.config, dtype=jnp.float32)
+    rollout = sample(replace(padded, policy=policy))
     assert np.asarray(rollout.tokens).max() >= TOKENS
 
 
 @each_case
 def test_gradients_are_those_of_the_model_without_padding(models, name, implementation):
     """Of log-probs, entropies and the exact KL; the rows without a token get none as outputs."""
-    rollout = sample(models(name, implementation)[0])
+    width = models(name, implementation)[0].config.hidden_size
+    hidden, of_reference = jax.random.normal(jax.random.key(2), (2, 3, 5, width))
+    tokens = jax.random.randint(jax.random.key(3), (3, 5), 0, TOKENS)
 
-    def total(model, params):
+    def total(model, params, hidden):
         reference = jax.tree.map(lambda x: 0.9 * x, params)
-        hidden, of_reference = (completion_hidden(model.policy, p, rollout) for p in (params, reference))
         settings = {"temperature": 1.3, "chunk_size": 7}
-        arguments = (params, reference, hidden, of_reference, rollout.tokens)
+        arguments = (params, reference, hidden, of_reference, tokens)
         exact = token_log_probs_and_kls(model.policy, *arguments, **settings)
-        scores = token_log_probs(model.policy, params, hidden, rollout.tokens, **settings)
+        scores = token_log_probs(model.policy, params, hidden, tokens, **settings)
         terms = (*exact, *scores)
         return sum((i + 1) * jnp.mean(x) for i, x in enumerate(terms)), [jnp.mean(x) for x in terms]
 
     results = []
     for model in models(name, implementation):
-        grad = jax.jit(jax.grad(functools.partial(total, model), has_aux=True))
-        results.append(grad(model.params))
+        grad = jax.jit(jax.grad(functools.partial(total, model), argnums=(0, 1), has_aux=True))
+        results.append(grad(model.params, hidden))
     (plain, plain_terms), (padded, padded_terms) = results
     np.testing.assert_allclose(padded_terms, plain_terms, atol=1e-5)
     largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(plain))
