@@ -10,6 +10,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import docstring_parser
 import jax
 import jsonargparse
 
@@ -17,7 +18,13 @@ from grpo_jax.huge_pages import use_huge_pages
 
 
 def parse_record(
-    record: type, argv: list[str] | None, *, command: str, description: str, config_option: bool = True
+    record: type,
+    argv: list[str] | None,
+    *,
+    command: str,
+    description: str,
+    config_option: bool = True,
+    positional: str | None = None,
 ) -> Any:
     """Parses a command line (and YAML files given with --config) into a frozen record.
 
@@ -30,6 +37,7 @@ def parse_record(
         command: shown in --help, such as `python -m grpo_jax.train`.
         description: shown in --help.
         config_option: whether --config reads YAML files of the same keys.
+        positional: the field that is given without its name, if any.
 
     Raises:
         ValueError: an unknown key (the message suggests the nearest), or a value of the wrong type.
@@ -37,7 +45,9 @@ def parse_record(
     parser = jsonargparse.ArgumentParser(prog=command, description=description, exit_on_error=False)
     if config_option:
         parser.add_argument("--config", action="config", help="YAML file with any of the options below")
-    parser.add_class_arguments(record)
+    if positional is not None:
+        parser.add_argument(positional, help=_documentation(record)[positional])
+    parser.add_class_arguments(record, skip={positional} - {None})
     keys = [action.dest for action in parser._actions]
     try:
         parsed = parser.parse_args(_spell_out_flags(record, sys.argv[1:] if argv is None else argv))
@@ -48,6 +58,11 @@ def parse_record(
     if config_option:
         values.pop("config")
     return record(**values)
+
+
+def _documentation(record: type) -> dict[str, str]:
+    """Returns what a record's docstring says about each field."""
+    return {p.arg_name: p.description or "" for p in docstring_parser.parse(record.__doc__ or "").params}
 
 
 def _spell_out_flags(record: type, argv: list[str]) -> list[str]:

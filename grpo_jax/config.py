@@ -32,6 +32,8 @@ class ModelConfig:
             dense layers (`dots`), or every layer from its input (`full`). With the decoder only.
         attention: `shared` (a group's completions attend to one copy of its prompt), or `cudnn`: flash
             attention on an NVIDIA GPU, with bfloat16; memory then grows linearly with the length of a row.
+        chat_template: how chat messages become text: `auto` (the tokenizer's own template), `plain` (lines
+            `role: content`, then `assistant:`; for models without one), or the path of a Jinja file.
     """
 
     type: Literal["policy"] = "policy"
@@ -41,6 +43,7 @@ class ModelConfig:
     implementation: Literal["auto", "decoder", "flax"] = "auto"
     remat: Literal["none", "dots", "full"] = "none"
     attention: Literal["shared", "cudnn"] = "shared"
+    chat_template: str = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

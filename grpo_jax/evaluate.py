@@ -239,7 +239,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     enable_compilation_cache()
     config = _resolve(arguments)
-    model = load_model_or_run(arguments.model, dtype=config.model.dtype)
+    named = config.model
+    model = load_model_or_run(arguments.model, dtype=named.dtype, chat_template=named.chat_template)
     parts = build(config, model=model)
     if not parts.task.evaluation:
         raise ValueError("there are no held-out prompts: give data.eval_file, and num_prompts above 0")

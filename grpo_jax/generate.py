@@ -25,6 +25,7 @@ class GenerateArguments:
         model: a local directory, a hub id, `packaged:<name>`, or a run directory.
         prompt: the text to complete.
         chat: send the prompt as a user message through the model's chat template.
+        chat_template: of a model, see --help of train: `auto`, `plain` or a Jinja file; a run has its own.
         num_samples: completions.
         max_new_tokens: tokens at most.
         temperature: 0 is greedy.
@@ -38,6 +39,7 @@ class GenerateArguments:
     model: str
     prompt: str
     chat: bool = False
+    chat_template: str = "auto"
     num_samples: int = 1
     max_new_tokens: int = 64
     temperature: float = 1.0
@@ -73,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         description="Complete a prompt with a model or a run.",
     )
     enable_compilation_cache()
-    model = load_model_or_run(arguments.model, dtype=arguments.dtype)
+    model = load_model_or_run(arguments.model, dtype=arguments.dtype, chat_template=arguments.chat_template)
     prompt = [{"role": "user", "content": arguments.prompt}] if arguments.chat else arguments.prompt
     sequences = encode(model, [prompt])
     length = len(sequences[0])

@@ -209,7 +209,9 @@ def _of_logits(logits: Array, tokens: Array) -> tuple[Array, Array, Array]:
     weights = jnp.exp(shifted)
     total = jnp.sum(weights, axis=-1)
     log_total = jnp.log(total)
-    entropies = log_total - jnp.sum(jnp.where(weights > 0, weights * shifted, 0), axis=-1) / total
+    # The zero stands before the product, so that the derivative of 0 * -inf is never taken.
+    surprise = weights * jnp.where(weights > 0, shifted, 0)
+    entropies = log_total - jnp.sum(surprise, axis=-1) / total
     picked = jnp.take_along_axis(shifted, tokens[:, None], axis=-1)[:, 0]
     return picked - log_total, entropies, largest[:, 0] + log_total
 

@@ -23,6 +23,7 @@ from grpo_jax.decoder import REMAT
 from grpo_jax.implementations import IMPLEMENTATIONS, choose_implementation
 from grpo_jax.sources import find_directory, read_json
 from grpo_jax.types import Params, Policy, Prompts
+from grpo_jax.vocabulary import limit_vocabulary
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _TOKENIZER_FILES = (
@@ -31,6 +32,11 @@ _TOKENIZER_FILES = (
     "tokenizer.model",
     "spiece.model",
     "sentencepiece.bpe.model",
+)
+# A line per message, for models that were never taught to chat.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 
 
@@ -69,6 +75,7 @@ def load_model(
     implementation: str = "auto",
     remat: str = "none",
     attention: str = "shared",
+    chat_template: str = "auto",
 ) -> Model:
     """Loads a model from a directory, the Hugging Face hub, or the package.
 
@@ -82,7 +89,9 @@ def load_model(
         implementation: `decoder` (ours), `flax` (that of transformers), or `auto`, the first that is right.
         remat: what a layer's backward pass computes again, `none`, `dots` or `full`; see `make_decoder`.
         attention: `shared`, or `cudnn` on NVIDIA in bfloat16; see `attend_flash`.
-    Returns: the model.
+        chat_template: how messages become text: `auto` (the tokenizer's own template), `plain` (a line
+            `role: content` each, then `assistant:`), or the path of a Jinja file. It is exported, too.
+    Returns: the model. Ids that its tokenizer does not have are never sampled, see `limit_vocabulary`.
     Raises: FileNotFoundError for what is not there, ValueError for what is not supported.
     """
     if dtype not in DTYPES:
@@ -97,6 +106,7 @@ def load_model(
     config = families.read_config(raw, hf_model_name)
     implementation = choose_implementation(config, implementation, source=hf_model_name)
     tokenizer = load_tokenizer(directory, hf_model_name)
+    _set_chat_template(tokenizer, chat_template)
     if (largest := max(tokenizer.get_vocab().values(), default=-1)) >= config.vocab_size:
         raise ValueError(
             f"{hf_model_name}: the tokenizer has {len(tokenizer)} tokens with ids up to {largest}, the "
@@ -104,6 +114,11 @@ def load_model(
         )
     generation_config = read_json(directory / "generation_config.json") or {}
     eos_ids = _eos_ids(generation_config, config, tokenizer, hf_model_name)
+    if min(eos_ids) > largest:
+        raise ValueError(
+            f"{hf_model_name}: eos_token_id {min(eos_ids)} is beyond the tokenizer, whose ids go up to "
+            f"{largest}: no completion could end"
+        )
 
     chosen = IMPLEMENTATIONS[implementation]
     params = weights.read_params(
@@ -112,8 +127,11 @@ def load_model(
         embedding=chosen.embedding_path(config),
         buffers=chosen.buffers(config),
     )
+    policy = chosen.make_policy(config, dtype=DTYPES[dtype], remat=remat, attention=attention)
+    if largest + 1 < config.vocab_size:
+        policy = limit_vocabulary(policy, largest + 1)
     return Model(
-        policy=chosen.make_policy(config, dtype=DTYPES[dtype], remat=remat, attention=attention),
+        policy=policy,
         params=params,
         tokenizer=tokenizer,
         config=config,
@@ -125,13 +143,20 @@ def load_model(
     )
 
 
-def save_model(model: Model, params: Params, directory: str | os.PathLike) -> None:
+def save_model(
+    model: Model,
+    params: Params,
+    directory: str | os.PathLike,
+    *,
+    max_shard_size: int = weights.MAX_SHARD_SIZE,
+) -> None:
     """Writes a directory that PyTorch transformers, and `load_model`, open as it is.
 
     Args:
         model: where configuration and tokenizer come from.
         params: parameters to save, float32, the pytree of `model.params`.
-        directory: made if it does not exist; files of the same names are replaced.
+        directory: made if it does not exist; files of the same names are replaced, as are older weights.
+        max_shard_size: bytes, see `write_params`.
     Raises: ValueError when `params` are not of the model's structure, shapes and dtype.
     """
 
@@ -150,7 +175,7 @@ def save_model(model: Model, params: Params, directory: str | os.PathLike) -> No
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    weights.write_params(directory / weights.SAFETENSORS, params)
+    weights.write_params(directory, params, max_shard_size=max_shard_size)
     config = model.config.to_diff_dict() | {
         "model_type": model.config.model_type,
         "architectures": [families.torch_class_name(model.config)],
@@ -272,10 +297,11 @@ def _render(model: Model, i: int, messages: list[dict]) -> str:
     if model.tokenizer.chat_template is None:
         raise ValueError(
             f"prompt {i} is a list of messages, but the tokenizer of {model.source} has no chat template: "
-            "give strings, or a model tuned for chat"
+            "give strings, a model tuned for chat, or set model.chat_template to plain or to a Jinja file"
         )
-    for token in _control_tokens(model.tokenizer).values():
-        if token in json.dumps(messages, ensure_ascii=False):
+    spelled = json.dumps(messages, ensure_ascii=False)
+    for token in (t.content for t in model.tokenizer.added_tokens_decoder.values() if t.special):
+        if token in spelled:
             # The template mixes text and control tokens in one string: there it would become control.
             raise ValueError(f"prompt {i}: a message spells the control token {token!r}: take it out")
     try:
@@ -304,6 +330,22 @@ def load_tokenizer(directory: Path, source: str) -> PreTrainedTokenizerFast:
             f"{source}: {type(tokenizer).__name__} is a slow tokenizer; a tokenizer.json is needed"
         )
     return tokenizer
+
+
+def _set_chat_template(tokenizer: PreTrainedTokenizerFast, chat_template: str) -> None:
+    if chat_template == "auto":
+        return
+    if chat_template != "plain":
+        path = Path(chat_template).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"model.chat_template: {chat_template!r} is no file; give auto, plain, or the path of a "
+                "Jinja file"
+            )
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        return
+    starts_with_bos = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    tokenizer.chat_template = ("{{ bos_token }}" if starts_with_bos else "") + PLAIN_TEMPLATE
 
 
 def _eos_ids(generation_config: dict, config: Any, tokenizer: Any, source: str) -> tuple[int, ...]:

@@ -198,6 +198,7 @@ def _load_named_model(config: Config) -> Model:
         implementation=named.implementation,
         remat=named.remat,
         attention=named.attention,
+        chat_template=named.chat_template,
     )
 
 
@@ -279,31 +280,54 @@ def check_same_run(config: Config, other: Config) -> None:
         )
 
 
-def load_model_or_run(name: str, *, dtype: str = "float32") -> Model:
+def load_model_or_run(name: str, *, dtype: str = "float32", chat_template: str = "auto") -> Model:
     """Loads a model, or the newest checkpoint of a run.
 
     Args:
         name: a model as in `load_model`, or a run directory.
         dtype: compute dtype of a model; a run has its own.
+        chat_template: of a model, as in `load_model`; a run has its own.
     """
     if not (Path(name) / "config.yaml").is_file():
-        return load_model(name, dtype=dtype)
-    config = read_config(name)
-    directory = Path(name) / "checkpoints"
+        return load_model(name, dtype=dtype, chat_template=chat_template)
+    return load_run(name)[0]
+
+
+def load_run(run_dir: str | Path, *, step: int | None = None) -> tuple[Model, int]:
+    """Loads the model of a run with the parameters of one of its checkpoints.
+
+    Args:
+        run_dir: its directory.
+        step: of the checkpoint; None: the newest that is whole.
+
+    Returns:
+        (the model, the checkpoint's step).
+
+    Raises:
+        ValueError: it is no run, or has no such checkpoint.
+    """
+    config = read_config(run_dir)
+    directory = Path(run_dir) / "checkpoints"
     if not directory.is_dir():
-        raise ValueError(f"the run {name} has no checkpoint yet")
+        raise ValueError(f"the run {run_dir} has no checkpoint yet")
     model = _load_named_model(config)
     # Any schedule makes an optimizer state of the same shape; the run's data and rewards are not needed.
     optimizer = _make_optimizer(config, make_schedule(config.training.learning_rate))
     template = jax.eval_shape(lambda: init_train_state(model.policy, model.params, optimizer))
-    return replace(model, params=restore_params(directory, template), source=name)
+    found, params = restore_checkpoint(directory, template, step=step)
+    return replace(model, params=params, source=str(run_dir)), found
 
 
-def restore_params(directory: Path, template: TrainState) -> Params:
-    """Returns the parameters of the newest checkpoint, without touching the directory."""
+def restore_checkpoint(
+    directory: Path, template: TrainState, *, step: int | None = None
+) -> tuple[int, Params]:
+    """Returns a checkpoint's (step, parameters) without touching the directory; step None is the newest."""
     checkpoints = Checkpoints(directory, read_only=True)
     try:
-        _, state, _, _ = checkpoints.restore_latest(template)
+        if step is None:
+            step, state, _, _ = checkpoints.restore_latest(template)
+        else:
+            state, _, _ = checkpoints.restore(step, template)
     finally:
         checkpoints.close()
-    return state.params
+    return step, state.params

@@ -22,6 +22,7 @@ from grpo_jax.evaluate import evaluate_parts
 from grpo_jax.kl import adapt_kl_coef
 from grpo_jax.learner import mix_params, train_step
 from grpo_jax.log_probs import completion_log_probs, tokens_in_use
+from grpo_jax.model_card import write_card
 from grpo_jax.models import save_model
 from grpo_jax.notices import Notices
 from grpo_jax.plan import make_plan
@@ -239,6 +240,7 @@ def train(config: Config) -> int:
         return 128 + interrupts.signum
     target = Path(config.run_dir) / "hf"
     save_model(parts.model, progress.state.params, target)
+    write_card(config, target, step=progress.step)
     print(f"saved {target}, a directory that transformers opens", flush=True)
     return 0
 

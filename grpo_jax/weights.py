@@ -23,6 +23,7 @@ from safetensors.numpy import save_file
 from grpo_jax.types import Params
 
 SAFETENSORS, MSGPACK = "model.safetensors", "flax_model.msgpack"
+MAX_SHARD_SIZE = 5 * 10**9  # bytes
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _FLAX_LEAVES = {"kernel", "embedding", "scale"}
 _FLOATS = [np.dtype(t) for t in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)]
@@ -78,21 +79,54 @@ def read_params(
     return unflatten_dict(params)
 
 
-def write_params(path: Path, params: Params) -> None:
-    """Writes parameters as a safetensors file with PyTorch names and layouts.
+def write_params(directory: Path, params: Params, *, max_shard_size: int = MAX_SHARD_SIZE) -> None:
+    """Writes parameters as safetensors with PyTorch names and layouts, in place of older weights.
 
     Args:
-        path: the file; an existing one is replaced only when the new one is complete.
+        directory: gets model.safetensors; or, where that would be larger than max_shard_size, shards with an
+            index. An existing file is replaced only when the new one is complete.
         params: pytree of float32 arrays.
+        max_shard_size: bytes of tensors in one file; a single larger tensor has a file of its own.
     """
-    tensors = {}
-    for key, value in flatten_dict(params).items():
-        value = np.asarray(jax.device_get(value))
-        tensors[torch_name(key)] = np.ascontiguousarray(value.T if key[-1] == "kernel" else value)
-    unfinished = path.with_name(path.name + ".unfinished")
-    save_file(tensors, unfinished, metadata={"format": "pt"})
-    unfinished.chmod(0o644)  # safetensors writes files that only their owner can read
-    os.replace(unfinished, path)
+    shards = _into_shards(flatten_dict(params), max_shard_size)
+    count, weight_map = len(shards), {}
+    for number, shard in enumerate(shards, start=1):
+        file = SAFETENSORS if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+        tensors = {}
+        for key, value in shard.items():
+            value = np.asarray(jax.device_get(value))
+            tensors[torch_name(key)] = np.ascontiguousarray(value.T if key[-1] == "kernel" else value)
+        unfinished = directory / f"{file}.unfinished"
+        save_file(tensors, unfinished, metadata={"format": "pt"})
+        unfinished.chmod(0o644)  # safetensors writes files that only their owner can read
+        os.replace(unfinished, directory / file)
+        weight_map |= dict.fromkeys(tensors, file)
+    index = directory / f"{SAFETENSORS}.index.json"
+    if count > 1:
+        content = {"metadata": {"total_size": _num_bytes(params)}, "weight_map": weight_map}
+        index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    # Weights of an export before this one would be read first, or fill the disk.
+    older = {*directory.glob("model-?????-of-?????.safetensors"), directory / SAFETENSORS}
+    for path in older - {directory / file for file in weight_map.values()}:
+        path.unlink(missing_ok=True)
+    if count == 1:
+        index.unlink(missing_ok=True)
+
+
+def _num_bytes(tree: Params) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _into_shards(leaves: dict[tuple[str, ...], jax.Array], max_size: int) -> list[dict]:
+    """Distributes parameters, in their order, over as many files as it takes."""
+    shards, size = [{}], 0
+    for key, leaf in leaves.items():
+        if shards[-1] and size + _num_bytes(leaf) > max_size:
+            shards.append({})
+            size = 0
+        shards[-1][key] = leaf
+        size += _num_bytes(leaf)
+    return shards
 
 
 def torch_name(path: tuple[str, ...]) -> str:

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from grpo_jax.tasks.arithmetic import split_problems
-from grpo_jax.weights import SAFETENSORS, write_params
+from grpo_jax.weights import write_params
 
 EOS, UNKNOWN = "<|endoftext|>", "<|unknown|>"
 VOCABULARY = [*"0123456789+-*= ", UNKNOWN, EOS]
@@ -185,7 +185,7 @@ def pretrain(model: FlaxGPT2LMHeadModel, args: argparse.Namespace):
 def save(params, config: GPT2Config, directory: Path) -> None:
     """Writes weights, configuration and tokenizer in the Hugging Face layout."""
     directory.mkdir(parents=True, exist_ok=True)
-    write_params(directory / SAFETENSORS, params)
+    write_params(directory, params)
     # save_pretrained leaves out what equals today's defaults; this file should say all about the model.
     fields = config.to_dict()
     own = fields.keys() - PretrainedConfig().to_dict().keys()

@@ -21,7 +21,7 @@ FLOORS = {
     1: ("advantages", "kl", "losses", "metrics", "recipes", "sampling", "shaping", "surrogates"),
     # the policy. The configuration is vocabulary, but it validates the names of recipes, so it stands here.
     2: ("algorithm_config", "attention", "config", "data_config", "decoder", "decoding", "log_probs", "lora",
-        "meshes", "optimizers", "packing", "rotary"),
+        "meshes", "optimizers", "packing", "rotary", "vocabulary"),
     # the outside world
     3: ("architectures", "checkpoints", "data", "expressions", "families", "http_scores", "hub_data",
         "implementations", "models", "notices", "prompt_lengths", "prompts", "reward_functions",
@@ -30,7 +30,8 @@ FLOORS = {
     # the two halves
     4: ("actor", "experience", "groups", "learner"),
     # the commands, and what they share
-    5: ("cli", "evaluate", "generate", "huge_pages", "plan", "progress", "run", "runs", "train"),
+    5: ("cli", "evaluate", "export", "generate", "huge_pages", "model_card", "plan", "progress", "run",
+        "runs", "train"),
 }  # fmt: skip
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
 # What `import grpo_jax` may load: floors 0 to 2 and the train step.

@@ -36,6 +36,7 @@ GOOD = {
     "top_p": [*SAMPLED, "--top_p=1e-6"],
     "min_p": [*SAMPLED, "--min_p=0.999"],
     "bfloat16": [*GREEDY, "--dtype=bfloat16"],
+    "plain chat": [*GREEDY, "--chat", "--chat_template=plain", "--max_new_tokens=1", "--temperature=1"],
     "whole": [*GREEDY, "--max_new_tokens=26"],
 }
 BAD = {
@@ -52,6 +53,10 @@ BAD = {
         "prompt of 6 tokens + max_new_tokens 27 exceed the 32 positions of packaged:arithmetic; lower one",
     ),
     "chat": ([*GREEDY, "--chat=true"], "the tokenizer of packaged:arithmetic has no chat template"),
+    "template": (
+        [*GREEDY, "--chat_template=no.jinja"],
+        "model.chat_template: 'no.jinja' is no file; give auto",
+    ),
     "model": (
         ["--model=packaged:none", "--prompt=1"],
         "FileNotFoundError: packaged:none: no such packaged model",
@@ -91,6 +96,10 @@ def test_samples_follow_the_seed(results):
 @pytest.mark.parametrize("name", ["top_k", "top_p", "min_p"])
 def test_truncated_to_the_likeliest_token(name, results):
     assert texts(results, name) == ["46"] * 20
+
+
+def test_a_message_through_the_plain_template(results):
+    assert len(texts(results, "plain chat")) == 1
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -160,6 +160,46 @@ def test_chat_messages(gpt2, llama):
         encode(llama, [{"role": "user", "content": "hi"}])
 
 
+def test_a_model_without_a_chat_template_names_the_option(gpt2):
+    with pytest.raises(ValueError, match=r"set model\.chat_template to plain or to a Jinja file"):
+        encode(gpt2, [[{"role": "user", "content": "one"}]])
+
+
+CHAT = [{"role": "user", "content": "one and"}, {"role": "assistant", "content": "two"}]
+PLAIN = "user: one and\nassistant: two\nassistant:"
+
+
+def test_plain_chat_template(tmp_path):
+    model = load_model(str(FIXTURES / "gpt2"), chat_template="plain")
+    assert encode(model, [CHAT, PLAIN])[0] == encode(model, [PLAIN])[0]
+    with pytest.raises(ValueError, match="a message spells the control token"):
+        encode(model, [[{"role": "user", "content": "one<|endoftext|>"}]])
+    save_model(model, model.params, tmp_path)  # whoever uses the export renders as in training
+    assert encode(load_model(str(tmp_path)), [CHAT]) == encode(model, [CHAT])
+
+
+def test_plain_chat_template_starts_as_the_models_other_prompts_do_and_replaces_its_own(llama):
+    model = load_model(str(FIXTURES / "llama"), chat_template="plain")
+    ids, text = encode(model, [CHAT, PLAIN])
+    assert ids == text and ids[0] == EOS and ids.count(EOS) == 1
+    assert encode(llama, [CHAT])[0] != ids
+
+
+def test_chat_template_from_a_file(directory, tmp_path):
+    template = tmp_path / "mine.jinja"
+    template.write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<answer>")
+    model = load_model(str(directory), chat_template=str(template))
+    assert encode(model, [CHAT]) == encode(model, ["<user>one and<assistant>two<answer>"])
+    template.write_text("{{ raise_exception('no system message here') }}")
+    with pytest.raises(ValueError, match=r"prompt 0: the chat template refuses .*: no system message here"):
+        encode(load_model(str(directory), chat_template=str(template)), [CHAT])
+    template.write_text("{% for")
+    with pytest.raises(ValueError, match="prompt 0: the chat template refuses these messages"):
+        encode(load_model(str(directory), chat_template=str(template)), [CHAT])
+    message = refusal(directory, FileNotFoundError, chat_template="plian")
+    assert message == "model.chat_template: 'plian' is no file; give auto, plain, or the path of a Jinja file"
+
+
 def test_empty_prompt_is_refused_by_number(gpt2):
     with pytest.raises(ValueError, match=r"prompt 1 .* has no tokens"):
         encode(gpt2, ["one", ""])

@@ -20,7 +20,7 @@ from grpo_jax.runs import (
     check_same_run,
     load_model_or_run,
     read_config,
-    restore_params,
+    restore_checkpoint,
     write_config,
 )
 from grpo_jax.tasks import Example, load_task
@@ -312,7 +312,7 @@ def test_model_or_run_that_is_neither(tmp_path):
 def test_looking_at_a_run_leaves_it_alone(run):
     files = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     template = jax.eval_shape(build(read_config(run)).init_state)
-    restore_params(run / "checkpoints", template)
+    restore_checkpoint(run / "checkpoints", template)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == files
 
 

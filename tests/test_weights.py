@@ -252,5 +252,35 @@ def test_export_keeps_the_one_private_key_that_matters(tmp_path):
 
 
 def test_a_written_file_can_be_read_by_others(tmp_path):
-    weights.write_params(tmp_path / "model.safetensors", {"a": {"kernel": np.zeros((2, 3), np.float32)}})
+    weights.write_params(tmp_path, {"a": {"kernel": np.zeros((2, 3), np.float32)}})
     assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_large_exports_are_cut_into_shards(tmp_path):
+    """As PyTorch transformers cuts them; a tensor over the limit has a file of its own."""
+    model = load_model(str(UNTIED))
+    save_model(model, model.params, tmp_path, max_shard_size=4000)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    sizes = [sum(t.nbytes for t in load_file(file).values()) for file in files]
+    assert index["metadata"]["total_size"] == sum(sizes) == sum(t.nbytes for t in tensors_of().values())
+    assert max(sizes) > 4000  # the embedding
+    for file, size in zip(files, sizes, strict=True):
+        names = load_file(file).keys()
+        assert {index["weight_map"][name] for name in names} == {file.name}
+        assert size <= 4000 or len(names) == 1
+        assert file.stat().st_mode & 0o777 == 0o644
+    assert_same(load_model(str(tmp_path)).params, model.params)
+
+
+@pytest.mark.parametrize(("first", "second"), [(4000, 10**9), (10**9, 4000), (4000, 9000)])
+def test_an_export_leaves_nothing_of_the_one_before(tmp_path, first, second):
+    model = load_model(str(UNTIED))
+    save_model(model, model.params, tmp_path / "fresh", max_shard_size=second)
+    moved = jax.tree.map(lambda leaf: leaf + 1, model.params)
+    save_model(model, moved, tmp_path / "again", max_shard_size=first)
+    save_model(model, model.params, tmp_path / "again", max_shard_size=second)
+    names = [sorted(path.name for path in (tmp_path / d).iterdir()) for d in ("fresh", "again")]
+    assert names[0] == names[1]
+    assert_same(load_model(str(tmp_path / "again")).params, model.params)

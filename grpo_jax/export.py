@@ -1,0 +1,71 @@
+"""Writes a checkpoint of a run as a model directory.
+
+python -m grpo_jax.export runs/arithmetic --to models/adder
+"""
+
+import re
+import sys
+from dataclasses import dataclass
+
+from grpo_jax.cli import parse_record, run_command
+from grpo_jax.model_card import write_card
+from grpo_jax.models import save_model
+from grpo_jax.runs import load_run, read_config
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportArguments:
+    """Arguments of the command.
+
+    Args:
+        run: a run directory.
+        to: directory to write; made if it does not exist, and files of the same names are replaced.
+        step: of the checkpoint; null: the newest.
+        max_shard_size: of one file of weights, such as `5GB` or `500MB`.
+    """
+
+    run: str
+    to: str
+    step: int | None = None
+    max_shard_size: str = "5GB"
+
+
+def parse_size(text: str) -> int:
+    """Returns bytes: `5GB`, `500 MB` or a plain number.
+
+    Raises:
+        ValueError: it is none of these, or 0.
+
+    >>> parse_size("1.5kb")
+    1500
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B|)", text.strip().upper())
+    size = round(float(found[1]) * _UNITS[found[2]]) if found else 0
+    if size < 1:
+        raise ValueError(f"max_shard_size: {text!r}; a size such as 5GB, 500MB or a number of bytes")
+    return size
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command."""
+    arguments = parse_record(
+        ExportArguments,
+        argv,
+        command="python -m grpo_jax.export",
+        description="Write a checkpoint of a run as a model directory that transformers opens.",
+        config_option=False,
+        positional="run",
+    )
+    size = parse_size(arguments.max_shard_size)
+    config = read_config(arguments.run)
+    model, step = load_run(arguments.run, step=arguments.step)
+    save_model(model, model.params, arguments.to, max_shard_size=size)
+    write_card(config, arguments.to, step=step, run_dir=arguments.run)
+    print(f"saved step {step} of {arguments.run} in {arguments.to}, a directory that transformers opens")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(sys.argv[1:]))
