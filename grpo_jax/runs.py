@@ -2,8 +2,8 @@
 
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import optax
 import yaml
 
 from grpo_jax.actor import Actor
+from grpo_jax.categories import rows_by_category
 from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.cli import parse_record
 from grpo_jax.config import Config, RewardConfig
@@ -49,6 +50,8 @@ class Parts:
     num_steps: int  # optimizer steps of the whole run
     prompt_lengths: frozenset[int]  # token counts that occur among the training prompts
     eval_prompt_length: int
+    eval_rewards: tuple[Reward, ...] = ()  # logged in evaluation, never trained on
+    categories: Mapping[str, Sequence[int]] = field(default_factory=dict)  # category -> held-out rows
 
     @property
     def prompt_length(self) -> int:
@@ -121,9 +124,11 @@ def build(config: Config, *, model: Model | None = None) -> Parts:
     """
     training = config.training
     task = load_data(config.data)
-    rewards = _load_rewards(config, task)
+    rewards, eval_rewards = _load_rewards(config, task)
     for examples in filter(None, (task.train, task.evaluation)):
         check_columns(rewards, examples[0].columns)
+    if task.evaluation:
+        check_columns(eval_rewards, task.evaluation[0].columns)
     model = _load_named_model(config) if model is None else model
     limit = _prompt_limit(config, model)
     train, lengths, num_dropped = _fit(task.train, model, limit, config.data.over_length, "training")
@@ -153,6 +158,8 @@ def build(config: Config, *, model: Model | None = None) -> Parts:
         num_steps=num_steps,
         prompt_lengths=lengths,
         eval_prompt_length=max(eval_lengths, default=0),
+        eval_rewards=eval_rewards,
+        categories=rows_by_category(evaluation, config.evaluation.category),
     )
 
 
@@ -206,14 +213,23 @@ def _make_optimizer(config: Config, schedule: optax.Schedule) -> optax.GradientT
     )
 
 
-def _load_rewards(config: Config, task: Task) -> tuple[Reward, ...]:
+def _load_rewards(config: Config, task: Task) -> tuple[tuple[Reward, ...], tuple[Reward, ...]]:
+    """Returns (the rewards that train, those of evaluation only), all of different names."""
     specs = config.rewards or [RewardConfig(function=name) for name in task.rewards]
     if not specs:
         raise ValueError(
             "rewards: none are given, and prompts from a file have none of their own; "
             "name at least one, such as rewards: [{function: exact_match}]"
         )
-    return load_rewards(specs)
+    only_logged = config.evaluation.rewards
+    for spec in only_logged:
+        if spec.weight != 1:
+            raise ValueError(
+                f"evaluation.rewards: {spec.function} has the weight {spec.weight}, but they are logged one by "
+                "one and never added up; leave it out"
+            )
+    loaded = load_rewards([*specs, *only_logged])
+    return loaded[: len(specs)], loaded[len(specs) :]
 
 
 def _prompt_limit(config: Config, model: Model) -> int | None:

@@ -24,12 +24,13 @@ FLOORS = {
         "optimizers", "packing", "rotary"),
     # the outside world
     3: ("architectures", "checkpoints", "data", "families", "implementations", "models", "notices",
+        "categories", "estimates",
         "reward_functions", "reward_sources", "rewards", "sources", "stored_leaves", "tasks", "trackers",
         "verifiers", "weights"),
     # the two halves
-    4: ("actor", "experience", "groups", "learner"),
+    4: ("actor", "experience", "groups", "learner", "outcomes"),
     # the commands, and what they share
-    5: ("cli", "evaluate", "generate", "huge_pages", "plan", "progress", "run", "runs", "train"),
+    5: ("best", "cli", "evaluate", "generate", "huge_pages", "plan", "progress", "run", "runs", "score", "train"),
 }  # fmt: skip
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
 # What `import grpo_jax` may load: floors 0 to 2 and the train step.
