@@ -18,6 +18,7 @@ from grpo_jax.best import check_best_metric, evaluation_names, forget_best, keep
 from grpo_jax.evaluate import evaluate_parts
 from grpo_jax.evaluate import main as evaluate_main
 from grpo_jax.models import load_model
+from grpo_jax.plan import main as plan_main
 from grpo_jax.runs import build
 from grpo_jax.train import train
 
@@ -192,6 +193,8 @@ def test_an_unknown_metric_is_an_error_before_training(tmp_path, monkeypatch):
         "eval/clipped_ratio (evaluation.num_samples is the k of mean@k)"
     )
     assert not (tmp_path / "run").exists() and "generate" not in compiled
+    with pytest.raises(ValueError, match="evaluation gives no 'reward'; it gives eval/greedy_accuracy,"):
+        plan_main(["--checkpoints.best_metric=reward", "--sampling.max_new_tokens=5"])
 
 
 def test_without_held_out_prompts_there_is_no_best(model, tmp_path):
