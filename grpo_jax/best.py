@@ -1,4 +1,4 @@
-"""The best model of a run so far, by a metric of its evaluation: run_dir/best, apart from what resuming needs.
+"""The best model of a run so far, by a metric of its evaluation: run_dir/best, apart from the resume chain.
 
 run_dir/best is a link to one of the two directories beside it, best.0 and best.1: a new model is written
 whole into the one that is not in use before the link moves, in one step. A kill leaves the old one or the

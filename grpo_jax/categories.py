@@ -37,7 +37,7 @@ def rows_by_category(examples: Sequence[Example], column: str | None) -> dict[st
         rows.setdefault(str(value).replace("/", "_"), []).append(row)
     if len(rows) > MAX_CATEGORIES:
         raise ValueError(
-            f"evaluation.category: `{column}` has {len(rows)} different values among {len(examples)} held-out "
+            f"evaluation.category: `{column}` has {len(rows)} values among {len(examples)} held-out "
             f"prompts; {MAX_CATEGORIES} at most, each has metrics of its own"
         )
     return rows

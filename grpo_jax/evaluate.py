@@ -144,8 +144,8 @@ def _print_results(arguments: EvaluateArguments, parts: Parts) -> None:
 def _print_comparison(arguments: EvaluateArguments, parts: Parts, others: Parts) -> None:
     if others.task.evaluation != parts.task.evaluation:
         raise ValueError(
-            f"{arguments.model} and {arguments.baseline} drop different prompts as too long, so they cannot be "
-            "compared; set data.max_prompt_length to what both take"
+            f"{arguments.model} and {arguments.baseline} drop different prompts as too long, so they "
+            "cannot be compared; set data.max_prompt_length to what both take"
         )
     outcome, baseline = (observe_parts(each, each.model.params) for each in (parts, others))
     mine, theirs = summarize_parts(parts, outcome), summarize_parts(others, baseline)
@@ -157,7 +157,9 @@ def _print_comparison(arguments: EvaluateArguments, parts: Parts, others: Parts)
             "num_prompts": count,
             **mine,
             "baseline": {"model": arguments.baseline, **theirs},
-            "difference": {name: dict(zip(keys, figures, strict=True)) for name, figures in differences.items()},
+            "difference": {
+                name: dict(zip(keys, figures, strict=True)) for name, figures in differences.items()
+            },
         }
         print(json.dumps(document))
         return

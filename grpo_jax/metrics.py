@@ -67,8 +67,8 @@ rewards that train, gives at least 1 (`summarize`):
 
     eval/greedy_accuracy        share of the held-out prompts whose greedy completion is correct
     eval/mean@k                 share of correct ones among all k samples of every prompt
-    eval/pass@k                 share of the prompts with a correct one among k samples; for k = 2, 4, ... below
-                                their number the mean over all choices of k of them
+    eval/pass@k                 share of the prompts with a correct one among k samples; for k = 2, 4, ...
+                                below their number the mean over all choices of k of them
     eval/reward                 mean over the valid samples of the weighted sum, without overlong penalty
     eval/rewards/<name>/mean    as above, of the samples; functions of evaluation.rewards included
     eval/mean_length            mean tokens of the samples, the eos included

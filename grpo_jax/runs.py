@@ -225,8 +225,8 @@ def _load_rewards(config: Config, task: Task) -> tuple[tuple[Reward, ...], tuple
     for spec in only_logged:
         if spec.weight != 1:
             raise ValueError(
-                f"evaluation.rewards: {spec.function} has the weight {spec.weight}, but they are logged one by "
-                "one and never added up; leave it out"
+                f"evaluation.rewards: {spec.function} has the weight {spec.weight}, but they are logged one "
+                "by one and never added up; leave it out"
             )
     loaded = load_rewards([*specs, *only_logged])
     return loaded[: len(specs)], loaded[len(specs) :]

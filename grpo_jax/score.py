@@ -110,7 +110,10 @@ def rehearse(parts: Parts, *, num_prompts: int, num_samples: int) -> Rehearsal:
     scores, seconds_per_call = _judge(parts, repeated, texts, rows)
     weights = [reward.weight for reward in parts.rewards]
     totals, valid = combine(scores, weights, missing=parts.recipe.missing)
-    limit, buffer = config.sampling.max_new_tokens, parts.recipe.overlong_tokens(config.sampling.max_new_tokens)
+    limit, buffer = (
+        config.sampling.max_new_tokens,
+        parts.recipe.overlong_tokens(config.sampling.max_new_tokens),
+    )
     penalty = np.zeros(len(texts), np.float32)
     if buffer:
         penalty = np.asarray(overlong_penalty(lengths, max_length=limit, buffer=buffer))
@@ -207,8 +210,8 @@ def advice(figures: dict[str, Any], *, group_size: int) -> list[str]:
     for name, reward in figures["rewards"].items():
         if reward["missing"] == 1:
             lines.append(
-                f"the reward {name} gives no value at all and takes no part: None is not 0. Does it look for a "
-                "column or a format that is not there?"
+                f"the reward {name} gives no value at all and takes no part: None is not 0. Does it look "
+                "for a column or a format that is not there?"
             )
         elif reward["missing"] >= 0.5:
             lines.append(f"the reward {name} gives no value for {reward['missing']:.0%} of the completions")
@@ -233,8 +236,8 @@ def _cure(figures: dict[str, Any]) -> str:
         return "the model can do this already; take harder prompts"
     if chances[-1] == 0:
         return (
-            "no completion is right, so take easier prompts, a reward with more grades, or a model that knows "
-            "the format"
+            "no completion is right, so take easier prompts, a reward with more grades, or a model that "
+            "knows the format"
         )
     return "a larger algorithm.group_size, algorithm.dynamic_sampling or prompts of medium difficulty help"
 
@@ -266,9 +269,8 @@ def _print(figures: dict[str, Any], samples: list[dict[str, Any]], lines: list[s
         return ["-" if figures.get(name) is None else f"{figures[name]:.4g}" for name in names]
 
     console = ConsoleTracker(0)
-    console.message(
-        f"{figures['model']}: {figures['num_prompts']} training prompts × {figures['num_samples']} completions"
-    )
+    prompts, samples_each = figures["num_prompts"], figures["num_samples"]
+    console.message(f"{figures['model']}: {prompts} training prompts × {samples_each} completions")
     names = ["weight", "mean", "std", *_QUANTILES, "missing", "seconds_per_call"]
     rows = [[name, *cells(reward, names)] for name, reward in figures["rewards"].items()]
     rows.append(["total", *cells(figures["total"], names)])
@@ -279,12 +281,14 @@ def _print(figures: dict[str, Any], samples: list[dict[str, Any]], lines: list[s
     console.show(figures_table("groups without a signal", ["G", *sizes], [["expected share", *dead]]))
     chances = figures["pass@k"]
     passes = [f"{chance:.1%}" for chance in chances.values()]
-    console.show(figures_table("correct: the first reward is 1 or more", ["k", *chances], [["pass@k", *passes]]))
+    console.show(
+        figures_table("correct: the first reward is 1 or more", ["k", *chances], [["pass@k", *passes]])
+    )
     if samples:
         console.show(samples_table("completions", samples))
     console.message(
-        f"mean length {figures['mean_length']:.1f} tokens, {figures['clipped_ratio']:.1%} cut off at the limit, "
-        f"{figures['tokens_per_second']:.0f} tokens/s"
+        f"mean length {figures['mean_length']:.1f} tokens, {figures['clipped_ratio']:.1%} cut off at the "
+        f"limit, {figures['tokens_per_second']:.0f} tokens/s"
     )
     for line in lines:
         console.message(f"note: {line}")

@@ -72,7 +72,7 @@ def test_dead_groups_by_hand():
     mixed = np.repeat([[0.0, 1.0]], 150, axis=0).reshape(1, 300)
     assert 0 < dead_group_share(mixed, 100) < 1e-30  # no overflow
     for size in (0, 5):
-        with pytest.raises(ValueError, match=f"groups of {size} need at least {size} samples per prompt, not 4"):
+        with pytest.raises(ValueError, match=f"groups of {size} need at least {size} samples .* not 4"):
             dead_group_share(rewards, size)
 
 
@@ -92,7 +92,8 @@ def test_difference_and_interval_against_every_resample():
     """All 5^5 resamples of 5 prompts, equally likely, give the exact interval."""
     mine, theirs = np.array([1.0, 0, 1, 1, 0]), np.array([0.0, 0, 1, 0, 1])
     resamples = np.array(list(itertools.product(range(5), repeat=5)))
-    exact = np.quantile((mine - theirs)[resamples].mean(axis=1), [0.025, 0.975])
+    differences = (mine - theirs)[resamples].mean(axis=1)
+    exact = np.quantile(differences, [0.025, 0.975], method="inverted_cdf")
     value, low, high = paired_bootstrap(mine, theirs)
     assert value == pytest.approx(0.2)
     assert (low, high) == pytest.approx(tuple(exact))
@@ -108,10 +109,9 @@ def test_means_of_unequal_counts():
         total, count = sums[resamples].sum(axis=1), counts[resamples].sum(axis=1)
         return np.array([t / c if c else 0 for t, c in zip(total, count, strict=True)])
 
-    exact = np.quantile(mean(sums, counts) - mean(theirs, their_counts), [0.05, 0.95])
-    value, low, high = paired_bootstrap(
-        sums, theirs, counts=counts, baseline_counts=their_counts, level=0.9
-    )
+    differences = mean(sums, counts) - mean(theirs, their_counts)
+    exact = np.quantile(differences, [0.05, 0.95], method="inverted_cdf")
+    value, low, high = paired_bootstrap(sums, theirs, counts=counts, baseline_counts=their_counts, level=0.9)
     assert value == pytest.approx(4 / 5 - 2 / 5)
     assert (low, high) == pytest.approx(tuple(exact))
 

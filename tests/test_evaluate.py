@@ -11,9 +11,9 @@ import small_run
 from safetensors.numpy import load_file, save_file
 
 from grpo_jax import evaluate as command
+from grpo_jax.categories import rows_by_category
 from grpo_jax.cli import run_command
 from grpo_jax.decoding import generate
-from grpo_jax.categories import rows_by_category
 from grpo_jax.evaluate import evaluate
 from grpo_jax.models import decode, encode, load_model, pad_prompts
 from grpo_jax.rewards import Reward
@@ -130,9 +130,7 @@ def test_results_of_each_category_are_those_of_its_prompts_alone(model, results)
     got = evaluate_with(model, categories=rows)
     assert {name: got[name] for name in results} == results
     assert set(got) - set(results) == {
-        f"eval/{category}/{name}"
-        for category in rows
-        for name in ("greedy_accuracy", "mean@4", "pass@4")
+        f"eval/{category}/{name}" for category in rows for name in ("greedy_accuracy", "mean@4", "pass@4")
     }
     for name in ("greedy_accuracy", "mean@4", "pass@4"):
         parts = [got[f"eval/{category}/{name}"] * len(indices) for category, indices in rows.items()]
@@ -162,11 +160,16 @@ def test_a_configs_temperature_rewards_and_category(model, results, tmp_path):
         "evaluation__rewards": "[{function: exact_match}]",
     }  # fmt: skip
     parts = build(small_run.config(tmp_path, **changes), model=model)
-    assert [reward.name for reward in (*parts.rewards, *parts.eval_rewards)] == ["exact_match", "exact_match_2"]
+    assert [reward.name for reward in (*parts.rewards, *parts.eval_rewards)] == [
+        "exact_match",
+        "exact_match_2",
+    ]
     assert parts.sampling["temperature"] == 1.0
     got = command.evaluate_parts(parts, model.params)
     assert got["eval/mean@2"] == got["eval/greedy_accuracy"] == results["eval/greedy_accuracy"]
-    assert got["eval/rewards/exact_match_2/mean"] == got["eval/rewards/exact_match/mean"] == got["eval/mean@2"]
+    assert (
+        got["eval/rewards/exact_match_2/mean"] == got["eval/rewards/exact_match/mean"] == got["eval/mean@2"]
+    )
     answers = [example.columns["answer"] for example in EXAMPLES]
     assert {f"eval/{answer}/mean@2" for answer in answers} <= set(got)
 
@@ -311,7 +314,9 @@ def test_different_prompts_are_not_compared(run, tmp_path):
     }
     config = small_run.write_yaml(tmp_path / "c.yaml", content)
     argv = [f"--model={run}", f"--baseline={short}", f"--config={config}"]
-    with pytest.raises(ValueError, match="drop different prompts as too long, so they cannot be compared; set"):
+    with pytest.raises(
+        ValueError, match="drop different prompts as too long, so they cannot be compared; set"
+    ):
         command.main(argv)
 
 
@@ -334,10 +339,18 @@ def test_rows_by_category():
     [
         (with_column("a"), "knd", "evaluation.category: 'knd' is no column of the held-out prompts: `kind`"),
         ([Example("1+1=", {})], "kind", "'kind' is no column of the held-out prompts: none"),
-        (with_column("a", None), "kind", "`kind` of held-out prompt 1 is None; a category is a text, a number"),
+        (
+            with_column("a", None),
+            "kind",
+            "`kind` of held-out prompt 1 is None; a category is a text, a number",
+        ),
         (with_column(["a"]), "kind", r"`kind` of held-out prompt 0 is \['a'\]; a category"),
         (with_column(""), "kind", "`kind` of held-out prompt 0 is ''; a category"),
-        (with_column(*range(21)), "kind", "`kind` has 21 different values among 21 held-out prompts; 20 at most"),
+        (
+            with_column(*range(21)),
+            "kind",
+            "`kind` has 21 values among 21 held-out prompts; 20 at most",
+        ),
     ],
 )
 def test_what_is_no_category(examples, column, message):

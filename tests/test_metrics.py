@@ -621,9 +621,7 @@ def test_every_logged_name_is_defined_and_the_other_way_round(logged):
     names = documented_names()
     assert len(names) == len(set(names)) > 40
     # <name> is that of a reward function, <category> a value of a column, @k a number of samples
-    patterns = {
-        n: re.sub("<name>|<category>", "[^/]+", re.escape(n)).replace("@k", r"@\d+") for n in names
-    }
+    patterns = {n: re.sub("<name>|<category>", "[^/]+", re.escape(n)).replace("@k", r"@\d+") for n in names}
     seen = {name for run in logged for row in run for name in row} - {"step"}
     undefined = {s for s in seen if not any(re.fullmatch(p, s) for p in patterns.values())}
     unseen = {n for n, p in patterns.items() if not any(re.fullmatch(p, s) for s in seen)}

@@ -53,12 +53,13 @@ def mine(tmp_path_factory):
 
 
 def parts_of(model, **changes):
-    return build(small_run.config("unused", **changes), model=model)
+    # 3 prompts of 8 samples at a time: one compilation for all of this file
+    return build(small_run.config("unused", evaluation__batch_size=24, **changes), model=model)
 
 
 def printed_json(capsys, *argv):
-    base = ["--sampling.max_new_tokens=5", "--num_prompts=6", "--num_samples=8", *argv, "--json"]
-    assert command.main(base) == 0
+    base = ["--sampling.max_new_tokens=5", "--num_prompts=6", "--num_samples=8", "--evaluation.batch_size=24"]
+    assert command.main([*base, *argv, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -75,9 +76,8 @@ def without_times(figures):
 
 @pytest.fixture(scope="module")
 def rehearsal(model, mine):
-    changes = {"rewards": mine(match=1.0, length=2.0), "evaluation__batch_size": 24}
-    parts = parts_of(model, **changes)
-    return parts, rehearse(parts, num_prompts=5, num_samples=8)  # 3 prompts at a time
+    parts = parts_of(model, rewards=mine(match=1.0, length=2.0))
+    return parts, rehearse(parts, num_prompts=5, num_samples=8)
 
 
 def test_completions_against_a_direct_computation(model, rehearsal):
@@ -134,19 +134,19 @@ def test_figures_against_loops(rehearsal):
 @pytest.mark.parametrize("missing", ["skip", "drop"])
 def test_missing_rewards_are_treated_as_in_training(missing, model, mine):
     parts = parts_of(model, rewards=mine(match=1.0, length=1.0), algorithm__missing=missing)
-    got = rehearse(parts, num_prompts=3, num_samples=4)
+    got = rehearse(parts, num_prompts=3, num_samples=8)
     lacks = np.isnan(got.scores[:, 1])
     assert lacks.any() and (got.valid == (~lacks if missing == "drop" else True)).all()
     figures = report(parts, got)
     assert figures["total"]["missing"] == pytest.approx(lacks.mean() if missing == "drop" else 0)
-    shown = shown_samples(parts, got, 12)
+    shown = shown_samples(parts, got, 24)
     assert [row["reward"] is None for row in shown] == (~got.valid).tolist()
     assert [row["rewards/length"] is None for row in shown] == lacks.tolist()
 
 
 def test_the_penalty_of_overlong_completions_counts(model):
     parts = parts_of(model, algorithm__overlong_buffer=5)
-    got = rehearse(parts, num_prompts=3, num_samples=4)
+    got = rehearse(parts, num_prompts=3, num_samples=8)
     np.testing.assert_allclose(got.rewards, got.scores[:, 0] - got.lengths / 5, rtol=1e-6)
 
 
@@ -185,8 +185,16 @@ def figures(**changes):
     ("changes", "group_size", "expected"),
     [
         ({}, 8, []),
-        ({"rewards": {"a": {"missing": 1.0, "min": None, "max": None}}}, 8, ["reward a gives no value at all"]),
-        ({"rewards": {"a": {"missing": 0.5, "min": 0, "max": 1}}}, 8, ["no value for 50% of the completions"]),
+        (
+            {"rewards": {"a": {"missing": 1.0, "min": None, "max": None}}},
+            8,
+            ["reward a gives no value at all"],
+        ),
+        (
+            {"rewards": {"a": {"missing": 0.5, "min": 0, "max": 1}}},
+            8,
+            ["no value for 50% of the completions"],
+        ),
         (
             {"rewards": {"a": {"missing": 0, "min": 0, "max": 1}, "b": {"missing": 0, "min": 2, "max": 2}}},
             8,
@@ -262,7 +270,11 @@ def test_a_runs_config_is_what_it_takes(tmp_path, capsys):
 
 def test_a_reward_that_fails_is_named(tmp_path, capsys):
     (tmp_path / "bad.py").write_text("def bad(completions):\n    raise KeyError('x')\n")
-    argv = [f"--rewards=[{{function: '{tmp_path}/bad.py:bad'}}]", "--num_prompts=2", "--sampling.max_new_tokens=2"]
+    argv = [
+        f"--rewards=[{{function: '{tmp_path}/bad.py:bad'}}]",
+        "--num_prompts=2",
+        "--sampling.max_new_tokens=2",
+    ]
     with pytest.raises(SystemExit) as exited:
         run_command(lambda: command.main(argv))
     err = capsys.readouterr().err

@@ -36,7 +36,7 @@ _SHOWN_CHARACTERS = 160  # of a prompt (its end) and of a completion (its start)
 
 
 def samples_table(title: str, rows: Sequence[Row]) -> Table:
-    """Makes a table of samples: prompt, completion, reward, rewards/<name>, and the advantage if they have one."""
+    """Makes a table of samples: prompt, completion, reward, rewards/<name>; the advantage if there is one."""
     table = Table(title=Text(printable(title)), title_justify="left")
     names = [name for name in rows[0] if name.startswith("rewards/")] if rows else []
     for heading in ("prompt", "completion"):
