@@ -193,18 +193,30 @@ class EvaluationConfig:
         num_prompts: held-out prompts used (the first ones of the evaluation set); 0: no evaluation.
         num_samples: k, sampled completions per prompt.
         batch_size: completions decoded at once.
+        temperature: of the sampled completions; None: that of training.
+        category: column of the held-out prompts by whose values the results are reported too.
+        rewards: reward functions that are logged and never trained on; the first of them decides what is
+            correct. Without any, the first of the training rewards does.
     """
 
     every: int = 0
     num_prompts: int = 256
     num_samples: int = 4
     batch_size: int = 256
+    temperature: float | None = None
+    category: str | None = None
+    rewards: list[RewardConfig] = field(default_factory=list)
 
     def __post_init__(self):
         _require(self.every >= 0, f"evaluation.every: {self.every}; 0 or more")
         _require(self.num_prompts >= 0, f"evaluation.num_prompts: {self.num_prompts}; 0 or more")
         _require(self.num_samples >= 1, f"evaluation.num_samples: {self.num_samples}; at least 1")
         _require(self.batch_size >= 1, f"evaluation.batch_size: {self.batch_size}; at least 1")
+        heat = self.temperature
+        _require(
+            heat is None or 0 < heat < math.inf,
+            f"evaluation.temperature: {heat}; finite, above 0 (evaluation adds a greedy pass of its own)",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,11 +228,16 @@ class CheckpointConfig:
         keep: checkpoints kept.
         resume: `auto` (continue the run found in run_dir), `never` (refuse a used run_dir), or the
             path of another run to continue from.
+        best_metric: a metric of the evaluation, such as `eval/mean@4`: the model that was best by it is kept
+            in run_dir/best, apart from the checkpoints to continue from. None: none is.
+        best_mode: whether the best value is the largest (`max`) or the smallest (`min`).
     """
 
     every: int = 50
     keep: int = 2
     resume: str = "auto"
+    best_metric: str | None = None
+    best_mode: Literal["max", "min"] = "max"
 
     def __post_init__(self):
         _require(self.every >= 1, f"checkpoints.every: {self.every}; at least 1")
@@ -267,7 +284,8 @@ class Config:
         evaluation: held-out evaluation.
         checkpoints: saving and resuming.
         tracking: where metrics go.
-        run_dir: directory of the run: config.yaml, metrics.jsonl, completions.jsonl, checkpoints/, hf/.
+        run_dir: directory of the run: config.yaml, metrics.jsonl, completions.jsonl, checkpoints/, hf/,
+            and best/ if it is asked for.
     """
 
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)

@@ -66,16 +66,20 @@ Seconds; the first three are 0 where an earlier rollout is used again:
     compilations                programs of `generate`, `completion_log_probs` and `train_step` that training
                                 has compiled or read from the cache in this process; the plan bounds them
 
-Evaluation, in rows of its own; a completion is correct if the first reward function gives at least 1
-(`evaluate`):
+Evaluation, in rows of its own; a completion is correct if the first of evaluation.rewards, or else of the
+rewards that train, gives at least 1 (`summarize`):
 
     eval/greedy_accuracy        share of the held-out prompts whose greedy completion is correct
     eval/mean@k                 share of correct ones among all k samples of every prompt
-    eval/pass@k                 share of the prompts with a correct one among their k samples
+    eval/pass@k                 share of the prompts with a correct one among k samples; for k = 2, 4, ...
+                                below their number the mean over all choices of k of them
     eval/reward                 mean over the valid samples of the weighted sum, without overlong penalty
-    eval/rewards/<name>/mean    as above, of the samples
+    eval/rewards/<name>/mean    as above, of the samples; functions of evaluation.rewards included
     eval/mean_length            mean tokens of the samples, the eos included
     eval/clipped_ratio          share of the samples that hit the limit without an eos
+    eval/<category>/greedy_accuracy  with evaluation.category: the same of the prompts of that category
+    eval/<category>/mean@k      likewise
+    eval/<category>/pass@k      likewise
 """
 
 import jax.numpy as jnp

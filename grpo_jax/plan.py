@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.actor import bucket_length
+from grpo_jax.best import check_best_metric
 from grpo_jax.cli import parse_record, run_command
 from grpo_jax.config import Config
 from grpo_jax.log_probs import CHUNK_SIZE, NUM_ROOMS, PACKED_FROM, completion_hidden, shared_rows
@@ -196,7 +197,9 @@ def main(argv: list[str] | None = None) -> int:
         command="python -m grpo_jax.plan",
         description="Show what a config will do, without doing it.",
     )
-    print(make_plan(build(config)).text())
+    parts = build(config)
+    check_best_metric(parts)
+    print(make_plan(parts).text())
     return 0
 
 

@@ -2,7 +2,8 @@
 
 import math
 import os
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import optax
 import yaml
 
 from grpo_jax.actor import Actor
+from grpo_jax.categories import rows_by_category
 from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.cli import parse_record
 from grpo_jax.config import Config, RewardConfig
@@ -50,6 +52,8 @@ class Parts:
     num_steps: int  # optimizer steps of the whole run
     prompt_lengths: frozenset[int]  # token counts that occur among the training prompts
     eval_prompt_length: int
+    eval_rewards: tuple[Reward, ...] = ()  # logged in evaluation, never trained on
+    categories: Mapping[str, Sequence[int]] = field(default_factory=dict)  # category -> held-out rows
 
     @property
     def prompt_length(self) -> int:
@@ -122,9 +126,11 @@ def build(config: Config, *, model: Model | None = None) -> Parts:
     """
     training = config.training
     task = load_data(config.data)
-    rewards = _load_rewards(config, task)
+    rewards, eval_rewards = _load_rewards(config, task)
     for examples in filter(None, (task.train, task.evaluation)):
         check_columns(rewards, examples[0].columns)
+    if task.evaluation:
+        check_columns(eval_rewards, task.evaluation[0].columns)
     model = _load_named_model(config) if model is None else model
     limit = prompt_limit(model, config.data.max_prompt_length, config.sampling.max_new_tokens)
     over_length = config.data.over_length
@@ -158,6 +164,8 @@ def build(config: Config, *, model: Model | None = None) -> Parts:
         num_steps=num_steps,
         prompt_lengths=train.lengths,
         eval_prompt_length=max(held_out.lengths, default=0),
+        eval_rewards=eval_rewards,
+        categories=rows_by_category(held_out.examples, config.evaluation.category),
     )
 
 
@@ -213,7 +221,8 @@ def _make_optimizer(config: Config, schedule: optax.Schedule) -> optax.GradientT
     )
 
 
-def _load_rewards(config: Config, task: Task) -> tuple[Reward, ...]:
+def _load_rewards(config: Config, task: Task) -> tuple[tuple[Reward, ...], tuple[Reward, ...]]:
+    """Returns (the rewards that train, those of evaluation only), all of different names."""
     specs = config.rewards or [
         RewardConfig(function=name, arguments=dict(task.reward_arguments.get(name, {})))
         for name in task.rewards
@@ -223,7 +232,15 @@ def _load_rewards(config: Config, task: Task) -> tuple[Reward, ...]:
             "rewards: none are given, and prompts from a file have none of their own; "
             "name at least one, such as rewards: [{function: exact_match}]"
         )
-    return load_rewards(specs)
+    only_logged = config.evaluation.rewards
+    for spec in only_logged:
+        if spec.weight != 1:
+            raise ValueError(
+                f"evaluation.rewards: {spec.function} has the weight {spec.weight}, but they are logged one "
+                "by one and never added up; leave it out"
+            )
+    loaded = load_rewards([*specs, *only_logged])
+    return loaded[: len(specs)], loaded[len(specs) :]
 
 
 def config_dict(config: Config) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 
 from grpo_jax.actor import Actor, collect
+from grpo_jax.best import check_best_metric, forget_best, keep_best
 from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.cli import enable_compilation_cache, parse_record, run_command
 from grpo_jax.config import Config
@@ -152,6 +153,14 @@ def _num_programs() -> int:
     return sum(function._cache_size() for function in _JIT_BOUNDARIES)
 
 
+def _evaluate(parts: Parts, progress: Progress, trackers: Trackers) -> None:
+    """Evaluates and logs; exports the model if it is the best so far."""
+    metrics = evaluate_parts(parts, progress.state.params)
+    trackers.log(progress.step, metrics)
+    if text := keep_best(parts, progress.step, metrics, progress.state.params):
+        trackers.message(text)
+
+
 def _loop(
     parts: Parts, progress: Progress, checkpoints: Checkpoints, trackers: Trackers, interrupts: _Interrupts
 ) -> None:
@@ -176,7 +185,7 @@ def _loop(
                 f"with checkpoints.resume: {config.run_dir}"
             )
         if last or (every and step % every == 0):
-            trackers.log(step, evaluate_parts(parts, progress.state.params))
+            _evaluate(parts, progress, trackers)
         if last or step % config.checkpoints.every == 0:
             save(parts, checkpoints, progress)
             saved = step
@@ -196,6 +205,7 @@ def train(config: Config) -> int:
     """
     sources = resume_sources(config)
     parts = build(config)
+    check_best_metric(parts)
     directory = Path(config.run_dir) / "checkpoints"
     progress = restore(parts, sources)
     write_config(config)
@@ -204,6 +214,7 @@ def train(config: Config) -> int:
     if progress is None:
         # A run cut before its first checkpoint starts anew, from a model that may have changed since.
         shutil.rmtree(directory / "reference", ignore_errors=True)
+        forget_best(config.run_dir)
     checkpoints = Checkpoints(directory, keep=config.checkpoints.keep)
     resume_step = None
     if progress is None:
@@ -230,11 +241,11 @@ def train(config: Config) -> int:
     try:
         with trackers, _Interrupts() as interrupts:
             if progress.step == 0:
-                trackers.log(0, evaluate_parts(parts, progress.state.params))
+                _evaluate(parts, progress, trackers)
             _loop(parts, progress, checkpoints, trackers, interrupts)
     finally:
         checkpoints.close()
-        close_rewards(parts.rewards)
+        close_rewards([*parts.rewards, *parts.eval_rewards])
     if interrupts.signum is not None and progress.step < parts.num_steps:
         print(f"interrupted after step {progress.step}, saved; the same command continues it", flush=True)
         return 128 + interrupts.signum

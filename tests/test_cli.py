@@ -11,12 +11,12 @@ import pytest
 import small_run
 from safetensors.numpy import load_file, save_file
 
-from grpo_jax import evaluate, plan, train
+from grpo_jax import evaluate, plan, score, train
 from grpo_jax.cli import enable_compilation_cache, parse_record, run_command
 from grpo_jax.config import Config
 from grpo_jax.sources import PACKAGED
 
-COMMANDS = {"train": train.main, "evaluate": evaluate.main, "plan": plan.main}
+COMMANDS = {"train": train.main, "evaluate": evaluate.main, "plan": plan.main, "score": score.main}
 
 
 def fails(command, *argv, capsys) -> str:

@@ -1,23 +1,24 @@
-"""Evaluation: estimators against enumeration, the model against a direct computation, the command."""
+"""Evaluation: the model against a direct computation, by category, by rewards of its own; the command."""
 
-import itertools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_run
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
 from grpo_jax import evaluate as command
+from grpo_jax.categories import rows_by_category
 from grpo_jax.cli import run_command
 from grpo_jax.decoding import generate
-from grpo_jax.evaluate import evaluate, pass_at_k
+from grpo_jax.evaluate import evaluate
 from grpo_jax.models import decode, encode, load_model, pad_prompts
 from grpo_jax.rewards import Reward
-from grpo_jax.tasks import load_task
+from grpo_jax.runs import build
+from grpo_jax.tasks import Example, load_task
 from grpo_jax.train import train
 
 SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
@@ -30,6 +31,10 @@ def match(completions, answer):
 
 def length(completions):
     return [None if len(c) == 3 else len(c) / 2 for c in completions]
+
+
+def wrong(completions, answer):
+    return [1 - value for value in match(completions, answer)]
 
 
 REWARDS = (
@@ -53,29 +58,6 @@ def evaluate_with(model, **changes):
     return evaluate(model, model.params, EXAMPLES, REWARDS, **arguments)
 
 
-@settings(deadline=None)
-@given(
-    st.integers(1, 6).flatmap(
-        lambda n: st.tuples(
-            st.lists(st.lists(st.booleans(), min_size=n, max_size=n), min_size=1, max_size=4),
-            st.integers(1, n),
-        )
-    )
-)
-def test_pass_at_k_against_enumeration(case):
-    correct, k = np.array(case[0], bool), case[1]
-    subsets = list(itertools.combinations(range(correct.shape[1]), k))
-    expected = np.mean([[row[list(subset)].any() for subset in subsets] for row in correct])
-    assert pass_at_k(correct, k) == pytest.approx(expected, abs=1e-12)
-
-
-def test_pass_at_k_edges():
-    assert pass_at_k(np.array([[True] * 300, [False] * 300]), 200) == 0.5  # no overflow
-    for k in (0, 4):
-        with pytest.raises(ValueError, match=f"pass@{k} needs at least {k} samples per prompt; there are 3"):
-            pass_at_k(np.ones((2, 3), bool), k)
-
-
 def test_against_a_direct_computation(model, results):
     """One prompt at a time, unpadded, through the model itself."""
     greedy, sampled = [], []
@@ -95,6 +77,9 @@ def test_against_a_direct_computation(model, results):
     assert results["eval/greedy_accuracy"] == np.mean(match(greedy, answers))
     assert results["eval/mean@4"] == results["eval/rewards/match/mean"] == correct.mean()
     assert results["eval/pass@4"] == correct.any(axis=1).mean()
+    pairs = [correct[:, [i, j]].any(axis=1) for i in range(4) for j in range(i)]
+    assert results["eval/pass@2"] == pytest.approx(np.mean(pairs))
+    assert "eval/pass@1" not in results  # that is mean@4
     assert results["eval/rewards/length/mean"] == pytest.approx(np.nanmean(lengths))
     total = correct.reshape(-1) + 2 * np.nan_to_num(lengths)
     assert results["eval/reward"] == pytest.approx(total.mean(), rel=1e-6)
@@ -138,6 +123,76 @@ def test_missing_rewards_are_not_correct(model):
         got["eval/greedy_accuracy"] == got["eval/mean@4"] == got["eval/pass@4"] == got["eval/reward"] == 0.0
     )
     assert "eval/rewards/never/mean" not in got
+
+
+def test_results_of_each_category_are_those_of_its_prompts_alone(model, results):
+    rows = {"odd": [1, 3, 4], "even": [0, 2, 5, 6, 7, 8, 9]}
+    got = evaluate_with(model, categories=rows)
+    assert {name: got[name] for name in results} == results
+    assert set(got) - set(results) == {
+        f"eval/{category}/{name}" for category in rows for name in ("greedy_accuracy", "mean@4", "pass@4")
+    }
+    for name in ("greedy_accuracy", "mean@4", "pass@4"):
+        parts = [got[f"eval/{category}/{name}"] * len(indices) for category, indices in rows.items()]
+        assert sum(parts) / 10 == pytest.approx(results[f"eval/{name}"])
+    # A prefix of the prompts has the same noise alone.
+    first = {"num_samples": 4, "max_new_tokens": 5, "sampling": SAMPLING, "batch_size": 40}
+    alone = evaluate(model, model.params, EXAMPLES[:3], REWARDS, **first)
+    got = evaluate_with(model, categories={"first": [0, 1, 2]})
+    for name in ("greedy_accuracy", "mean@4", "pass@4"):
+        assert got[f"eval/first/{name}"] == alone[f"eval/{name}"]
+
+
+def test_rewards_of_evaluation_decide_and_do_not_add_up(model, results):
+    judges = [Reward(name=f"judge_{i}", function=f) for i, f in enumerate((wrong, length))]
+    got = evaluate_with(model, eval_rewards=judges)
+    assert got["eval/mean@4"] == got["eval/rewards/judge_0/mean"] == pytest.approx(1 - results["eval/mean@4"])
+    assert got["eval/greedy_accuracy"] == pytest.approx(1 - results["eval/greedy_accuracy"])
+    assert got["eval/rewards/judge_1/mean"] == results["eval/rewards/length/mean"]
+    for name in ("eval/reward", "eval/rewards/match/mean", "eval/rewards/length/mean"):
+        assert got[name] == results[name]
+
+
+def test_a_configs_temperature_rewards_and_category(model, results, tmp_path):
+    """By way of the config: the temperature is that of evaluation alone, and names stay apart."""
+    changes = {
+        "evaluation__temperature": 1e-6, "evaluation__category": "answer", "evaluation__num_prompts": 10,
+        "evaluation__rewards": "[{function: exact_match}]",
+    }  # fmt: skip
+    parts = build(small_run.config(tmp_path, **changes), model=model)
+    assert [reward.name for reward in (*parts.rewards, *parts.eval_rewards)] == [
+        "exact_match",
+        "exact_match_2",
+    ]
+    assert parts.sampling["temperature"] == 1.0
+    got = command.evaluate_parts(parts, model.params)
+    assert got["eval/mean@2"] == got["eval/greedy_accuracy"] == results["eval/greedy_accuracy"]
+    assert (
+        got["eval/rewards/exact_match_2/mean"] == got["eval/rewards/exact_match/mean"] == got["eval/mean@2"]
+    )
+    answers = [example.columns["answer"] for example in EXAMPLES]
+    assert {f"eval/{answer}/mean@2" for answer in answers} <= set(got)
+
+
+def test_a_reward_of_evaluation_has_no_weight(model, tmp_path):
+    changes = {"evaluation__rewards": "[{function: exact_match, weight: 2}]"}
+    with pytest.raises(ValueError, match=r"evaluation.rewards: exact_match has the weight 2.0, but they are"):
+        build(small_run.config(tmp_path, **changes), model=model)
+
+
+def test_a_reward_of_evaluation_needs_its_columns_only_there(model, tmp_path):
+    train_file, eval_file = tmp_path / "train.jsonl", tmp_path / "eval.jsonl"
+    train_file.write_text('{"prompt": "1+1=", "answer": "2"}\n' * 8)
+    eval_file.write_text('{"prompt": "1+1=", "answer": "2", "truth": "2"}\n')
+    (tmp_path / "mine.py").write_text("def f(completions, truth):\n    return [1.0] * len(completions)\n")
+    changes = {
+        "data__train_file": train_file, "data__eval_file": eval_file, "rewards": "[{function: exact_match}]",
+        "evaluation__rewards": f"[{{function: '{tmp_path}/mine.py:f'}}]",
+    }  # fmt: skip
+    assert build(small_run.config(tmp_path, **changes), model=model).eval_rewards[0].name == "f"
+    eval_file.write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    with pytest.raises(ValueError, match="needs `truth`, which is neither a column"):
+        build(small_run.config(tmp_path, **changes), model=model)
 
 
 def test_no_examples(model):
@@ -205,3 +260,99 @@ def test_command_errors(argv, message, run, capsys):
         run_command(lambda: command.main([f"--model={run}", *argv]))
     err = capsys.readouterr().err
     assert exited.value.code == 2 and err.startswith(message) and err.count("\n") == 1
+
+
+# Two models compared
+
+
+def test_comparison_of_a_model_with_a_run(run, capsys):
+    settings = ("--num_prompts=40", "--num_samples=3", f"--config={run}/config.yaml")
+    got = printed_json(capsys, "--model=packaged:arithmetic", f"--baseline={run}", *settings)
+    mine = printed_json(capsys, "--model=packaged:arithmetic", *settings)
+    theirs = printed_json(capsys, f"--model={run}", *settings)
+    difference, baseline = got.pop("difference"), got.pop("baseline")
+    assert got == mine
+    del theirs["num_prompts"]
+    assert baseline == theirs
+    assert set(difference) == {"eval/greedy_accuracy", "eval/mean@3", "eval/reward"}
+    for name, figures in difference.items():
+        assert figures["value"] == pytest.approx(mine[name] - theirs[name], abs=1e-6)
+        assert figures["low"] <= figures["value"] <= figures["high"]
+    assert difference["eval/mean@3"]["low"] < difference["eval/mean@3"]["high"]
+
+
+def test_a_model_does_not_differ_from_itself(run, capsys):
+    argv = [f"--model={run}", f"--baseline={run}/hf", "--num_prompts=20"]
+    difference = printed_json(capsys, *argv)["difference"]
+    assert all(figures == {"value": 0, "low": 0, "high": 0} for figures in difference.values())
+    assert command.main(argv) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == f"{run} minus {run}/hf on 20 held-out prompts, with 95 % intervals"
+    assert [line.split()[:4] for line in lines] == [
+        [name, "+0.0000", "[+0.0000,", "+0.0000]"] for name in ("greedy_accuracy", "mean@2", "reward")
+    ]
+    greedy = printed_json(capsys, *argv)["eval/greedy_accuracy"]
+    assert lines[0].split()[4:] == [f"{greedy:.4f}", "against", f"{greedy:.4f}"]
+
+
+def test_different_prompts_are_not_compared(run, tmp_path):
+    """One of the models has no room for one of the prompts."""
+    short = tmp_path / "short"
+    shutil.copytree(run / "hf", short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**config, "n_positions": 16, "n_ctx": 16}))
+    tensors = load_file(short / "model.safetensors")
+    cut = {name: value[:16] if "wpe" in name else value for name, value in tensors.items()}
+    save_file(cut, short / "model.safetensors", metadata={"format": "pt"})
+    prompts = tmp_path / "prompts.jsonl"
+    texts = ["11+11=", "1+1+1+1+1+1+1+1="]
+    prompts.write_text("".join(json.dumps({"prompt": text, "answer": "2"}) + "\n" for text in texts))
+    content = {
+        "data": {"train_file": str(prompts), "eval_file": str(prompts), "over_length": "drop"},
+        "rewards": [{"function": "exact_match"}],
+        "sampling": {"max_new_tokens": 5},
+    }
+    config = small_run.write_yaml(tmp_path / "c.yaml", content)
+    argv = [f"--model={run}", f"--baseline={short}", f"--config={config}"]
+    with pytest.raises(
+        ValueError, match="drop different prompts as too long, so they cannot be compared; set"
+    ):
+        command.main(argv)
+
+
+# Categories
+
+
+def with_column(*values):
+    return [Example("1+1=", {"kind": value}) for value in values]
+
+
+def test_rows_by_category():
+    examples = with_column("b", "a/c", 3, True, "b", "3")
+    assert rows_by_category(examples, "kind") == {"b": [0, 4], "a_c": [1], "3": [2, 5], "True": [3]}
+    assert rows_by_category(examples, None) == rows_by_category([], "kind") == {}
+    assert len(rows_by_category(with_column(*range(20)), "kind")) == 20
+
+
+@pytest.mark.parametrize(
+    ("examples", "column", "message"),
+    [
+        (with_column("a"), "knd", "evaluation.category: 'knd' is no column of the held-out prompts: `kind`"),
+        ([Example("1+1=", {})], "kind", "'kind' is no column of the held-out prompts: none"),
+        (
+            with_column("a", None),
+            "kind",
+            "`kind` of held-out prompt 1 is None; a category is a text, a number",
+        ),
+        (with_column(["a"]), "kind", r"`kind` of held-out prompt 0 is \['a'\]; a category"),
+        (with_column(""), "kind", "`kind` of held-out prompt 0 is ''; a category"),
+        (
+            with_column(*range(21)),
+            "kind",
+            "`kind` has 21 values among 21 held-out prompts; 20 at most",
+        ),
+    ],
+)
+def test_what_is_no_category(examples, column, message):
+    with pytest.raises(ValueError, match=message):
+        rows_by_category(examples, column)

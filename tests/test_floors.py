@@ -23,15 +23,15 @@ FLOORS = {
     2: ("algorithm_config", "attention", "config", "data_config", "decoder", "decoding", "log_probs", "lora",
         "meshes", "optimizers", "packing", "rotary", "vocabulary"),
     # the outside world
-    3: ("architectures", "checkpoints", "data", "expressions", "families", "http_scores", "hub_data",
-        "implementations", "models", "notices", "prompt_lengths", "prompts", "reward_functions",
-        "reward_models", "reward_pool", "reward_sources", "reward_worker", "rewards", "row_files", "sources",
-        "stored_leaves", "tasks", "trackers", "verifiers", "verl_scores", "weights"),
+    3: ("architectures", "categories", "checkpoints", "data", "estimates", "expressions", "families",
+        "http_scores", "hub_data", "implementations", "models", "notices", "prompt_lengths", "prompts",
+        "reward_functions", "reward_models", "reward_pool", "reward_sources", "reward_worker", "rewards",
+        "row_files", "sources", "stored_leaves", "tasks", "trackers", "verifiers", "verl_scores", "weights"),
     # the two halves
-    4: ("actor", "experience", "groups", "learner"),
+    4: ("actor", "experience", "groups", "learner", "outcomes"),
     # the commands, and what they share
-    5: ("cli", "evaluate", "export", "generate", "huge_pages", "model_card", "plan", "progress", "run",
-        "runs", "train"),
+    5: ("best", "cli", "evaluate", "export", "generate", "huge_pages", "model_card", "plan", "progress",
+        "run", "runs", "score", "train"),
 }  # fmt: skip
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
 # What `import grpo_jax` may load: floors 0 to 2 and the train step.

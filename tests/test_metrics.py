@@ -605,7 +605,7 @@ def logged(tmp_path_factory):
     everything = {
         "algorithm__name": "dapo", "algorithm__num_minibatches": 2, "algorithm__num_iterations": 2,
         "algorithm__kl_coef": 0.1, "algorithm__kl_target": 1e-4, "algorithm__importance_cap": 2,
-        "training__lr_schedule": "linear", "training__num_steps": 5,
+        "training__lr_schedule": "linear", "training__num_steps": 5, "evaluation__category": "answer",
         "rewards": "[{function: numeric_answer, timeout: 60}]",
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -621,8 +621,8 @@ def logged(tmp_path_factory):
 def test_every_logged_name_is_defined_and_the_other_way_round(logged):
     names = documented_names()
     assert len(names) == len(set(names)) > 40
-    # <name> is that of a reward function, @k a number of samples
-    patterns = {n: re.escape(n).replace("<name>", "[^/]+").replace("@k", r"@\d+") for n in names}
+    # <name> is that of a reward function, <category> a value of a column, @k a number of samples
+    patterns = {n: re.sub("<name>|<category>", "[^/]+", re.escape(n)).replace("@k", r"@\d+") for n in names}
     seen = {name for run in logged for row in run for name in row} - {"step"}
     undefined = {s for s in seen if not any(re.fullmatch(p, s) for p in patterns.values())}
     unseen = {n for n, p in patterns.items() if not any(re.fullmatch(p, s) for s in seen)}

@@ -24,7 +24,7 @@ from grpo_jax.trackers import (
     redact,
     redaction,
 )
-from grpo_jax.trackers.console import printable
+from grpo_jax.trackers.console import figures_table, printable, samples_table
 from grpo_jax.trackers.wandb import WandbTracker, has_wandb_key
 
 SAMPLE = {
@@ -233,6 +233,20 @@ def test_samples_are_a_table_of_harmless_text(stream, monkeypatch):
     for forbidden in ("\x1b]", "\x07", "\u202e", "\ud800", "\x9b"):
         assert forbidden not in text
     text.encode("utf-8")
+
+
+def test_tables_of_other_things():
+    stream = io.StringIO()
+    tracker = ConsoleTracker(0, stream=stream)
+    tracker.show(figures_table(f"title {HOSTILE}", ["name", "a"], [[HOSTILE, "1"], ["short", "22.5"]]))
+    without = {name: value for name, value in SAMPLE.items() if name != "advantage"}
+    tracker.show(samples_table("samples", [without]))
+    text = stream.getvalue()
+    for forbidden in ("\x1b]", "\x07", "\u202e", "\ud800", "\x9b"):
+        assert forbidden not in text
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if "│" in line]
+    assert ["short", "22.5"] in rows and ["1+1=", "2", "1"] in rows
+    assert "title [red]bold[/red]" in text and "advantage" not in text
 
 
 def test_a_plain_log_has_no_escape_codes_whatever_the_environment(monkeypatch):

@@ -35,21 +35,35 @@ def _figure(value: float | None, spec: str = ".4g") -> str:
 _SHOWN_CHARACTERS = 160  # of a prompt (its end) and of a completion (its start)
 
 
-def _samples_table(step: int, rows: Sequence[Row]) -> Table:
-    table = Table(title=f"step {step}: completions", title_justify="left")
+def samples_table(title: str, rows: Sequence[Row]) -> Table:
+    """Makes a table of samples: prompt, completion, reward, rewards/<name>; the advantage if there is one."""
+    table = Table(title=Text(printable(title)), title_justify="left")
     names = [name for name in rows[0] if name.startswith("rewards/")] if rows else []
     for heading in ("prompt", "completion"):
         table.add_column(heading, overflow="fold", ratio=1)
-    for heading in ("reward", *(n.removeprefix("rewards/") for n in names if len(names) > 1), "advantage"):
-        table.add_column(Text(printable(heading)), justify="right", overflow="fold")
+    figures = ["reward", *(names if len(names) > 1 else [])]
+    figures += ["advantage"] if rows and "advantage" in rows[0] else []
+    for name in figures:
+        heading = printable(name.removeprefix("rewards/"))
+        table.add_column(Text(heading), justify="right", overflow="fold")
     for row in rows:
         prompt, completion = printable(row["prompt"]), printable(row["completion"])
         prompt = prompt if len(prompt) <= _SHOWN_CHARACTERS else "…" + prompt[-_SHOWN_CHARACTERS:]
         more = len(completion) > _SHOWN_CHARACTERS
         completion = completion[:_SHOWN_CHARACTERS] + ("…" if more else "")
-        figures = ["reward", *(names if len(names) > 1 else []), "advantage"]
         cells = [prompt, completion, *(_figure(row.get(name), ".3g") for name in figures)]
         table.add_row(*map(Text, cells))
+    return table
+
+
+def figures_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Makes a table whose first column is text and whose other columns are figures."""
+    table = Table(title=Text(printable(title)), title_justify="left")
+    for number, heading in enumerate(headings):
+        justify = "right" if number else "left"
+        table.add_column(Text(printable(heading)), justify=justify, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
     return table
 
 
@@ -141,7 +155,11 @@ class ConsoleTracker:
 
     def log_completions(self, step: int, rows: Sequence[Row]) -> None:
         if rows:
-            self._print(_samples_table(step, rows))
+            self._print(samples_table(f"step {step}: completions", rows))
+
+    def show(self, table: Table) -> None:
+        """Prints a table, above the bar if there is one."""
+        self._print(table)
 
     def message(self, text: str) -> None:
         """Prints a text, above the bar if there is one."""

@@ -1,0 +1,138 @@
+"""The best model of a run so far, by a metric of its evaluation: run_dir/best, apart from the resume chain.
+
+run_dir/best is a link to one of the two directories beside it, best.0 and best.1: a new model is written
+whole into the one that is not in use before the link moves, in one step. A kill leaves the old one or the
+new one, and what best.json says is always true of the model beside it.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grpo_jax.evaluate import summarize_parts
+from grpo_jax.models import save_model
+from grpo_jax.outcomes import Outcome
+from grpo_jax.runs import Parts
+from grpo_jax.types import Params
+
+_SLOTS = ("best.0", "best.1")
+
+
+def evaluation_names(parts: Parts) -> list[str]:
+    """Returns the names of what every evaluation of a run gives; [] if it has no held-out prompts."""
+    prompts, k = len(parts.task.evaluation), parts.config.evaluation.num_samples
+    if not prompts:
+        return []
+    nothing = Outcome(
+        greedy=np.zeros(prompts, bool),
+        correct=np.zeros((prompts, k), bool),
+        scores=np.zeros((prompts * k, len(parts.rewards) + len(parts.eval_rewards)), np.float32),
+        totals=np.zeros((prompts, k), np.float32),
+        valid=np.zeros((prompts, k), bool),
+        lengths=np.zeros(prompts * k),
+        finished=np.zeros(prompts * k, bool),
+    )
+    return list(summarize_parts(parts, nothing))
+
+
+def check_best_metric(parts: Parts) -> None:
+    """Checks that evaluation will give the metric by which the best model is chosen.
+
+    Raises:
+        ValueError: it will not; the message lists the names that it gives.
+    """
+    metric, names = parts.config.checkpoints.best_metric, evaluation_names(parts)
+    if metric is None or metric in names:
+        return
+    if not names:
+        raise ValueError(
+            f"checkpoints.best_metric: {metric!r} needs held-out prompts, and there are none: give "
+            "data.eval_file, and evaluation.num_prompts above 0"
+        )
+    raise ValueError(
+        f"checkpoints.best_metric: evaluation gives no {metric!r}; it gives {', '.join(names)} "
+        "(evaluation.num_samples is the k of mean@k)"
+    )
+
+
+def read_best(run_dir: str | Path) -> dict[str, Any] | None:
+    """Returns the step, metric, mode and value of a run's best model, None if it has none.
+
+    Raises:
+        ValueError: best.json is not what was written.
+    """
+    path = Path(run_dir) / "best" / "best.json"
+    try:
+        best = json.loads(path.read_text())
+        return {name: best[name] for name in ("step", "metric", "mode", "value")}
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is damaged; remove {path.parent} to choose a best model anew") from None
+
+
+def keep_best(parts: Parts, step: int, metrics: Mapping[str, float], params: Params) -> str | None:
+    """Exports the model to run_dir/best if its evaluation is better than that of the one there.
+
+    A value that is missing or not finite is no improvement, an equal one neither. A best model by another
+    metric or mode is replaced.
+
+    Args:
+        parts: of the run.
+        step: optimizer steps done.
+        metrics: of the evaluation at this step.
+        params: what was evaluated.
+
+    Returns:
+        a line that says so, None if nothing was exported.
+    """
+    checkpoints, run_dir = parts.config.checkpoints, Path(parts.config.run_dir)
+    metric, mode = checkpoints.best_metric, checkpoints.best_mode
+    value = None if metric is None else metrics.get(metric)
+    if value is None or not math.isfinite(value):
+        return None
+    best = read_best(run_dir)
+    if best is not None and (best["metric"], best["mode"]) == (metric, mode):
+        improved = value > best["value"] if mode == "max" else value < best["value"]
+        if not improved:
+            return None
+    entry = {"step": step, "metric": metric, "mode": mode, "value": float(value)}
+    _export(parts, params, entry)
+    return f"step {step}: {metric} {value:.4g} is the best so far; the model is in {run_dir / 'best'}"
+
+
+def _export(parts: Parts, params: Params, entry: dict[str, Any]) -> None:
+    best = Path(parts.config.run_dir) / "best"
+    used = os.readlink(best) if best.is_symlink() else None
+    slot, other = (best.with_name(name) for name in (_SLOTS if used != _SLOTS[0] else _SLOTS[::-1]))
+    shutil.rmtree(slot, ignore_errors=True)
+    save_model(parts.model, params, slot)
+    (slot / "best.json").write_text(json.dumps(entry) + "\n")
+    link = best.with_name("best.unfinished")
+    link.unlink(missing_ok=True)
+    link.symlink_to(slot.name)
+    _remove_copy(best)
+    os.replace(link, best)
+    shutil.rmtree(other, ignore_errors=True)
+
+
+def forget_best(run_dir: str | Path) -> None:
+    """Removes the best model that a run left which was cut before its first checkpoint and starts anew."""
+    best = Path(run_dir) / "best"
+    _remove_copy(best)
+    if best.is_symlink():
+        best.unlink()
+    for name in _SLOTS:
+        shutil.rmtree(best.with_name(name), ignore_errors=True)
+
+
+def _remove_copy(best: Path) -> None:
+    """Removes a best model that is a directory: a copy of a run in which the link became one."""
+    if not best.is_symlink() and (best / "best.json").is_file():
+        shutil.rmtree(best)

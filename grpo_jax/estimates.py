@@ -1,0 +1,114 @@
+"""What n samples per prompt say: pass@k and dead groups for other sizes, and differences with their noise."""
+
+import math
+
+import numpy as np
+
+_DRAWS_AT_ONCE = 2_000_000  # of the bootstrap: bounds its memory
+
+
+def doublings(limit: int) -> list[int]:
+    """Returns 1, 2, 4, ... up to limit, and limit itself.
+
+    >>> doublings(6)
+    [1, 2, 4, 6]
+    """
+    return sorted({*(2**i for i in range(limit.bit_length())), limit})
+
+
+def pass_at_k(correct: np.ndarray, k: int) -> float:
+    """Estimates the chance that at least one of k samples is correct, without bias.
+
+    https://arxiv.org/abs/2107.03374, equation 1: ``1 - C(n - c, k) / C(n, k)``, averaged over prompts.
+
+    Args:
+        correct: bool [N, n].
+        k: 1 to n.
+
+    Raises:
+        ValueError: k is larger than n.
+    """
+    n = correct.shape[1]
+    if not 1 <= k <= n:
+        raise ValueError(f"pass@{k} needs at least {k} samples per prompt; there are {n}")
+    wrong = n - correct.sum(axis=1)
+    # C(w, k) / C(n, k) as a product of k factors; it is 0 as soon as w < k.
+    factors = [np.clip(wrong - i, 0, None) / (n - i) for i in range(k)]
+    return float(np.mean(1.0 - np.prod(factors, axis=0)))
+
+
+def dead_group_share(values: np.ndarray, group_size: int, *, valid: np.ndarray | None = None) -> float:
+    """Estimates the share of groups of G completions whose rewards are all equal, without bias.
+
+    Of a prompt's n samples, of which m are invalid and c_v have the value v, G drawn without replacement
+    teach nothing if the valid ones among them have one value at most. The chance of it, averaged over
+    prompts, is ``(C(m, G) + sum_v (C(m + c_v, G) - C(m, G))) / C(n, G)``.
+
+    Args:
+        values: [N, n], compared by equality: rewards, or codes of what makes them equal.
+        group_size: G, 1 to n.
+        valid: bool [N, n], False where the reward is missing; None: all are there.
+
+    Raises:
+        ValueError: G is larger than n.
+    """
+    n = values.shape[1]
+    if not 1 <= group_size <= n:
+        raise ValueError(f"groups of {group_size} need at least {group_size} samples per prompt, not {n}")
+    valid = np.ones(values.shape, bool) if valid is None else valid
+    shares = []
+    for row, there in zip(values, valid, strict=True):
+        counts = np.unique(row[there], return_counts=True)[1].tolist()
+        missing = n - sum(counts)
+        silent = math.comb(missing, group_size)  # draws without any value
+        dead = silent + sum(math.comb(missing + count, group_size) - silent for count in counts)
+        shares.append(dead / math.comb(n, group_size))  # of integers: exact up to the division
+    return float(np.mean(shares))
+
+
+def paired_bootstrap(
+    sums: np.ndarray,
+    baseline_sums: np.ndarray,
+    *,
+    counts: np.ndarray | None = None,
+    baseline_counts: np.ndarray | None = None,
+    num_resamples: int = 10_000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Compares two means on the same prompts, with a percentile interval over resampled prompts.
+
+    A mean is ``sum_i sums_i / sum_i counts_i``, 0 where nothing counts. Both models are resampled together,
+    prompt by prompt: what makes a prompt hard for both cancels.
+
+    Args:
+        sums: [N], what the model's values on each prompt add up to.
+        baseline_sums: [N], the same of the other model.
+        counts: [N], values on each prompt; None: one each.
+        baseline_counts: the same of the other model.
+        num_resamples: draws of N prompts with replacement.
+        level: share of them inside the interval.
+        seed: of the draws.
+
+    Returns:
+        (difference, low, high).
+    """
+    rows = np.stack(
+        [
+            np.ones(len(sums)) if x is None else np.asarray(x, np.float64)
+            for x in (sums, counts, baseline_sums, baseline_counts)
+        ]
+    )  # [4,N]
+
+    def difference(totals: np.ndarray) -> np.ndarray:
+        mine, my_count, theirs, their_count = totals
+        return mine / np.maximum(my_count, 1) - theirs / np.maximum(their_count, 1)
+
+    rng, size = np.random.default_rng(seed), len(sums)
+    at_once = max(1, _DRAWS_AT_ONCE // size)
+    found = []
+    for start in range(0, num_resamples, at_once):
+        drawn = rng.integers(size, size=(min(at_once, num_resamples - start), size))
+        found.append(difference(np.stack([row[drawn].sum(axis=1) for row in rows])))
+    low, high = np.quantile(np.concatenate(found), [(1 - level) / 2, (1 + level) / 2])
+    return float(difference(rows.sum(axis=1))), float(low), float(high)

@@ -1,0 +1,320 @@
+"""A rehearsal before training: what the base model and the rewards make of training prompts.
+
+python -m grpo_jax.score --config configs/grpo_config.yaml
+"""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from grpo_jax.actor import bucket_length, judge
+from grpo_jax.cli import enable_compilation_cache, parse_record, run_command
+from grpo_jax.config import Config
+from grpo_jax.data import Example, batch
+from grpo_jax.estimates import dead_group_share, doublings, pass_at_k
+from grpo_jax.experience import combine
+from grpo_jax.outcomes import is_correct, sample_texts
+from grpo_jax.runs import Parts, build
+from grpo_jax.shaping import overlong_penalty
+from grpo_jax.trackers.console import ConsoleTracker, figures_table, samples_table
+
+_QUANTILES = {"min": 0.0, "25%": 0.25, "50%": 0.5, "75%": 0.75, "max": 1.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreArguments(Config):
+    """A run's config, and how much of it is rehearsed.
+
+    Args:
+        num_prompts: training prompts, the first that the run will draw.
+        num_samples: completions of each; groups of up to that many can be judged.
+        num_shown: samples in the table.
+        json: print one JSON object instead of tables.
+    """
+
+    num_prompts: int = 32
+    num_samples: int = 16
+    num_shown: int = 8
+    json: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, least in (("num_prompts", 1), ("num_samples", 2), ("num_shown", 0)):
+            value = getattr(self, name)
+            if value < least:
+                raise ValueError(f"{name}: {value}; at least {least}")
+
+    def config(self) -> Config:
+        """Returns the config of the run alone."""
+        return Config(**{f.name: getattr(self, f.name) for f in fields(Config)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rehearsal:
+    """N training prompts with n completions each, judged; rows are prompt-major."""
+
+    examples: list[Example]  # N
+    texts: list[str]  # N*n
+    lengths: np.ndarray  # [N*n] tokens
+    finished: np.ndarray  # [N*n] bool
+    scores: np.ndarray  # [N*n,R] float32, NaN for missing
+    rewards: np.ndarray  # [N*n] float32, what trains: the weighted sum and the overlong penalty
+    valid: np.ndarray  # [N*n] bool, where rewards count
+    signals: np.ndarray  # [N,n], equal where a group could not tell two completions apart
+    tokens_per_second: float  # of sampling, compiled
+    seconds_per_call: dict[str, float]  # of each reward function
+    rows_per_call: int
+
+
+def rehearse(parts: Parts, *, num_prompts: int, num_samples: int) -> Rehearsal:
+    """Samples and judges completions of the first prompts of a run, as its config says, without training.
+
+    Args:
+        parts: of the run.
+        num_prompts: N; at most as many as there are training prompts.
+        num_samples: n.
+
+    Raises:
+        RewardError: a reward function failed.
+    """
+    config = parts.config
+    num_prompts = min(num_prompts, len(parts.task.train))
+    examples = batch(parts.task.train, seed=config.training.seed, step=0, num_prompts=num_prompts)
+    room = max(parts.prompt_length, (parts.model.max_positions or 10**9) - config.sampling.max_new_tokens)
+    settings = {
+        "group_size": num_samples,
+        "prompt_length": bucket_length(parts.prompt_length, room),
+        "max_new_tokens": config.sampling.max_new_tokens,
+        "batch_size": config.evaluation.batch_size,
+        "seed": config.training.seed,
+        "sampling": parts.sampling,
+    }
+    # Compiles, so that the time is that of sampling.
+    sample_texts(
+        parts.model,
+        parts.model.params,
+        examples[: max(1, config.evaluation.batch_size // num_samples)],
+        **settings,
+    )
+    started = time.perf_counter()
+    texts, lengths, finished = sample_texts(parts.model, parts.model.params, examples, **settings)
+    seconds = time.perf_counter() - started
+
+    repeated = [example for example in examples for _ in range(num_samples)]
+    rows = config.num_prompts * config.algorithm.group_size  # of one rollout
+    scores, seconds_per_call = _judge(parts, repeated, texts, rows)
+    weights = [reward.weight for reward in parts.rewards]
+    totals, valid = combine(scores, weights, missing=parts.recipe.missing)
+    limit, buffer = (
+        config.sampling.max_new_tokens,
+        parts.recipe.overlong_tokens(config.sampling.max_new_tokens),
+    )
+    penalty = np.zeros(len(texts), np.float32)
+    if buffer:
+        penalty = np.asarray(overlong_penalty(lengths, max_length=limit, buffer=buffer))
+    rewards = np.where(valid, totals + penalty, 0).astype(np.float32)
+    # What the recipe normalises before it adds up must be equal one by one.
+    columns = rewards[:, None]
+    if parts.recipe.aggregation != "sum_then_normalize":
+        columns = np.column_stack([scores[:, np.array(weights) != 0], penalty])
+    return Rehearsal(
+        examples=examples,
+        texts=texts,
+        lengths=lengths,
+        finished=finished,
+        scores=scores,
+        rewards=rewards,
+        valid=valid,
+        signals=_codes(columns).reshape(num_prompts, num_samples),
+        tokens_per_second=float(lengths.sum() / seconds),
+        seconds_per_call=seconds_per_call,
+        rows_per_call=min(rows, len(texts)),
+    )
+
+
+def _judge(
+    parts: Parts, examples: Sequence[Example], texts: Sequence[str], rows: int
+) -> tuple[np.ndarray, dict[str, float]]:
+    """Returns (scores [B,R], mean seconds of a call by reward), called with at most `rows` completions."""
+    starts, columns, seconds = range(0, len(texts), rows), [], {}
+    for reward in parts.rewards:
+        started = time.perf_counter()
+        called = [judge([reward], examples[i : i + rows], texts[i : i + rows]) for i in starts]
+        seconds[reward.name] = (time.perf_counter() - started) / len(starts)
+        columns.append(np.concatenate(called))
+    return np.concatenate(columns, axis=1), seconds
+
+
+def _codes(columns: np.ndarray) -> np.ndarray:
+    """Returns a number [B] for each row of columns [B,C], equal where all of the row is; NaN equals NaN."""
+    codes = np.stack([np.unique(column, return_inverse=True)[1] for column in columns.T], axis=1)
+    return np.unique(codes, axis=0, return_inverse=True)[1].reshape(-1)
+
+
+def _distribution(values: np.ndarray) -> dict[str, float | None]:
+    """Describes values [B], of which NaN ones are missing; None where none is there."""
+    there = values[~np.isnan(values)].astype(np.float64)
+    figures: dict[str, float | None] = dict.fromkeys(("mean", "std", *_QUANTILES))
+    if there.size:
+        figures["mean"] = float(there.mean())
+        figures["std"] = float(there.std(ddof=1)) if there.size > 1 else 0.0
+        figures |= {name: float(np.quantile(there, q)) for name, q in _QUANTILES.items()}
+    return {**figures, "missing": 1.0 - there.size / values.size}
+
+
+def report(parts: Parts, rehearsal: Rehearsal) -> dict[str, Any]:
+    """Turns a rehearsal into the figures that are printed."""
+    num_prompts, num_samples = rehearsal.signals.shape
+    correct = is_correct(rehearsal.scores[:, 0]).reshape(num_prompts, num_samples)
+    valid = rehearsal.valid.reshape(num_prompts, num_samples)
+    sizes = {2**i for i in range(1, num_samples.bit_length())} | {parts.config.algorithm.group_size}
+    return {
+        "model": parts.model.source,
+        "num_prompts": num_prompts,
+        "num_samples": num_samples,
+        "rewards": {
+            reward.name: {
+                "weight": reward.weight,
+                **_distribution(column),
+                "seconds_per_call": rehearsal.seconds_per_call[reward.name],
+            }
+            for reward, column in zip(parts.rewards, rehearsal.scores.T, strict=True)
+        },
+        "total": _distribution(np.where(rehearsal.valid, rehearsal.rewards, np.nan)),
+        "rows_per_call": rehearsal.rows_per_call,
+        "dead_groups": {
+            str(size): dead_group_share(rehearsal.signals, size, valid=valid)
+            for size in sorted(sizes)
+            if size <= num_samples
+        },
+        "pass@k": {str(k): pass_at_k(correct, k) for k in doublings(num_samples)},
+        "clipped_ratio": float(1.0 - rehearsal.finished.mean()),
+        "mean_length": float(rehearsal.lengths.mean()),
+        "tokens_per_second": rehearsal.tokens_per_second,
+    }
+
+
+def advice(figures: dict[str, Any], *, group_size: int) -> list[str]:
+    """Returns a line for every figure of a report that bodes ill.
+
+    Args:
+        figures: of `report`.
+        group_size: G of the run.
+    """
+    lines = []
+    for name, reward in figures["rewards"].items():
+        if reward["missing"] == 1:
+            lines.append(
+                f"the reward {name} gives no value at all and takes no part: None is not 0. Does it look "
+                "for a column or a format that is not there?"
+            )
+        elif reward["missing"] >= 0.5:
+            lines.append(f"the reward {name} gives no value for {reward['missing']:.0%} of the completions")
+        elif reward["min"] == reward["max"] and len(figures["rewards"]) > 1:
+            lines.append(f"the reward {name} is {reward['min']:.4g} for every completion: it teaches nothing")
+    if figures["clipped_ratio"] >= 0.5:
+        lines.append(
+            f"{figures['clipped_ratio']:.0%} of the completions are cut off at max_new_tokens: raise "
+            "sampling.max_new_tokens, or check the model's eos id and prompt format"
+        )
+    # The share at the run's G, or at the largest size that the samples allow.
+    size = str(group_size) if str(group_size) in figures["dead_groups"] else list(figures["dead_groups"])[-1]
+    dead = figures["dead_groups"][size]
+    if dead >= 0.9:
+        lines.append(f"{dead:.0%} of groups of {size} have equal rewards and teach nothing: {_cure(figures)}")
+    return lines
+
+
+def _cure(figures: dict[str, Any]) -> str:
+    chances = list(figures["pass@k"].values())
+    if chances[0] >= 0.9:
+        return "the model can do this already; take harder prompts"
+    if chances[-1] == 0:
+        return (
+            "no completion is right, so take easier prompts, a reward with more grades, or a model that "
+            "knows the format"
+        )
+    return "a larger algorithm.group_size, algorithm.dynamic_sampling or prompts of medium difficulty help"
+
+
+def shown_samples(parts: Parts, rehearsal: Rehearsal, count: int) -> list[dict[str, Any]]:
+    """Returns count samples, spread evenly over the prompts, as a human reads them."""
+    total, per_prompt = len(rehearsal.texts), rehearsal.signals.shape[1]
+
+    def number(value: float, there: bool) -> float | None:
+        return float(value) if there else None
+
+    rows = []
+    for i in range(min(count, total)):
+        row = i * total // min(count, total)
+        scores = zip(parts.rewards, rehearsal.scores[row], strict=True)
+        rows.append(
+            {
+                "prompt": rehearsal.examples[row // per_prompt].prompt,
+                "completion": rehearsal.texts[row],
+                "reward": number(rehearsal.rewards[row], rehearsal.valid[row]),
+                **{f"rewards/{reward.name}": number(x, not np.isnan(x)) for reward, x in scores},
+            }
+        )
+    return rows
+
+
+def _print(figures: dict[str, Any], samples: list[dict[str, Any]], lines: list[str]) -> None:
+    def cells(figures: dict[str, Any], names: Sequence[str]) -> list[str]:
+        return ["-" if figures.get(name) is None else f"{figures[name]:.4g}" for name in names]
+
+    console = ConsoleTracker(0)
+    prompts, samples_each = figures["num_prompts"], figures["num_samples"]
+    console.message(f"{figures['model']}: {prompts} training prompts × {samples_each} completions")
+    names = ["weight", "mean", "std", *_QUANTILES, "missing", "seconds_per_call"]
+    rows = [[name, *cells(reward, names)] for name, reward in figures["rewards"].items()]
+    rows.append(["total", *cells(figures["total"], names)])
+    headings = ["reward", *names[:-1], f"s / {figures['rows_per_call']} rows"]
+    console.show(figures_table("rewards", headings, rows))
+    sizes = figures["dead_groups"]
+    dead = [f"{share:.1%}" for share in sizes.values()]
+    console.show(figures_table("groups without a signal", ["G", *sizes], [["expected share", *dead]]))
+    chances = figures["pass@k"]
+    passes = [f"{chance:.1%}" for chance in chances.values()]
+    console.show(
+        figures_table("correct: the first reward is 1 or more", ["k", *chances], [["pass@k", *passes]])
+    )
+    if samples:
+        console.show(samples_table("completions", samples))
+    console.message(
+        f"mean length {figures['mean_length']:.1f} tokens, {figures['clipped_ratio']:.1%} cut off at the "
+        f"limit, {figures['tokens_per_second']:.0f} tokens/s"
+    )
+    for line in lines:
+        console.message(f"note: {line}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command."""
+    arguments = parse_record(
+        ScoreArguments,
+        argv,
+        command="python -m grpo_jax.score",
+        description="Rehearse a run: sample from the base model and call the rewards, without training.",
+    )
+    enable_compilation_cache()
+    config = arguments.config()
+    parts = build(config)
+    rehearsal = rehearse(parts, num_prompts=arguments.num_prompts, num_samples=arguments.num_samples)
+    figures = report(parts, rehearsal)
+    lines = advice(figures, group_size=config.algorithm.group_size)
+    samples = shown_samples(parts, rehearsal, arguments.num_shown)
+    if arguments.json:
+        print(json.dumps({**figures, "advice": lines, "samples": samples}))
+    else:
+        _print(figures, samples, lines)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(sys.argv[1:]))

@@ -1,0 +1,284 @@
+"""The best model of a run: chosen by its metric, whole at any moment, the same after a cut."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+import small_run
+from safetensors.numpy import load_file
+
+import grpo_jax.train as train_module
+from grpo_jax import best as best_module
+from grpo_jax.best import check_best_metric, evaluation_names, forget_best, keep_best, read_best
+from grpo_jax.evaluate import evaluate_parts
+from grpo_jax.evaluate import main as evaluate_main
+from grpo_jax.models import load_model
+from grpo_jax.plan import main as plan_main
+from grpo_jax.runs import build
+from grpo_jax.train import train
+
+METRIC = "eval/rewards/exact_match/mean"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_compilations():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        small_run.share_compilations(monkeypatch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model("packaged:arithmetic")
+
+
+def settings(**changes):
+    return {"checkpoints__best_metric": METRIC} | changes
+
+
+def parts_of(run_dir, model, **changes):
+    return build(small_run.config(run_dir, **settings(**changes)), model=model)
+
+
+def bits(tree) -> list[bytes]:
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+def scaled(model, factor):
+    return jax.tree.map(lambda x: x * factor, model.params)
+
+
+def entry(step, value, mode="max"):
+    return {"step": step, "metric": METRIC, "mode": mode, "value": value}
+
+
+# The choice
+
+
+def kept_steps(parts, values, params) -> list[int]:
+    """Returns the steps that were exported of evaluations with these values."""
+    return [
+        step
+        for step, value in enumerate(values)
+        if keep_best(parts, step, {METRIC: value}, params) is not None
+    ]
+
+
+@pytest.mark.parametrize(
+    ("mode", "steps"),
+    [("max", [0, 2, 6]), ("min", [0, 1, 5])],
+)
+def test_only_an_improvement_is_kept(mode, steps, model, tmp_path):
+    parts = parts_of(tmp_path, model, checkpoints__best_mode=mode)
+    values = [0.5, 0.25, 0.75, 0.75, float("nan"), 0.0, 1.0]
+    assert kept_steps(parts, values, model.params) == steps
+    assert read_best(tmp_path) == entry(steps[-1], values[steps[-1]], mode)
+
+
+def test_a_metric_that_is_missing_changes_nothing(model, tmp_path):
+    parts = parts_of(tmp_path, model)
+    assert keep_best(parts, 1, {"eval/mean@2": 1.0}, model.params) is None
+    assert read_best(tmp_path) is None and list(tmp_path.iterdir()) == []
+    off = build(small_run.config(tmp_path), model=model)
+    assert keep_best(off, 1, {METRIC: 1.0}, model.params) is None and list(tmp_path.iterdir()) == []
+
+
+def test_another_metric_or_mode_starts_anew(model, tmp_path):
+    assert keep_best(parts_of(tmp_path, model), 1, {METRIC: 0.5}, model.params)
+    other = parts_of(tmp_path, model, checkpoints__best_metric="eval/mean@2")
+    assert keep_best(other, 2, {METRIC: 0.1, "eval/mean@2": 0.1}, model.params)
+    lowest = parts_of(tmp_path, model, checkpoints__best_metric="eval/mean@2", checkpoints__best_mode="min")
+    assert keep_best(lowest, 3, {"eval/mean@2": 0.9}, model.params)
+    assert read_best(tmp_path) == {"step": 3, "metric": "eval/mean@2", "mode": "min", "value": 0.9}
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"step": 1}'])
+def test_a_damaged_record_is_an_error(text, model, tmp_path):
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "best.json").write_text(text)
+    with pytest.raises(ValueError, match=r"best.json is damaged; remove .*/best to choose a best model anew"):
+        keep_best(parts_of(tmp_path, model), 1, {METRIC: 0.5}, model.params)
+
+
+# The directory
+
+
+def test_the_directory_is_a_model(model, tmp_path):
+    parts = parts_of(tmp_path, model)
+    for step, factor in ((3, 1.5), (6, 0.5), (9, 0.25)):
+        text = keep_best(parts, step, {METRIC: step / 10}, scaled(model, factor))
+        assert (
+            text == f"step {step}: {METRIC} {step / 10} is the best so far; the model is in {tmp_path}/best"
+        )
+        assert bits(load_model(str(tmp_path / "best")).params) == bits(scaled(model, factor))
+        assert read_best(tmp_path) == entry(step, step / 10)
+        # Beside the link only what it points to.
+        assert len([path for path in tmp_path.iterdir() if path.name.startswith("best.")]) == 1
+
+
+@pytest.mark.parametrize("place", ["save_model", "replace", "rmtree"])
+def test_a_kill_leaves_the_old_one_or_the_new_one(place, model, tmp_path, monkeypatch):
+    parts, calls = parts_of(tmp_path, model), []
+    assert keep_best(parts, 1, {METRIC: 0.1}, scaled(model, 1))
+    owner = {"save_model": best_module, "replace": os, "rmtree": shutil}[place]
+    original = getattr(owner, place)
+
+    def crashing(*args, **kwargs):
+        if place == "save_model":
+            original(*args, **kwargs)  # the files are there, the record is not
+        calls.append(1)
+        if place != "rmtree" or len(calls) == 2:  # the second removes what was replaced
+            raise small_run.Crash
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as context:
+        if place == "replace":  # not the one inside of save_model
+            context.setattr(best_module, "os", SimpleNamespace(readlink=os.readlink, replace=crashing))
+        else:
+            context.setattr(owner, place, crashing)
+        with pytest.raises(small_run.Crash):
+            keep_best(parts, 2, {METRIC: 0.2}, scaled(model, 2))
+    new = place == "rmtree"
+    assert read_best(tmp_path) == (entry(2, 0.2) if new else entry(1, 0.1))
+    assert bits(load_model(str(tmp_path / "best")).params) == bits(scaled(model, 2 if new else 1))
+    assert keep_best(parts, 3, {METRIC: 0.3}, scaled(model, 3))
+    assert bits(load_model(str(tmp_path / "best")).params) == bits(scaled(model, 3))
+    assert len([path for path in tmp_path.iterdir() if path.name.startswith("best.")]) == 1
+
+
+def test_a_copied_run_goes_on(model, tmp_path):
+    """A copy may have directories for links."""
+    assert keep_best(parts_of(tmp_path / "run", model), 1, {METRIC: 0.1}, model.params)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    assert not (tmp_path / "copy" / "best").is_symlink()
+    parts = parts_of(tmp_path / "copy", model)
+    assert keep_best(parts, 2, {METRIC: 0.1}, model.params) is None
+    assert keep_best(parts, 3, {METRIC: 0.2}, scaled(model, 2))
+    assert bits(load_model(str(tmp_path / "copy" / "best")).params) == bits(scaled(model, 2))
+
+
+def test_forgetting_leaves_nothing(model, tmp_path):
+    forget_best(tmp_path)
+    assert keep_best(parts_of(tmp_path / "run", model), 1, {METRIC: 0.1}, model.params)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    (tmp_path / "mine" / "best").mkdir(parents=True)
+    for name, left in (("run", []), ("copy", []), ("mine", ["best"])):
+        forget_best(tmp_path / name)
+        assert [path.name for path in (tmp_path / name).iterdir()] == left
+
+
+# The names
+
+
+def test_names_are_those_that_evaluation_gives(model, tmp_path):
+    changes = {
+        "evaluation__category": "answer", "evaluation__num_samples": 3,
+        "evaluation__rewards": "[{function: exact_match}]",
+    }  # fmt: skip
+    parts = parts_of(tmp_path, model, **changes)
+    assert evaluation_names(parts) == list(evaluate_parts(parts, model.params))
+    assert {METRIC, "eval/mean@3", "eval/pass@2", "eval/rewards/exact_match_2/mean"} <= set(
+        evaluation_names(parts)
+    )
+
+
+def test_an_unknown_metric_is_an_error_before_training(tmp_path, monkeypatch):
+    compiled = small_run.note_compilations(monkeypatch)
+    with pytest.raises(ValueError) as caught:
+        train(small_run.config(tmp_path / "run", checkpoints__best_metric="eval/mean@4"))
+    assert str(caught.value) == (
+        "checkpoints.best_metric: evaluation gives no 'eval/mean@4'; it gives eval/greedy_accuracy, "
+        "eval/mean@2, eval/pass@2, eval/reward, eval/rewards/exact_match/mean, eval/mean_length, "
+        "eval/clipped_ratio (evaluation.num_samples is the k of mean@k)"
+    )
+    assert not (tmp_path / "run").exists() and "generate" not in compiled
+    with pytest.raises(ValueError, match="evaluation gives no 'reward'; it gives eval/greedy_accuracy,"):
+        plan_main(["--checkpoints.best_metric=reward", "--sampling.max_new_tokens=5"])
+
+
+def test_without_held_out_prompts_there_is_no_best(model, tmp_path):
+    with pytest.raises(
+        ValueError, match=f"best_metric: '{METRIC}' needs held-out prompts, and there are none"
+    ):
+        check_best_metric(parts_of(tmp_path, model, evaluation__num_prompts=0))
+
+
+# A run
+
+RUN = settings(
+    evaluation__every=1,
+    evaluation__num_prompts=16,  # enough for steps to differ
+    training__learning_rate=1e-3,
+    checkpoints__every=1,
+    checkpoints__keep=99,
+    checkpoints__best_metric="eval/reward",
+    checkpoints__best_mode="min",  # at this learning rate it falls: several steps are kept in turn
+)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("best") / "run"
+    assert train(small_run.config(run_dir, **RUN)) == 0
+    return run_dir
+
+
+def test_a_run_keeps_its_best(whole):
+    values = {row["step"]: row["eval/reward"] for row in small_run.rows(whole) if "eval/reward" in row}
+    step = min(values, key=values.get)  # the first of equal ones
+    assert len(values) == 8 and step > 2 and values[2] < values[1] < values[0]
+    assert read_best(whole) == {"step": step, "metric": "eval/reward", "mode": "min", "value": values[step]}
+    stored = small_run.leaves(whole, step)
+    kept = load_model(str(whole / "best")).params
+    for path, leaf in jax.tree_util.tree_leaves_with_path(kept):
+        assert stored[f".params{jax.tree_util.keystr(path)}"].tobytes() == np.asarray(leaf).tobytes()
+
+
+def test_a_fresh_start_forgets_the_best_of_the_attempt_before(model, tmp_path):
+    assert keep_best(parts_of(tmp_path, model), 1, {METRIC: 2.0}, model.params)
+    assert train(small_run.config(tmp_path, **settings(training__num_steps=1))) == 0
+    assert read_best(tmp_path)["value"] <= 1
+
+
+def test_evaluate_opens_it(whole, capsys):
+    assert evaluate_main([f"--model={whole}/best", f"--config={whole}/config.yaml", "--json"]) == 0
+    got = json.loads(capsys.readouterr().out)
+    assert got["eval/reward"] == read_best(whole)["value"]
+
+
+def test_the_checkpoints_know_nothing_of_it(whole, tmp_path):
+    config = small_run.config(tmp_path, **RUN)
+    assert train(replace(config, checkpoints=replace(config.checkpoints, best_metric=None))) == 0
+    assert not (tmp_path / "best").exists()
+    small_run.assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.parametrize(
+    ("place", "call"),
+    [
+        ("evaluated", 1),  # of step 0: a fresh start
+        ("updated", 2),  # an export, and no checkpoint
+        ("evaluated", 5),
+        ("save", 5),  # exported, perhaps, and not yet saved
+        ("saved", 5),
+        ("evaluation", 8),
+    ],
+)
+def test_cut_anywhere(place, call, whole, tmp_path, monkeypatch):
+    config = small_run.config(tmp_path, **RUN | {"checkpoints__every": 2})
+    with monkeypatch.context() as context:
+        small_run.crash_at(context, place, call)
+        with pytest.raises(small_run.Crash):
+            train_module.train(config)
+    assert train_module.train(config) == 0
+    small_run.assert_same_run(tmp_path, whole)
+    assert read_best(tmp_path) == read_best(whole)
+    mine, theirs = (load_file(run / "best" / "model.safetensors") for run in (tmp_path, whole))
+    assert {name: value.tobytes() for name, value in mine.items()} == {
+        name: value.tobytes() for name, value in theirs.items()
+    }
