@@ -89,5 +89,5 @@ def test_metrics_with_healthy_ranges_are_logged():
 
 
 def test_length():
-    # 240: one table maps every recipe to three other libraries, one every key around the loss to two.
-    assert len(README.splitlines()) <= 240
+    # One table maps every recipe to three other libraries, one every key around the loss to two; one is of rewards.
+    assert len(README.splitlines()) <= 300
