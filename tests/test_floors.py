@@ -23,9 +23,9 @@ FLOORS = {
     2: ("algorithm_config", "attention", "config", "decoder", "decoding", "log_probs", "lora", "meshes",
         "optimizers", "packing", "rotary"),
     # the outside world
-    3: ("architectures", "checkpoints", "data", "families", "implementations", "models", "notices",
-        "reward_functions", "reward_sources", "rewards", "sources", "stored_leaves", "tasks", "trackers",
-        "verifiers", "weights"),
+    3: ("adapters", "architectures", "checkpoints", "data", "families", "implementations", "models",
+        "notices", "reward_functions", "reward_sources", "rewards", "sources", "stored_leaves", "tasks",
+        "trackers", "verifiers", "weights"),
     # the two halves
     4: ("actor", "experience", "groups", "learner"),
     # the commands, and what they share
