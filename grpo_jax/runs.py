@@ -12,15 +12,18 @@ import optax
 import yaml
 
 from grpo_jax.actor import Actor
+from grpo_jax.adapters import check_base, make_lora
 from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.cli import parse_record
 from grpo_jax.config import Config, RewardConfig
 from grpo_jax.data import Example, Task, load_data
-from grpo_jax.learner import TrainState, init_train_state
+from grpo_jax.learner import TrainState, init_train_state, policy_params
+from grpo_jax.lora import Lora, init_adapters
 from grpo_jax.models import Model, encode, load_model
 from grpo_jax.optimizers import make_optimizer, make_schedule
 from grpo_jax.recipes import CLIP_KEYWORDS, Recipe, make_recipe
 from grpo_jax.rewards import Reward, check_columns, load_rewards
+from grpo_jax.stored_leaves import fingerprint
 from grpo_jax.types import Params
 
 # What may differ when a run is continued: it changes nothing of the steps already made.
@@ -40,6 +43,7 @@ class Parts:
 
     config: Config
     model: Model
+    lora: Lora | None  # None: the whole model is trained
     task: Task  # prompts over the limit are gone
     num_dropped: int  # training prompts over the limit
     rewards: tuple[Reward, ...]
@@ -106,7 +110,7 @@ class Parts:
 
     def init_state(self) -> TrainState:
         """Makes the state of step 0."""
-        return init_train_state(self.model.policy, self.model.params, self.optimizer)
+        return _init_state(self.config, self.model, self.lora, self.optimizer)
 
 
 def build(config: Config, *, model: Model | None = None) -> Parts:
@@ -125,6 +129,7 @@ def build(config: Config, *, model: Model | None = None) -> Parts:
     for examples in filter(None, (task.train, task.evaluation)):
         check_columns(rewards, examples[0].columns)
     model = _load_named_model(config) if model is None else model
+    lora = _make_lora(config, model)
     limit = _prompt_limit(config, model)
     train, lengths, num_dropped = _fit(task.train, model, limit, config.data.over_length, "training")
     if not train:
@@ -144,6 +149,7 @@ def build(config: Config, *, model: Model | None = None) -> Parts:
     return Parts(
         config=config,
         model=model,
+        lora=lora,
         task=replace(task, train=train, evaluation=evaluation),
         num_dropped=num_dropped,
         rewards=rewards,
@@ -193,6 +199,22 @@ def _load_named_model(config: Config) -> Model:
         implementation=named.implementation,
         remat=named.remat,
     )
+
+
+def _make_lora(config: Config, model: Model) -> Lora | None:
+    lora = config.lora
+    if not lora.rank:
+        return None
+    return make_lora(model, rank=lora.rank, alpha=lora.resolved_alpha, targets=tuple(lora.targets))
+
+
+def _init_state(
+    config: Config, model: Model, lora: Lora | None, optimizer: optax.GradientTransformation
+) -> TrainState:
+    if lora is None:
+        return init_train_state(model.policy, model.params, optimizer)
+    adapters = init_adapters(lora, jax.random.key(config.training.seed))
+    return init_train_state(model.policy, adapters, optimizer, lora=lora)
 
 
 def _make_optimizer(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
@@ -318,17 +340,26 @@ def load_model_or_run(name: str, *, dtype: str = "float32") -> Model:
     if not directory.is_dir():
         raise ValueError(f"the run {name} has no checkpoint yet")
     model = _load_named_model(config)
+    lora = _make_lora(config, model)
     # Any schedule makes an optimizer state of the same shape; the run's data and rewards are not needed.
     optimizer = _make_optimizer(config, make_schedule(config.training.learning_rate))
-    template = jax.eval_shape(lambda: init_train_state(model.policy, model.params, optimizer))
-    return replace(model, params=restore_params(directory, template), source=name)
+    template = jax.eval_shape(lambda: _init_state(config, model, lora, optimizer))
+    state, extra = _newest_state(directory, template)
+    if lora is not None:
+        check_base(extra.get("base"), fingerprint(model.params), directory)
+    return replace(model, params=policy_params(state, model.params if lora else None), source=name)
+
+
+def _newest_state(directory: Path, template: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    """Returns the state of the newest checkpoint, and its JSON, without touching the directory."""
+    checkpoints = Checkpoints(directory, read_only=True)
+    try:
+        _, state, extra, _ = checkpoints.restore_latest(template)
+    finally:
+        checkpoints.close()
+    return state, extra
 
 
 def restore_params(directory: Path, template: TrainState) -> Params:
     """Returns the parameters of the newest checkpoint, without touching the directory."""
-    checkpoints = Checkpoints(directory, read_only=True)
-    try:
-        _, state, _, _ = checkpoints.restore_latest(template)
-    finally:
-        checkpoints.close()
-    return state.params
+    return _newest_state(directory, template)[0].params

@@ -89,6 +89,11 @@ def write_params(path: Path, params: Params) -> None:
     for key, value in flatten_dict(params).items():
         value = np.asarray(jax.device_get(value))
         tensors[torch_name(key)] = np.ascontiguousarray(value.T if key[-1] == "kernel" else value)
+    write_tensors(path, tensors)
+
+
+def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes contiguous arrays as a safetensors file; an existing one is replaced by the complete new one."""
     unfinished = path.with_name(path.name + ".unfinished")
     save_file(tensors, unfinished, metadata={"format": "pt"})
     unfinished.chmod(0o644)  # safetensors writes files that only their owner can read
