@@ -16,6 +16,7 @@ from grpo_jax.decoding import fork, generate, prefill
 from grpo_jax.kl import adapt_kl_coef, kl_exact, kl_k1, kl_k2, kl_k3
 from grpo_jax.learner import TrainState, init_train_state, train_step
 from grpo_jax.log_probs import completion_log_probs, token_log_probs
+from grpo_jax.lora import Lora, Target, init_adapters, merge_adapters
 from grpo_jax.losses import LossMetrics, grpo_loss, log_ratios, loss_weights
 from grpo_jax.optimizers import make_optimizer, make_schedule
 from grpo_jax.recipes import (
@@ -50,11 +51,13 @@ __version__ = "0.1.0"
 __all__ = [
     "RECIPES",
     "Experience",
+    "Lora",
     "LossMetrics",
     "Policy",
     "Prompts",
     "Recipe",
     "Rollout",
+    "Target",
     "TrainState",
     "adapt_kl_coef",
     "bnpo",
@@ -76,6 +79,7 @@ __all__ = [
     "gspo_token",
     "importance_weights",
     "informative_groups",
+    "init_adapters",
     "init_train_state",
     "kl_exact",
     "kl_k1",
@@ -88,6 +92,7 @@ __all__ = [
     "make_optimizer",
     "make_recipe",
     "make_schedule",
+    "merge_adapters",
     "normalize_then_sum",
     "overlong_penalty",
     "prefill",

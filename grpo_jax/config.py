@@ -47,6 +47,36 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Adapters that are trained instead of the model, https://arxiv.org/abs/2106.09685; see `lora.py`.
+
+    Args:
+        rank: of the adapters; 0: the whole model is trained.
+        alpha: an adapter is scaled by alpha / rank; None: twice the rank.
+        targets: globs on the names of dense layers, or on their ends: `q_proj`, `attn.c_proj`, `layers.0.*`;
+            empty: every dense layer of attention and MLP.
+    """
+
+    rank: int = 0
+    alpha: float | None = None
+    targets: list[str] = field(default_factory=list)
+
+    @property
+    def resolved_alpha(self) -> float:
+        """The alpha that counts."""
+        return 2.0 * self.rank if self.alpha is None else float(self.alpha)
+
+    def __post_init__(self):
+        _require(self.rank >= 0, f"lora.rank: {self.rank}; 0 (the whole model is trained) or more")
+        a = self.alpha
+        _require(a is None or 0 < a < math.inf, f"lora.alpha: {a}; above 0, finite")
+        for name, given in (("alpha", a is not None), ("targets", bool(self.targets))):
+            _require(
+                self.rank > 0 or not given, f"lora.{name} is given, but lora.rank is 0: set it, such as to 16"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RewardConfig:
     """One reward function.
 
@@ -277,6 +307,7 @@ class Config:
     Args:
         algorithm: the objective.
         model: the language model.
+        lora: adapters that are trained instead of it.
         data: prompts.
         rewards: reward functions; empty: the task's own.
         sampling: how completions are drawn.
@@ -285,11 +316,12 @@ class Config:
         checkpoints: saving and resuming.
         tracking: where metrics go.
         run_dir: directory of the run: config.yaml, metrics.jsonl, completions.jsonl, checkpoints/, hf/,
-            and best/ if it is asked for.
+            adapter/ with LoRA, and best/ if it is asked for.
     """
 
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     model: ModelConfig = ModelConfig()
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rewards: list[RewardConfig] = field(default_factory=list)
     sampling: SamplingConfig = SamplingConfig()
@@ -315,4 +347,10 @@ class Config:
             batch % group == 0,
             f"training.batch_size {batch} counts completions and must be a multiple of "
             f"algorithm.group_size {group}: try {max(1, round(batch / group)) * group}",
+        )
+        rank, sync = self.lora.rank, self.algorithm.ref_sync_every
+        _require(
+            not (rank and sync),
+            f"algorithm.ref_sync_every: {sync} moves the reference, but with lora.rank {rank} that is the "
+            "base model, which never moves; leave one of them out",
         )

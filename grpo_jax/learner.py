@@ -3,6 +3,7 @@
 import functools
 
 import chex
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -17,6 +18,7 @@ from grpo_jax.log_probs import (
     token_log_probs,
     token_log_probs_and_kls,
 )
+from grpo_jax.lora import Lora, merge_adapters
 from grpo_jax.losses import LossMetrics
 from grpo_jax.metrics import Metrics, logp_difference_max, loss_metrics_dict, merge_loss_metrics, token_mean
 from grpo_jax.recipes import Recipe
@@ -27,22 +29,26 @@ class TrainState(train_state.TrainState):
     """A flax TrainState that knows the policy's functions and counts skipped updates.
 
     `step` counts calls of `train_step`, skipped ones included: it is the clock of the run, from which
-    noise and data order follow. It holds no key.
+    noise and data order follow. It holds no key. With LoRA, params are the adapters alone.
     """
 
     policy: Policy
     skipped: Array  # [] int32, updates skipped since the start because something was not finite
     skipped_in_a_row: Array  # [] int32, since the last good one
     idle: Array  # [] int32, updates without any gradient since the start: nothing moved
+    lora: Lora | None = flax.struct.field(pytree_node=False, default=None)  # None: params are the policy's
 
 
-def init_train_state(policy: Policy, params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+def init_train_state(
+    policy: Policy, params: Params, optimizer: optax.GradientTransformation, *, lora: Lora | None = None
+) -> TrainState:
     """Makes the state of a fresh run. `params` are copied, since `train_step` donates its state.
 
     Args:
         policy: the model's functions.
-        params: float32 parameters; lower precision would swallow small updates.
+        params: float32 parameters; lower precision would swallow small updates. With LoRA, the adapters.
         optimizer: an optax transformation, see `make_optimizer`.
+        lora: what params are adapters of; None: they are the policy's parameters.
 
     Raises:
         ValueError: a parameter that is not float32.
@@ -66,7 +72,27 @@ def init_train_state(policy: Policy, params: Params, optimizer: optax.GradientTr
         skipped=jnp.zeros((), jnp.int32),
         skipped_in_a_row=jnp.zeros((), jnp.int32),
         idle=jnp.zeros((), jnp.int32),
+        lora=lora,
     )
+
+
+def policy_params(state: TrainState, frozen: Params | None = None) -> Params:
+    """Returns what the policy's functions take as params: the state's, or its adapters merged into the base.
+
+    Args:
+        state: of a run.
+        frozen: parameters of the base; given with LoRA, and only then.
+
+    Raises:
+        ValueError: the state is one of LoRA and there is no base, or the other way round.
+    """
+    _check_frozen(state, frozen)
+    return state.params if state.lora is None else merge_adapters(state.lora, frozen, state.params)
+
+
+def _check_frozen(state: TrainState, frozen: Params | None) -> None:
+    if (state.lora is None) != (frozen is None):
+        raise ValueError("frozen parameters are those of the base under LoRA: needed there, and only there")
 
 
 def experience_loss(
@@ -75,6 +101,8 @@ def experience_loss(
     experience: Experience,
     *,
     recipe: Recipe,
+    lora: Lora | None = None,
+    frozen: Params | None = None,
     ref_params: Params | None = None,
     group_size: int = 1,
     num_tokens: int | None = None,
@@ -88,6 +116,8 @@ def experience_loss(
         policy: the model's functions.
         experience: B rows, or a slice of them (weights are those of the whole batch).
         recipe: the objective.
+        lora: what params are adapters of; None: they are the policy's parameters.
+        frozen: parameters of the base, with LoRA.
         ref_params: of the reference, for an exact KL term; None: the KL term, if any, is an estimate.
         group_size: see `completion_hidden`.
         num_tokens: see `completion_hidden`; the loss is NaN if there are more.
@@ -95,6 +125,8 @@ def experience_loss(
         chunk_size: see `token_log_probs`.
     """
     e = experience
+    if lora is not None:
+        params = merge_adapters(lora, frozen, params)
     hidden_of = functools.partial(
         completion_hidden, policy, rollout=e, group_size=group_size, num_tokens=num_tokens
     )
@@ -158,6 +190,7 @@ def train_step(
     experience: Experience,
     *,
     recipe: Recipe,
+    frozen: Params | None = None,
     ref_params: Params | None = None,
     group_size: int = 1,
     num_microbatches: int = 1,
@@ -176,6 +209,7 @@ def train_step(
         state: donated: do not use it afterwards.
         experience: B rows.
         recipe: the objective. Its kl_coef and clip values are traced; the rest is static.
+        frozen: parameters of the base that the state's adapters belong to; with LoRA, and only then.
         ref_params: of the frozen reference, needed only by a recipe with an exact KL term.
         group_size: that many consecutive rows have the same prompt, which is then run once for them.
         num_microbatches: slices of the batch, a divisor of B.
@@ -188,8 +222,10 @@ def train_step(
         (new state, metrics: scalars by their logged names, see `grpo_jax.metrics`).
 
     Raises:
-        ValueError: num_microbatches does not divide B, or ref_params and the kind of KL do not go together.
+        ValueError: num_microbatches does not divide B; ref_params and the kind of KL, or frozen and the
+            state, do not go together.
     """
+    _check_frozen(state, frozen)
     if ref_params is not None and not recipe.exact_kl:
         raise ValueError("ref_params are only for a recipe whose kl_estimator is exact")
     e = experience
@@ -205,6 +241,8 @@ def train_step(
     loss_fn = functools.partial(
         experience_loss,
         recipe=recipe,
+        lora=state.lora,
+        frozen=frozen,
         ref_params=ref_params,
         group_size=shared_rows(e.tokens.shape[0], group_size, num_microbatches),
         num_tokens=num_tokens,

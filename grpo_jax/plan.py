@@ -45,7 +45,7 @@ class Plan:
     @property
     def checkpoint_size(self) -> int:
         """Bytes of one checkpoint on disk."""
-        return self.memory["parameters"] + self.memory["optimizer"]
+        return self.memory.get("adapters", self.memory["parameters"]) + self.memory["optimizer"]
 
     @property
     def total_memory(self) -> int:
@@ -122,7 +122,7 @@ def _relaid_bytes(parts: Parts, batch: int) -> int:
 def _memory(parts: Parts) -> dict[str, int]:
     """Estimates bytes by purpose; XLA's fusion usually needs less for the update."""
     config, policy, params = parts.config, parts.model.policy, parts.model.params
-    size, state = _bytes(params), _bytes(jax.eval_shape(parts.optimizer.init, params))
+    size, trained = _bytes(params), jax.eval_shape(parts.init_state)
     batch, length = config.training.batch_size, parts.prompt_length + config.sampling.max_new_tokens
     rows = batch // config.training.num_microbatches
     hidden = jax.eval_shape(
@@ -138,11 +138,16 @@ def _memory(parts: Parts) -> dict[str, int]:
 
     cache = _bytes(jax.eval_shape(full_cache))
     logits = 4 * vocabulary * min(CHUNK_SIZE, rows * config.sampling.max_new_tokens)
+    lora = {}
+    if parts.lora is not None:  # its base is the reference
+        kernels = 4 * sum(target.inputs * target.outputs for target in parts.lora.targets)
+        lora = {"adapters": _bytes(trained.params), "merged kernels": kernels}
     return {
         "parameters": size,
-        "reference": size if parts.needs_reference else 0,
-        "optimizer": state,
-        "gradients": size * (2 if config.training.num_microbatches > 1 else 1),
+        **lora,
+        "reference": size if parts.needs_reference and not lora else 0,
+        "optimizer": _bytes(trained.opt_state),
+        "gradients": _bytes(trained.params) * (2 if config.training.num_microbatches > 1 else 1),
         # The loop's cache and the one being written; logits, their probabilities and running sums.
         "generation": 2 * cache + 4 * 4 * vocabulary * batch + _relaid_bytes(parts, batch),
         "update": _activation_bytes(parts, rows) + 3 * logits,
@@ -166,8 +171,11 @@ def make_plan(parts: Parts) -> Plan:
     limit = parts.prompt_length
     buckets = tuple(sorted({bucket_length(length, limit) for length in parts.prompt_lengths}))
     devices = jax.devices()
+    lora = (
+        "" if parts.lora is None else f"LoRA of rank {parts.lora.rank} on {len(parts.lora.targets)} kernels, "
+    )
     return Plan(
-        title=f"{parts.recipe.name} on {parts.model.source} ({count / 1e6:,.1f} M parameters, "
+        title=f"{parts.recipe.name} on {parts.model.source} ({count / 1e6:,.1f} M parameters, {lora}"
         f"{config.model.dtype}) with {', '.join(reward.name for reward in parts.rewards)}, "
         f"{len(devices)} × {devices[0].device_kind}",
         num_prompts=parts.num_prompts,

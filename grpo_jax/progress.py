@@ -7,11 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from grpo_jax.adapters import check_base
 from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.config import Config
 from grpo_jax.groups import Groups
-from grpo_jax.learner import TrainState
+from grpo_jax.learner import TrainState, policy_params
 from grpo_jax.runs import Parts, check_same_run, read_config
+from grpo_jax.stored_leaves import fingerprint
 from grpo_jax.trackers.jsonl import plain
 from grpo_jax.types import Experience, Judged, Params, Rollout
 
@@ -22,6 +24,8 @@ class Progress:
 
     state: TrainState
     ref_params: Params | None
+    frozen: Params | None = None  # of the base, with LoRA
+    base: str | None = None  # its fingerprint
     kl_coef: float  # of the next update; moves with a KL target
     step: int = 0  # optimizer steps done
     num_rounds: int = 0  # rounds of prompts drawn: the clock of data order and noise
@@ -30,6 +34,28 @@ class Progress:
     leftovers: Groups | None = None  # informative groups that wait for the next rollout
     rollout_metrics: dict[str, float] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def policy_params(self) -> Params:
+        """The parameters of the policy; with LoRA made anew by every call, so none should be kept."""
+        return policy_params(self.state, self.frozen)
+
+
+def start(parts: Parts) -> Progress:
+    """Makes the progress of step 0."""
+    return Progress(
+        state=parts.init_state(),
+        ref_params=parts.model.params if parts.needs_reference else None,
+        kl_coef=float(parts.recipe.kl_coef),
+        **_base(parts),
+    )
+
+
+def _base(parts: Parts) -> dict[str, Any]:
+    """Returns what Progress has of the base under LoRA."""
+    if parts.lora is None:
+        return {}
+    return {"frozen": parts.model.params, "base": fingerprint(parts.model.params)}
 
 
 def resume_sources(config: Config) -> list[Path]:
@@ -66,7 +92,8 @@ def restore(parts: Parts, sources: list[Path]) -> Progress | None:
     """
     config = parts.config
     templates = {"experience": _experience_template(parts), "leftovers": _leftovers_template(parts)}
-    if parts.needs_reference:  # one that has moved is there even if from now on it stays
+    if parts.needs_reference and parts.lora is None:
+        # One that has moved is there even if from now on it stays.
         templates["reference"] = parts.model.params
     for source in (source for source in sources if source.is_dir()):
         checkpoints = Checkpoints(source, read_only=source != Path(config.run_dir) / "checkpoints")
@@ -75,9 +102,12 @@ def restore(parts: Parts, sources: list[Path]) -> Progress | None:
                 continue
             template = jax.eval_shape(parts.init_state)
             step, state, extra, others = checkpoints.restore_latest(template, templates)
+            base, their_base = _base(parts), extra.pop("base", None)
+            if base:
+                check_base(their_base, base["base"], source)
             reference = others.get("reference")
             if reference is None and parts.needs_reference:
-                reference = checkpoints.restore_reference(parts.model.params)
+                reference = base["frozen"] if base else checkpoints.restore_reference(parts.model.params)
         finally:
             checkpoints.close()
         experience = others.get("experience")
@@ -94,7 +124,13 @@ def restore(parts: Parts, sources: list[Path]) -> Progress | None:
         left = extra.pop("leftover_samples")
         leftovers = Groups(judged=others["leftovers"], samples=left) if left else None
         return Progress(
-            state=state, ref_params=reference, step=step, experience=experience, leftovers=leftovers, **extra
+            state=state,
+            ref_params=reference,
+            step=step,
+            experience=experience,
+            leftovers=leftovers,
+            **base,
+            **extra,
         )
     if config.checkpoints.resume not in ("auto", "never"):
         raise ValueError(f"checkpoints.resume: the run {config.checkpoints.resume} has no checkpoint yet")
@@ -118,6 +154,8 @@ def save(parts: Parts, checkpoints: Checkpoints, progress: Progress) -> None:
         "samples": plain(progress.samples) if inside else [],
         "leftover_samples": plain(progress.leftovers.samples) if progress.leftovers else [],
     }
+    if progress.base is not None:
+        extra["base"] = progress.base
     checkpoints.save(progress.step, progress.state, extra, others)
 
 

@@ -12,18 +12,20 @@ import optax
 import yaml
 
 from grpo_jax.actor import Actor
+from grpo_jax.adapters import check_base, make_lora
 from grpo_jax.categories import rows_by_category
 from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.cli import parse_record
 from grpo_jax.config import Config, RewardConfig
 from grpo_jax.data import Task, load_data
-from grpo_jax.learner import TrainState, init_train_state
+from grpo_jax.learner import TrainState, init_train_state, policy_params
+from grpo_jax.lora import Lora, init_adapters
 from grpo_jax.models import Model, load_model
 from grpo_jax.optimizers import make_optimizer, make_schedule
 from grpo_jax.prompt_lengths import fit_prompts, prompt_limit
 from grpo_jax.recipes import CLIP_KEYWORDS, Recipe, make_recipe
 from grpo_jax.rewards import Reward, check_columns, load_rewards
-from grpo_jax.types import Params
+from grpo_jax.stored_leaves import fingerprint
 
 # What may differ when a run is continued: it changes nothing of the steps already made.
 _MAY_DIFFER = (
@@ -42,6 +44,7 @@ class Parts:
 
     config: Config
     model: Model
+    lora: Lora | None  # None: the whole model is trained
     task: Task  # prompts over the limit are gone
     num_dropped: int  # training prompts over the limit
     num_truncated: int  # training prompts that lost their beginning to it
@@ -111,7 +114,7 @@ class Parts:
 
     def init_state(self) -> TrainState:
         """Makes the state of step 0."""
-        return init_train_state(self.model.policy, self.model.params, self.optimizer)
+        return _init_state(self.config, self.model, self.lora, self.optimizer)
 
 
 def build(config: Config, *, model: Model | None = None) -> Parts:
@@ -132,6 +135,7 @@ def build(config: Config, *, model: Model | None = None) -> Parts:
     if task.evaluation:
         check_columns(eval_rewards, task.evaluation[0].columns)
     model = _load_named_model(config) if model is None else model
+    lora = _make_lora(config, model)
     limit = prompt_limit(model, config.data.max_prompt_length, config.sampling.max_new_tokens)
     over_length = config.data.over_length
     train = fit_prompts(task.train, model, limit, over_length, "training")
@@ -154,6 +158,7 @@ def build(config: Config, *, model: Model | None = None) -> Parts:
     return Parts(
         config=config,
         model=model,
+        lora=lora,
         task=replace(task, train=train.examples, evaluation=held_out.examples),
         num_dropped=train.num_dropped,
         num_truncated=train.num_truncated,
@@ -208,6 +213,22 @@ def _load_named_model(config: Config) -> Model:
         attention=named.attention,
         chat_template=named.chat_template,
     )
+
+
+def _make_lora(config: Config, model: Model) -> Lora | None:
+    lora = config.lora
+    if not lora.rank:
+        return None
+    return make_lora(model, rank=lora.rank, alpha=lora.resolved_alpha, targets=tuple(lora.targets))
+
+
+def _init_state(
+    config: Config, model: Model, lora: Lora | None, optimizer: optax.GradientTransformation
+) -> TrainState:
+    if lora is None:
+        return init_train_state(model.policy, model.params, optimizer)
+    adapters = init_adapters(lora, jax.random.key(config.training.seed))
+    return init_train_state(model.policy, adapters, optimizer, lora=lora)
 
 
 def _make_optimizer(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
@@ -328,23 +349,27 @@ def load_run(run_dir: str | Path, *, step: int | None = None) -> tuple[Model, in
     if not directory.is_dir():
         raise ValueError(f"the run {run_dir} has no checkpoint yet")
     model = _load_named_model(config)
+    lora = _make_lora(config, model)
     # Any schedule makes an optimizer state of the same shape; the run's data and rewards are not needed.
     optimizer = _make_optimizer(config, make_schedule(config.training.learning_rate))
-    template = jax.eval_shape(lambda: init_train_state(model.policy, model.params, optimizer))
-    found, params = restore_checkpoint(directory, template, step=step)
+    template = jax.eval_shape(lambda: _init_state(config, model, lora, optimizer))
+    found, state, extra = restore_checkpoint(directory, template, step=step)
+    if lora is not None:
+        check_base(extra.get("base"), fingerprint(model.params), directory)
+    params = policy_params(state, model.params if lora else None)
     return replace(model, params=params, source=str(run_dir)), found
 
 
 def restore_checkpoint(
     directory: Path, template: TrainState, *, step: int | None = None
-) -> tuple[int, Params]:
-    """Returns a checkpoint's (step, parameters) without touching the directory; step None is the newest."""
+) -> tuple[int, TrainState, dict[str, Any]]:
+    """Returns a checkpoint's (step, state, JSON) without touching the directory; step None is the newest."""
     checkpoints = Checkpoints(directory, read_only=True)
     try:
         if step is None:
-            step, state, _, _ = checkpoints.restore_latest(template)
+            step, state, extra, _ = checkpoints.restore_latest(template)
         else:
-            state, _, _ = checkpoints.restore(step, template)
+            state, extra, _ = checkpoints.restore(step, template)
     finally:
         checkpoints.close()
-    return step, state.params
+    return step, state, extra

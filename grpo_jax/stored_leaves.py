@@ -67,6 +67,12 @@ def describe(value: np.ndarray) -> list:
     return [str(value.dtype), list(value.shape), zlib.crc32(data)]
 
 
+def fingerprint(tree: PyTree) -> str:
+    """Returns a short text that differs between trees of other names, shapes, dtypes or values."""
+    described = {name: describe(np.asarray(leaf)) for name, leaf, _ in _named(tree)}
+    return f"{_crc(described):08x}"
+
+
 def fill_template(template: Template, saved: Descriptions, item: str) -> PyTree:
     """Returns the template, made for the stored number of rows where it is a function of it.
 

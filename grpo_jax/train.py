@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 
 from grpo_jax.actor import Actor, collect
+from grpo_jax.adapters import save_adapters
 from grpo_jax.best import check_best_metric, forget_best, keep_best
 from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.cli import enable_compilation_cache, parse_record, run_command
@@ -27,7 +28,7 @@ from grpo_jax.model_card import write_card
 from grpo_jax.models import save_model
 from grpo_jax.notices import Notices
 from grpo_jax.plan import make_plan
-from grpo_jax.progress import Progress, restore, resume_sources, save
+from grpo_jax.progress import Progress, restore, resume_sources, save, start
 from grpo_jax.rewards import close_rewards
 from grpo_jax.runs import Parts, build, config_dict, write_config
 from grpo_jax.trackers import Trackers, make_trackers
@@ -75,7 +76,7 @@ def _new_rollout(parts: Parts, actor: Actor, progress: Progress, key: jax.Array)
         return examples, jax.random.fold_in(key, index)
 
     ref_params = progress.ref_params if parts.scores_reference else None
-    collected = collect(actor, progress.state.params, ref_params, draw, progress.leftovers)
+    collected = collect(actor, progress.policy_params, ref_params, draw, progress.leftovers)
     progress.experience, progress.leftovers = collected.experience, collected.leftovers
     progress.rollout_metrics = collected.metrics
     progress.samples = _spread(collected.samples, config.tracking.num_completions)
@@ -94,6 +95,7 @@ def _update(parts: Parts, progress: Progress, minibatch: int) -> dict[str, float
         progress.state,
         experience,
         recipe=parts.recipe.replace(kl_coef=progress.kl_coef),
+        frozen=progress.frozen,
         ref_params=progress.ref_params if parts.recipe.exact_kl else None,
         group_size=config.algorithm.group_size,
         num_microbatches=config.training.num_microbatches,
@@ -155,9 +157,10 @@ def _num_programs() -> int:
 
 def _evaluate(parts: Parts, progress: Progress, trackers: Trackers) -> None:
     """Evaluates and logs; exports the model if it is the best so far."""
-    metrics = evaluate_parts(parts, progress.state.params)
+    params = progress.policy_params
+    metrics = evaluate_parts(parts, params)
     trackers.log(progress.step, metrics)
-    if text := keep_best(parts, progress.step, metrics, progress.state.params):
+    if text := keep_best(parts, progress.step, metrics, params):
         trackers.message(text)
 
 
@@ -218,16 +221,15 @@ def train(config: Config) -> int:
     checkpoints = Checkpoints(directory, keep=config.checkpoints.keep)
     resume_step = None
     if progress is None:
-        state = parts.init_state()
-        reference = parts.model.params if parts.needs_reference else None
-        progress = Progress(state=state, ref_params=reference, kl_coef=float(parts.recipe.kl_coef))
+        progress = start(parts)
     else:
         resume_step = progress.step
         print(f"continuing after step {resume_step} of {parts.num_steps}", flush=True)
-    frozen = progress.ref_params is not None and not config.algorithm.ref_sync_every
-    if frozen and not checkpoints.has_reference():
+    # A reference that moves is in every checkpoint, the base of LoRA in its own directory.
+    stays = progress.ref_params is not None and not (config.algorithm.ref_sync_every or parts.lora)
+    if stays and not checkpoints.has_reference():
         checkpoints.save_reference(progress.ref_params)
-    # From here on parameters live in the state and in the reference alone; the model keeps their shapes.
+    # From here on parameters live in the state and in the reference or base alone; the model keeps shapes.
     shapes = jax.eval_shape(lambda params: params, parts.model.params)
     parts = replace(parts, model=replace(parts.model, params=shapes))
 
@@ -250,9 +252,13 @@ def train(config: Config) -> int:
         print(f"interrupted after step {progress.step}, saved; the same command continues it", flush=True)
         return 128 + interrupts.signum
     target = Path(config.run_dir) / "hf"
-    save_model(parts.model, progress.state.params, target)
+    save_model(parts.model, progress.policy_params, target)
     write_card(config, target, step=progress.step)
     print(f"saved {target}, a directory that transformers opens", flush=True)
+    if parts.lora is not None:
+        target = Path(config.run_dir) / "adapter"
+        save_adapters(parts.model, parts.lora, progress.state.params, target)
+        print(f"saved {target}, a directory that peft opens", flush=True)
     return 0
 
 

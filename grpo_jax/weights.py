@@ -96,10 +96,7 @@ def write_params(directory: Path, params: Params, *, max_shard_size: int = MAX_S
         for key, value in shard.items():
             value = np.asarray(jax.device_get(value))
             tensors[torch_name(key)] = np.ascontiguousarray(value.T if key[-1] == "kernel" else value)
-        unfinished = directory / f"{file}.unfinished"
-        save_file(tensors, unfinished, metadata={"format": "pt"})
-        unfinished.chmod(0o644)  # safetensors writes files that only their owner can read
-        os.replace(unfinished, directory / file)
+        write_tensors(directory / file, tensors)
         weight_map |= dict.fromkeys(tensors, file)
     index = directory / f"{SAFETENSORS}.index.json"
     if count > 1:
@@ -127,6 +124,14 @@ def _into_shards(leaves: dict[tuple[str, ...], jax.Array], max_size: int) -> lis
         shards[-1][key] = leaf
         size += _num_bytes(leaf)
     return shards
+
+
+def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes contiguous arrays as a safetensors file; an existing one is replaced by the complete new one."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    save_file(tensors, unfinished, metadata={"format": "pt"})
+    unfinished.chmod(0o644)  # safetensors writes files that only their owner can read
+    os.replace(unfinished, path)
 
 
 def torch_name(path: tuple[str, ...]) -> str:

@@ -130,6 +130,11 @@ INVALID = [
     ("algorithm", {"max_staleness": -1.0}, "algorithm.max_staleness: -1.0; a finite number, not negative"),
     ("algorithm", {"importance_cap": 0.9}, "algorithm.importance_cap: 0.9; a finite ratio, at least 1"),
     ("algorithm", {"overlong_buffer": -1}, "algorithm.overlong_buffer: -1; 0 (off) or more"),
+    ("lora", {"rank": -1}, "lora.rank: -1; 0 (the whole model is trained) or more"),
+    ("lora", {"rank": 4, "alpha": 0.0}, "lora.alpha: 0.0; above 0, finite"),
+    ("lora", {"rank": 4, "alpha": float("inf")}, "lora.alpha: inf; above 0, finite"),
+    ("lora", {"alpha": 32}, "lora.alpha is given, but lora.rank is 0: set it, such as to 16"),
+    ("lora", {"targets": ["q_proj"]}, "lora.targets is given, but lora.rank is 0: set it"),
     ("data", {"max_prompt_length": 0}, "data.max_prompt_length: 0; at least 1 token"),
     ("data", {"eval_file": "e.jsonl"}, "data.eval_file is given without data.train_file"),
     ("data", {"train_file": "a.csv", "dataset": "a/b"}, "data.train_file and data.dataset are both given"),
@@ -229,6 +234,17 @@ def test_batch_size_is_a_multiple_of_the_group(group, batch, suggested):
     ) as error:
         parse(f"--algorithm.group_size={group}", f"--training.batch_size={batch}")
     assert str(error.value).endswith(f"try {suggested}")
+
+
+def test_alpha_is_twice_the_rank_unless_given():
+    assert parse("--lora.rank=8").lora.resolved_alpha == 16
+    assert parse("--lora.rank=8", "--lora.alpha=4").lora.resolved_alpha == 4
+
+
+def test_the_base_of_adapters_is_a_reference_that_never_moves():
+    with pytest.raises(ValueError, match="ref_sync_every: 5 moves the reference, but with lora"):
+        parse("--lora.rank=4", "--algorithm.ref_sync_every=5")
+    assert parse("--lora.rank=4", "--algorithm.ref_sync_every=0").lora.rank == 4
 
 
 TYPES = [

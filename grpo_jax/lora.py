@@ -1,0 +1,161 @@
+"""LoRA, https://arxiv.org/abs/2106.09685: the base stays; products of two thin matrices are added to kernels.
+
+    W + (alpha / rank) A B        A [in, rank], B [rank, out]
+
+Trained are the pairs (A, B), the *adapters*: optimizer state and checkpoints hold nothing else. B starts at
+0, so the policy starts as the base; and the base, which never moves, is the reference.
+
+Kernels are merged before a forward pass, rather than x A B added behind each of them: `merge_adapters` maps
+parameters to parameters, so it is exact and the same for every policy, and decoding runs at the speed of the
+base. What that costs: one product of rank `rank` per kernel, a second copy of the merged kernels during
+generation and during the update, and in the backward pass the gradient [in, out] of each of them, on its way
+to A and B. So an update computes as much as full fine-tuning does. What is saved is memory: there is no
+optimizer state, no sum of gradients and no reference of the size of the model.
+
+There is no dropout on the input of an adapter: merged kernels have no such input.
+"""
+
+import functools
+import zlib
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from grpo_jax.types import Array, Params
+
+Path = tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A kernel that gets an adapter.
+
+    Args:
+        path: of the kernel in the parameters.
+        inputs: its number of inputs.
+        outputs: its number of outputs.
+        output_first: it is stored [out, in].
+    """
+
+    path: Path
+    inputs: int
+    outputs: int
+    output_first: bool = False
+
+    @property
+    def module(self) -> str:
+        """Returns the dotted name of the dense layer, PyTorch's as well: `model.layers.0.mlp.up_proj`."""
+        return ".".join(self.path[:-1] if self.path[-1] == "kernel" else self.path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """What is adapted, and how. Hashable: to `jit` it is part of the program.
+
+    Args:
+        rank: r, columns of A and rows of B.
+        alpha: the product is scaled by alpha / rank.
+        targets: the kernels.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[Target, ...]
+
+    @property
+    def scale(self) -> float:
+        """Returns alpha / rank."""
+        return self.alpha / self.rank
+
+
+def match_targets(dense: tuple[Target, ...], patterns: tuple[str, ...]) -> tuple[Target, ...]:
+    """Returns the dense layers that patterns name, in their order.
+
+    Args:
+        dense: the dense layers of a model.
+        patterns: globs on the dotted name of the layer or on an end of it that begins at a dot: `q_proj`,
+            `attn.c_proj`, `layers.0.*`. None at all: every dense layer of attention and MLP, which are those
+            inside a numbered layer.
+
+    Raises:
+        ValueError: a pattern matches nothing, or there are none and no layer is numbered; it lists the names.
+    """
+    if not patterns:
+        found = [target for target in dense if any(part.isdecimal() for part in target.path)]
+        if not found:
+            raise ValueError(f"no dense layer is inside a numbered layer; there are {_kinds(dense)}")
+        return tuple(found)
+
+    def matches(target: Target, pattern: str) -> bool:
+        return fnmatchcase(target.module, pattern) or fnmatchcase(target.module, f"*.{pattern}")
+
+    for pattern in patterns:
+        if not any(matches(target, pattern) for target in dense):
+            raise ValueError(f"{pattern!r} matches no dense layer; there are {_kinds(dense)}")
+    return tuple(target for target in dense if any(matches(target, pattern) for pattern in patterns))
+
+
+def _kinds(dense: tuple[Target, ...]) -> str:
+    """Lists names, those that differ in the number of the layer once."""
+    names = dict.fromkeys(
+        ".".join("*" if part.isdecimal() else part for part in target.module.split(".")) for target in dense
+    )
+    return ", ".join(names)
+
+
+def init_adapters(lora: Lora, key: Array) -> Params:
+    """Makes the adapters of step 0: A uniform in ±1/sqrt(in) (Kaiming's, as in PEFT), B zero.
+
+    Args:
+        lora: what is adapted.
+        key: PRNG key, not consumed but folded with the name of each kernel: an adapter starts the same
+            whatever else is adapted.
+
+    Returns:
+        a pytree with {"a" [in, rank], "b" [rank, out]} in the place of each kernel, float32.
+    """
+    adapters = {}
+    for target in lora.targets:
+        bound = target.inputs**-0.5
+        own = jax.random.fold_in(key, zlib.crc32(target.module.encode()))
+        shape = (target.inputs, lora.rank)
+        adapters[(*target.path, "a")] = jax.random.uniform(own, shape, minval=-bound, maxval=bound)
+        adapters[(*target.path, "b")] = jnp.zeros((lora.rank, target.outputs))
+    return unflatten_dict(adapters)
+
+
+def merge_adapters(lora: Lora, base: Params, adapters: Params) -> Params:
+    """Adds the adapters to their kernels.
+
+    Differentiable by the adapters and the base; differentiate by the adapters alone.
+
+    Args:
+        lora: what is adapted.
+        base: parameters of the model.
+        adapters: as `init_adapters` makes them.
+
+    Returns:
+        a pytree like base, whose other arrays are those of base. While every B is 0, it equals base.
+
+    Raises:
+        KeyError: base or adapters lack a target.
+    """
+    flat, pairs = flatten_dict(base), flatten_dict(adapters)
+    kernels = [flat[target.path] for target in lora.targets]
+    factors = [(pairs[(*target.path, "a")], pairs[(*target.path, "b")]) for target in lora.targets]
+    merged = _merge_kernels(lora, kernels, factors)
+    return unflatten_dict(flat | {t.path: kernel for t, kernel in zip(lora.targets, merged, strict=True)})
+
+
+@functools.partial(jax.jit, static_argnames="lora")
+def _merge_kernels(lora: Lora, kernels: list[Array], factors: list[tuple[Array, Array]]) -> list[Array]:
+    """Merges in one program, or as a part of another. Only kernels go in: the rest is not copied."""
+    merged = []
+    for target, kernel, (a, b) in zip(lora.targets, kernels, factors, strict=True):
+        # Thin as it is: in float32 also where products of float32 are not by default.
+        delta = jnp.matmul(lora.scale * a, b, precision=jax.lax.Precision.HIGHEST)
+        merged.append(kernel + (delta.T if target.output_first else delta))
+    return merged
