@@ -5,7 +5,7 @@ python -m grpo_jax.plan --config configs/grpo_config.yaml
 
 import functools
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -119,10 +119,15 @@ def _relaid_bytes(parts: Parts, batch: int) -> int:
     return sum(x.aval.size * x.aval.dtype.itemsize for x in jaxpr.outvars if x not in given)
 
 
+def _init_state_of(parts: Parts):
+    """Returns init_state as a function of the model's parameters, whose shapes are then enough."""
+    return lambda params: replace(parts, model=replace(parts.model, params=params)).init_state()
+
+
 def _memory(parts: Parts) -> dict[str, int]:
     """Estimates bytes by purpose; XLA's fusion usually needs less for the update."""
     config, policy, params = parts.config, parts.model.policy, parts.model.params
-    size, trained = _bytes(params), jax.eval_shape(parts.init_state)
+    size, trained = _bytes(params), jax.eval_shape(_init_state_of(parts), params)
     batch, length = config.training.batch_size, parts.prompt_length + config.sampling.max_new_tokens
     rows = batch // config.training.num_microbatches
     hidden = jax.eval_shape(
