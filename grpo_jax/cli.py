@@ -149,7 +149,7 @@ def enable_compilation_cache() -> Path:
     except OSError:
         return directory  # a read-only home costs compile time, nothing else
     jax.config.update("jax_compilation_cache_dir", str(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return directory
 
 
