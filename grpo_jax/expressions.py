@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
 
-from grpo_jax.verifiers import last_boxed
+from grpo_jax.verifiers import last_boxed, tag_answer
 
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 _CHARACTERS = re.compile(r"[0-9+\-*/() ]{1,200}")  # the limit bounds depth and size of everything below
@@ -48,20 +48,13 @@ def evaluate_expression(text: str) -> tuple[Fraction, list[int]] | None:
         return None
 
 
-def last_tagged(text: str) -> str | None:
-    """Returns what the last ``<answer>...</answer>`` holds, None without one."""
-    end = text.rfind("</answer>")
-    start = text.rfind("<answer>", 0, max(end, 0))
-    return None if start < 0 else text[start + len("<answer>") : end]
-
-
 def find_expression(text: str) -> str:
     r"""Returns the part of a completion that should be an expression.
 
     It is the content of the last ``<answer>...</answer>``, else of the last ``\boxed{...}``, else the first
     line with text; without what follows an equals sign.
     """
-    tagged, boxed = last_tagged(text), last_boxed(text)
+    tagged, boxed = tag_answer(text), last_boxed(text)
     if tagged is not None:
         found = tagged
     elif boxed is not None:

@@ -5,8 +5,8 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from grpo_jax.expressions import last_tagged
 from grpo_jax.tasks.task import Example, Task, require
+from grpo_jax.verifiers import tag_answer
 
 PREFIX = "reasoning_gym:"
 
@@ -74,6 +74,6 @@ def score_entry(text: str, entry: Mapping[str, Any]) -> float:
         text: a completion; in it the last `<answer>...</answer>` counts, else all of it.
         entry: as reasoning-gym made it.
     """
-    tagged = last_tagged(text)
+    tagged = tag_answer(text)
     answer = (text if tagged is None else tagged).strip()
     return float(_scorer(entry["metadata"]["source_dataset"])(answer, entry))
