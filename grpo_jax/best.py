@@ -47,8 +47,8 @@ def check_best_metric(parts: Parts) -> None:
     Raises:
         ValueError: it will not; the message lists the names that it gives.
     """
-    metric, names = parts.config.checkpoints.best_metric, evaluation_names(parts)
-    if metric is None or metric in names:
+    metric = parts.config.checkpoints.best_metric
+    if metric is None or metric in (names := evaluation_names(parts)):
         return
     if not names:
         raise ValueError(
