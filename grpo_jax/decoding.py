@@ -112,6 +112,11 @@ def decode_stages(batch: int, max_new_tokens: int) -> tuple[tuple[int, int], ...
     return tuple(stages)
 
 
+def decoding_params(policy: Policy, params: Params, stages: tuple[tuple[int, int], ...]) -> Params:
+    """Returns params as decoding takes them: laid out for the few rows of the last of the `decode_stages`."""
+    return params if policy.for_decoding is None else policy.for_decoding(params, stages[-1][0])
+
+
 def _drop_finished(policy: Policy, rows: _Rows, size: int) -> _Rows:
     """Keeps `size` rows, all of the unfinished ones (at most that many) among them."""
     kept = jnp.argsort(rows.done, stable=True)[:size]
@@ -175,8 +180,7 @@ def generate(
         done=jnp.zeros(batch, bool),
     )
     stages = decode_stages(batch, max_new_tokens)
-    if policy.for_decoding is not None:
-        params = policy.for_decoding(params, stages[-1][0])
+    params = decoding_params(policy, params, stages)
     sample = functools.partial(_draw_and_record, policy, params, eos_ids=eos_ids, sampling=sampling)
 
     def step(carry: _Decode, slots: int) -> _Decode:

@@ -15,6 +15,7 @@ from grpo_jax.actor import bucket_length
 from grpo_jax.best import check_best_metric
 from grpo_jax.cli import parse_record, run_command
 from grpo_jax.config import Config
+from grpo_jax.decoding import decode_stages, decoding_params
 from grpo_jax.log_probs import CHUNK_SIZE, NUM_ROOMS, PACKED_FROM, completion_hidden, shared_rows
 from grpo_jax.runs import Parts, build
 from grpo_jax.types import Rollout
@@ -111,10 +112,8 @@ def _activation_bytes(parts: Parts, rows: int) -> int:
 
 def _relaid_bytes(parts: Parts, batch: int) -> int:
     """Returns the bytes of the parameters that generation lays out anew."""
-    policy = parts.model.policy
-    if policy.for_decoding is None:
-        return 0
-    jaxpr = jax.make_jaxpr(lambda params: policy.for_decoding(params, batch))(parts.model.params).jaxpr
+    policy, stages = parts.model.policy, decode_stages(batch, parts.config.sampling.max_new_tokens)
+    jaxpr = jax.make_jaxpr(lambda params: decoding_params(policy, params, stages))(parts.model.params).jaxpr
     given = set(jaxpr.invars)
     return sum(x.aval.size * x.aval.dtype.itemsize for x in jaxpr.outvars if x not in given)
 
