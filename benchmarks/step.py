@@ -38,6 +38,7 @@ from grpo_jax.huge_pages import use_huge_pages
 from grpo_jax.models import DTYPES, Model, load_model
 from grpo_jax.plan import make_plan
 from grpo_jax.progress import Progress
+from grpo_jax.progress import start as start_progress
 from grpo_jax.runs import Parts, build
 from grpo_jax.train import _one_step
 
@@ -125,8 +126,7 @@ def start(config: Config, mean: float | None) -> tuple[Parts, Progress]:
     model = load_model(config.model.hf_model_name, dtype=config.model.dtype)
     model = replace(model, eos_ids=()) if mean is None else end_with_hazard(model, mean)
     parts = build(config, model=model)
-    reference = model.params if parts.needs_reference else None
-    progress = Progress(state=parts.init_state(), ref_params=reference, kl_coef=float(parts.recipe.kl_coef))
+    progress = start_progress(parts)
     shapes = jax.eval_shape(lambda params: params, model.params)
     return replace(parts, model=replace(model, params=shapes)), progress
 
