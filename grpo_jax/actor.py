@@ -16,6 +16,7 @@ from grpo_jax.groups import Groups, fill_batch, join_groups, take_groups, widen_
 from grpo_jax.log_probs import completion_log_probs, tokens_in_use
 from grpo_jax.metrics import reward_metrics, rollout_metrics
 from grpo_jax.models import Model, decode, encode, pad_prompts
+from grpo_jax.prompt_lengths import bucket_length
 from grpo_jax.recipes import Recipe
 from grpo_jax.rewards import Reward, reward_means, score
 from grpo_jax.types import Array, Experience, Judged, Params, Rollout
@@ -66,18 +67,6 @@ class Collected:
     num_tokens: int  # prompt and completion tokens of everything sampled
     num_rounds: int  # rounds of prompts drawn
     leftovers: Groups | None = None  # informative groups that found no room
-
-
-def bucket_length(length: int, limit: int) -> int:
-    """Returns the padded prompt length: 8, 16, 24, 32, 48, 64, 96, 128, ..., at most limit.
-
-    Two sizes per octave bound both the padding (a third) and the number of compilations.
-    """
-    size = 8
-    while size < length:
-        octave = 1 << (size.bit_length() - 1)
-        size += max(octave // 2, 8)
-    return min(size, limit)
 
 
 def judge(rewards: Sequence[Reward], examples: Sequence[Example], texts: Sequence[str]) -> np.ndarray:

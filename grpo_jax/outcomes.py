@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.actor import bucket_length, judge
+from grpo_jax.actor import judge
 from grpo_jax.data import Example
 from grpo_jax.decoding import generate
 from grpo_jax.estimates import doublings, paired_bootstrap, pass_at_k
 from grpo_jax.experience import combine
 from grpo_jax.models import Model, decode, encode, pad_prompts
+from grpo_jax.prompt_lengths import padded_length
 from grpo_jax.rewards import Reward, reward_means
 from grpo_jax.types import Params
 
@@ -116,9 +117,8 @@ def observe(
         raise ValueError("evaluation needs at least one held-out prompt; there are none")
     if prompt_length is None:
         prompt_length = max(len(s) for s in encode(model, [example.prompt for example in examples]))
-    room = max(prompt_length, (model.max_positions or 10**9) - max_new_tokens)
     settings = {
-        "prompt_length": bucket_length(prompt_length, room),
+        "prompt_length": padded_length(model, prompt_length, max_new_tokens),
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,
         "seed": seed,

@@ -17,6 +17,7 @@ import numpy as np
 from grpo_jax import architectures, families, weights
 from grpo_jax.decoding import positions_from_mask
 from grpo_jax.models import DTYPES, load_tokenizer
+from grpo_jax.prompt_lengths import bucket_length
 from grpo_jax.sources import find_directory, read_json
 from grpo_jax.types import Array, Params, Policy
 
@@ -167,15 +168,6 @@ def encode_texts(
     return sequences
 
 
-def _padded(length: int, limit: int) -> int:
-    """Returns the length that a batch is padded to: two sizes per octave, so that few are compiled."""
-    size = 16
-    while size < length:
-        octave = 1 << (size.bit_length() - 1)
-        size = size + octave // 2 if size == octave else 2 * octave
-    return min(size, limit)
-
-
 def classify(classifier: Classifier, sequences: Sequence[Sequence[int]], *, batch_size: int) -> np.ndarray:
     """Computes the logits of at most batch_size texts, at once.
 
@@ -187,7 +179,7 @@ def classify(classifier: Classifier, sequences: Sequence[Sequence[int]], *, batc
     Returns:
         [number of texts, labels] float32.
     """
-    length = _padded(max(map(len, sequences)), classifier.max_positions)
+    length = bucket_length(max(16, *map(len, sequences)), classifier.max_positions)
     tokens, mask = np.zeros((batch_size, length), np.int32), np.zeros((batch_size, length), bool)
     last = np.zeros(batch_size, np.int32)
     mask[:, 0] = True  # a row that only fills

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.actor import bucket_length, judge
+from grpo_jax.actor import judge
 from grpo_jax.cli import enable_compilation_cache, parse_record, run_command
 from grpo_jax.config import Config
 from grpo_jax.data import Example, batch
 from grpo_jax.estimates import dead_group_share, doublings, pass_at_k
 from grpo_jax.experience import combine
 from grpo_jax.outcomes import is_correct, sample_texts
+from grpo_jax.prompt_lengths import padded_length
 from grpo_jax.runs import Parts, build
 from grpo_jax.shaping import overlong_penalty
 from grpo_jax.trackers.console import ConsoleTracker, figures_table, samples_table
@@ -85,10 +86,9 @@ def rehearse(parts: Parts, *, num_prompts: int, num_samples: int) -> Rehearsal:
     config = parts.config
     num_prompts = min(num_prompts, len(parts.task.train))
     examples = batch(parts.task.train, seed=config.training.seed, step=0, num_prompts=num_prompts)
-    room = max(parts.prompt_length, (parts.model.max_positions or 10**9) - config.sampling.max_new_tokens)
     settings = {
         "group_size": num_samples,
-        "prompt_length": bucket_length(parts.prompt_length, room),
+        "prompt_length": padded_length(parts.model, parts.prompt_length, config.sampling.max_new_tokens),
         "max_new_tokens": config.sampling.max_new_tokens,
         "batch_size": config.evaluation.batch_size,
         "seed": config.training.seed,

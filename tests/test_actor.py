@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_jax import actor as actor_module
-from grpo_jax.actor import Actor, bucket_length, collect, judge
+from grpo_jax.actor import Actor, collect, judge
 from grpo_jax.data import Example
 from grpo_jax.groups import Groups
 from grpo_jax.log_probs import completion_log_probs
 from grpo_jax.losses import loss_weights
 from grpo_jax.models import decode, load_model
+from grpo_jax.prompt_lengths import bucket_length
 from grpo_jax.recipes import dapo, dr_grpo, grpo
 from grpo_jax.rewards import Reward, RewardError
 from grpo_jax.types import Judged, Rollout
