@@ -9,12 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from grpo_jax.algorithm_config import AlgorithmConfig
-from grpo_jax.data_config import DataConfig
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+from grpo_jax.data_config import DataConfig, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +62,11 @@ class LoraConfig:
         return 2.0 * self.rank if self.alpha is None else float(self.alpha)
 
     def __post_init__(self):
-        _require(self.rank >= 0, f"lora.rank: {self.rank}; 0 (the whole model is trained) or more")
+        require(self.rank >= 0, f"lora.rank: {self.rank}; 0 (the whole model is trained) or more")
         a = self.alpha
-        _require(a is None or 0 < a < math.inf, f"lora.alpha: {a}; above 0, finite")
+        require(a is None or 0 < a < math.inf, f"lora.alpha: {a}; above 0, finite")
         for name, given in (("alpha", a is not None), ("targets", bool(self.targets))):
-            _require(
+            require(
                 self.rank > 0 or not given, f"lora.{name} is given, but lora.rank is 0: set it, such as to 16"
             )
 
@@ -100,15 +95,15 @@ class RewardConfig:
 
     def __post_init__(self):
         limit, workers, rows = self.timeout, self.workers, self.rows_per_call
-        _require(
+        require(
             limit is None or 0 < limit < math.inf, f"rewards.timeout: {limit}; seconds, above 0 and finite"
         )
-        _require(workers >= 1, f"rewards.workers: {workers}; at least 1")
-        _require(rows is None or rows >= 1, f"rewards.rows_per_call: {rows}; at least 1")
+        require(workers >= 1, f"rewards.workers: {workers}; at least 1")
+        require(rows is None or rows >= 1, f"rewards.rows_per_call: {rows}; at least 1")
         if limit is None:
             for name, default in (("workers", 1), ("rows_per_call", None)):
                 value = getattr(self, name)
-                _require(value == default, f"rewards.{name}: {value} needs rewards.timeout, in seconds")
+                require(value == default, f"rewards.{name}: {value} needs rewards.timeout, in seconds")
 
 
 def check_drawing(section: str, *, max_new_tokens: int, top_k: int, top_p: float, min_p: float) -> None:
@@ -120,10 +115,10 @@ def check_drawing(section: str, *, max_new_tokens: int, top_k: int, top_p: float
     Raises:
         ValueError: names the value and its range.
     """
-    _require(max_new_tokens >= 1, f"{section}max_new_tokens: {max_new_tokens}; at least 1")
-    _require(top_k >= 0, f"{section}top_k: {top_k}; 0 (off) or more")
-    _require(0 < top_p <= 1, f"{section}top_p: {top_p}; in (0, 1], 1 is off")
-    _require(0 <= min_p < 1, f"{section}min_p: {min_p}; in [0, 1), 0 is off")
+    require(max_new_tokens >= 1, f"{section}max_new_tokens: {max_new_tokens}; at least 1")
+    require(top_k >= 0, f"{section}top_k: {top_k}; 0 (off) or more")
+    require(0 < top_p <= 1, f"{section}top_p: {top_p}; in (0, 1], 1 is off")
+    require(0 <= min_p < 1, f"{section}min_p: {min_p}; in [0, 1), 0 is off")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +147,7 @@ class SamplingConfig:
             top_p=self.top_p,
             min_p=self.min_p,
         )
-        _require(
+        require(
             0 < self.temperature < math.inf,
             f"sampling.temperature: {self.temperature}; training needs a temperature above 0: greedy "
             "completions of one prompt are all equal and teach nothing",
@@ -192,26 +187,26 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self):
-        _require(self.batch_size >= 1, f"training.batch_size: {self.batch_size}; at least 1")
+        require(self.batch_size >= 1, f"training.batch_size: {self.batch_size}; at least 1")
         parts = self.num_microbatches
-        _require(parts >= 1, f"training.num_microbatches: {parts}; at least 1")
-        _require(
+        require(parts >= 1, f"training.num_microbatches: {parts}; at least 1")
+        require(
             self.batch_size % parts == 0,
             f"training.batch_size {self.batch_size} does not divide into training.num_microbatches "
             f"{parts} equal parts",
         )
-        _require(0 < self.num_epochs < math.inf, f"training.num_epochs: {self.num_epochs}; above 0, finite")
+        require(0 < self.num_epochs < math.inf, f"training.num_epochs: {self.num_epochs}; above 0, finite")
         n = self.num_steps
-        _require(n is None or n >= 1, f"training.num_steps: {n}; at least 1")
+        require(n is None or n >= 1, f"training.num_steps: {n}; at least 1")
         for name in ("learning_rate", "weight_decay"):
             value = getattr(self, name)
-            _require(0 <= value < math.inf, f"training.{name}: {value}; a finite number, not negative")
+            require(0 <= value < math.inf, f"training.{name}: {value}; a finite number, not negative")
         for name in ("adam_b1", "adam_b2"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"training.{name}: {value}; in [0, 1)")
-        _require(self.warmup_steps >= 0, f"training.warmup_steps: {self.warmup_steps}; not negative")
-        _require(self.max_grad_norm >= 0, f"training.max_grad_norm: {self.max_grad_norm}; 0 (off) or more")
-        _require(0 <= self.seed < 2**31, f"training.seed: {self.seed}; in [0, 2**31)")
+            require(0 <= value < 1, f"training.{name}: {value}; in [0, 1)")
+        require(self.warmup_steps >= 0, f"training.warmup_steps: {self.warmup_steps}; not negative")
+        require(self.max_grad_norm >= 0, f"training.max_grad_norm: {self.max_grad_norm}; 0 (off) or more")
+        require(0 <= self.seed < 2**31, f"training.seed: {self.seed}; in [0, 2**31)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,12 +233,12 @@ class EvaluationConfig:
     rewards: list[RewardConfig] = field(default_factory=list)
 
     def __post_init__(self):
-        _require(self.every >= 0, f"evaluation.every: {self.every}; 0 or more")
-        _require(self.num_prompts >= 0, f"evaluation.num_prompts: {self.num_prompts}; 0 or more")
-        _require(self.num_samples >= 1, f"evaluation.num_samples: {self.num_samples}; at least 1")
-        _require(self.batch_size >= 1, f"evaluation.batch_size: {self.batch_size}; at least 1")
+        require(self.every >= 0, f"evaluation.every: {self.every}; 0 or more")
+        require(self.num_prompts >= 0, f"evaluation.num_prompts: {self.num_prompts}; 0 or more")
+        require(self.num_samples >= 1, f"evaluation.num_samples: {self.num_samples}; at least 1")
+        require(self.batch_size >= 1, f"evaluation.batch_size: {self.batch_size}; at least 1")
         heat = self.temperature
-        _require(
+        require(
             heat is None or 0 < heat < math.inf,
             f"evaluation.temperature: {heat}; finite, above 0 (evaluation adds a greedy pass of its own)",
         )
@@ -270,8 +265,8 @@ class CheckpointConfig:
     best_mode: Literal["max", "min"] = "max"
 
     def __post_init__(self):
-        _require(self.every >= 1, f"checkpoints.every: {self.every}; at least 1")
-        _require(self.keep >= 1, f"checkpoints.keep: {self.keep}; at least 1")
+        require(self.every >= 1, f"checkpoints.every: {self.every}; at least 1")
+        require(self.keep >= 1, f"checkpoints.keep: {self.keep}; at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,8 +291,8 @@ class TrackingConfig:
 
     def __post_init__(self):
         every = self.completions_every
-        _require(every >= 1, f"tracking.completions_every: {every}; at least 1")
-        _require(self.num_completions >= 0, f"tracking.num_completions: {self.num_completions}; 0 or more")
+        require(every >= 1, f"tracking.completions_every: {every}; at least 1")
+        require(self.num_completions >= 0, f"tracking.num_completions: {self.num_completions}; 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,13 +338,13 @@ class Config:
 
     def __post_init__(self):
         batch, group = self.training.batch_size, self.algorithm.group_size
-        _require(
+        require(
             batch % group == 0,
             f"training.batch_size {batch} counts completions and must be a multiple of "
             f"algorithm.group_size {group}: try {max(1, round(batch / group)) * group}",
         )
         rank, sync = self.lora.rank, self.algorithm.ref_sync_every
-        _require(
+        require(
             not (rank and sync),
             f"algorithm.ref_sync_every: {sync} moves the reference, but with lora.rank {rank} that is the "
             "base model, which never moves; leave one of them out",

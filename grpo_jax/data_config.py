@@ -6,7 +6,8 @@ from typing import Any, Literal
 DEFAULT_TASK = "arithmetic"
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raises ValueError with the message unless the condition holds."""
     if not condition:
         raise ValueError(message)
 
@@ -58,18 +59,18 @@ class DataConfig:
 
     def __post_init__(self):
         n, fraction = self.max_prompt_length, self.eval_fraction
-        _require(n is None or n >= 1, f"data.max_prompt_length: {n}; at least 1 token")
-        _require(fraction is None or 0 <= fraction < 1, f"data.eval_fraction: {fraction}; in [0, 1)")
-        _require(
+        require(n is None or n >= 1, f"data.max_prompt_length: {n}; at least 1 token")
+        require(fraction is None or 0 <= fraction < 1, f"data.eval_fraction: {fraction}; in [0, 1)")
+        require(
             self.train_file is None or self.dataset is None,
             "data.train_file and data.dataset are both given; prompts come from one of them",
         )
-        _require(
+        require(
             self.eval_file is None or self.has_source,
             "data.eval_file is given without data.train_file; give both, or neither and a task",
         )
         for name in ("dataset_config", "eval_split"):
-            _require(
+            require(
                 getattr(self, name) is None or self.dataset is not None,
                 f"data.{name} is given without data.dataset; it names a part of one",
             )
@@ -82,13 +83,13 @@ class DataConfig:
             )
             if given
         ]
-        _require(
+        require(
             len(held_out) <= 1,
             f"{' and '.join(f'data.{name}' for name in held_out)} are both given; held-out prompts come from "
             "one of them",
         )
         for i, shot in enumerate(self.few_shot):
-            _require(
+            require(
                 "completion" in shot and len(shot) > 1,
                 f"data.few_shot[{i}] needs `completion`, and `prompt` or the columns of "
                 f"data.prompt_template; it has {', '.join(shot) or 'nothing'}",
