@@ -32,3 +32,13 @@ def forget_compiled_programs():
     """Drops each module's compiled programs: thousands of them exhaust the mappings of a process (65,530)."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def shared_compilations():
+    """Lets the runs of a test module share a model and its optimizers, and so their compilations."""
+    import small_run  # needs the path above
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        small_run.share_compilations(monkeypatch)
+        yield

@@ -25,11 +25,7 @@ from grpo_jax.train import train
 METRIC = "eval/rewards/exact_match/mean"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def shared_compilations():
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        small_run.share_compilations(monkeypatch)
-        yield
+pytestmark = pytest.mark.usefixtures("shared_compilations")
 
 
 @pytest.fixture(scope="module")

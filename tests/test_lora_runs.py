@@ -21,11 +21,7 @@ KERNELS = 2 * 12 * 128**2  # of the packaged model: V=17, D=128, 2 layers
 ADAPTERS = 2 * 3 * (4 * 128 + 2 * 128 + 5 * 128 + 5 * 128)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def shared_compilations():
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        small_run.share_compilations(monkeypatch)
-        yield
+pytestmark = pytest.mark.usefixtures("shared_compilations")
 
 
 @pytest.fixture(scope="module")

@@ -54,11 +54,7 @@ RUNS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def shared_compilations():
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        small_run.share_compilations(monkeypatch)
-        yield
+pytestmark = pytest.mark.usefixtures("shared_compilations")
 
 
 @pytest.fixture(scope="module")

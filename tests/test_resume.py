@@ -29,11 +29,7 @@ def slow_match(completions, answer):
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def shared_compilations():
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        small_run.share_compilations(monkeypatch)
-        yield
+pytestmark = pytest.mark.usefixtures("shared_compilations")
 
 
 @pytest.fixture(scope="module")
