@@ -30,7 +30,9 @@ def dense_layers(model: Model) -> tuple[Target, ...]:
     return tuple(layers)
 
 
-def make_lora(model: Model, *, rank: int, alpha: float, targets: tuple[str, ...] = ()) -> Lora:
+def make_lora(
+    model: Model, *, rank: int, alpha: float, targets: tuple[str, ...] = (), dropout: float = 0.0
+) -> Lora:
     """Chooses the dense layers of a model that get an adapter.
 
     Args:
@@ -38,6 +40,7 @@ def make_lora(model: Model, *, rank: int, alpha: float, targets: tuple[str, ...]
         rank: r.
         alpha: the product is scaled by alpha / rank.
         targets: see `match_targets`.
+        dropout: see `Lora`.
 
     Raises:
         ValueError: a target matches no dense layer; the message lists them.
@@ -46,7 +49,7 @@ def make_lora(model: Model, *, rank: int, alpha: float, targets: tuple[str, ...]
         chosen = match_targets(dense_layers(model), targets)
     except ValueError as error:
         raise ValueError(f"lora.targets: {error}") from None
-    return Lora(rank=rank, alpha=alpha, targets=chosen)
+    return Lora(rank=rank, alpha=alpha, targets=chosen, dropout=dropout)
 
 
 def check_base(theirs: str | None, ours: str, where: Path) -> None:
@@ -93,7 +96,7 @@ def save_adapters(model: Model, lora: Lora, adapters: Params, directory: str | o
         "target_modules": _target_modules(model, lora),
         "r": lora.rank,
         "lora_alpha": lora.alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": lora.dropout,
         "bias": "none",
         "fan_in_fan_out": any(target.output_first for target in lora.targets),
         "init_lora_weights": True,

@@ -50,11 +50,13 @@ class LoraConfig:
         alpha: an adapter is scaled by alpha / rank; None: twice the rank.
         targets: globs on the names of dense layers, or on their ends: `q_proj`, `attn.c_proj`, `layers.0.*`;
             empty: every dense layer of attention and MLP.
+        dropout: probability that an input of an adapter is zeroed, for all tokens of an update.
     """
 
     rank: int = 0
     alpha: float | None = None
     targets: list[str] = field(default_factory=list)
+    dropout: float = 0.0
 
     @property
     def resolved_alpha(self) -> float:
@@ -65,7 +67,10 @@ class LoraConfig:
         require(self.rank >= 0, f"lora.rank: {self.rank}; 0 (the whole model is trained) or more")
         a = self.alpha
         require(a is None or 0 < a < math.inf, f"lora.alpha: {a}; above 0, finite")
-        for name, given in (("alpha", a is not None), ("targets", bool(self.targets))):
+        p = self.dropout
+        require(0 <= p < 1, f"lora.dropout: {p}; a probability, at least 0 and below 1")
+        given_keys = {"alpha": a is not None, "targets": bool(self.targets), "dropout": p > 0}
+        for name, given in given_keys.items():
             require(
                 self.rank > 0 or not given, f"lora.{name} is given, but lora.rank is 0: set it, such as to 16"
             )

@@ -104,6 +104,7 @@ def experience_loss(
     lora: Lora | None = None,
     frozen: Params | None = None,
     ref_params: Params | None = None,
+    dropout_key: Array | None = None,
     group_size: int = 1,
     num_tokens: int | None = None,
     temperature: float | Array,
@@ -119,6 +120,7 @@ def experience_loss(
         lora: what params are adapters of; None: they are the policy's parameters.
         frozen: parameters of the base, with LoRA.
         ref_params: of the reference, for an exact KL term; None: the KL term, if any, is an estimate.
+        dropout_key: see `merge_adapters`.
         group_size: see `completion_hidden`.
         num_tokens: see `completion_hidden`; the loss is NaN if there are more.
         temperature: the sampling temperature.
@@ -126,7 +128,7 @@ def experience_loss(
     """
     e = experience
     if lora is not None:
-        params = merge_adapters(lora, frozen, params)
+        params = merge_adapters(lora, frozen, params, dropout_key=dropout_key)
     hidden_of = functools.partial(
         completion_hidden, policy, rollout=e, group_size=group_size, num_tokens=num_tokens
     )
@@ -154,7 +156,7 @@ def experience_loss(
     if num_tokens is not None:
         loss = jnp.where(jnp.sum(e.mask) <= num_tokens, loss, jnp.nan)
     measured = {"entropy": jax.lax.stop_gradient(token_mean(entropies, e.mask))}
-    if e.sampler_log_probs is not None:
+    if e.sampler_log_probs is not None and dropout_key is None:  # with dropout they are of another policy
         measured["sampling/logp_difference_max"] = logp_difference_max(e.sampler_log_probs, current, e.mask)
     return loss, (metrics, measured)
 
@@ -192,6 +194,7 @@ def train_step(
     recipe: Recipe,
     frozen: Params | None = None,
     ref_params: Params | None = None,
+    dropout_key: Array | None = None,
     group_size: int = 1,
     num_microbatches: int = 1,
     num_tokens: int | None = None,
@@ -211,6 +214,8 @@ def train_step(
         recipe: the objective. Its kl_coef and clip values are traced; the rest is static.
         frozen: parameters of the base that the state's adapters belong to; with LoRA, and only then.
         ref_params: of the frozen reference, needed only by a recipe with an exact KL term.
+        dropout_key: PRNG key of this update's dropout; with adapters that have one, and only then. All
+            micro-batches have the same.
         group_size: that many consecutive rows have the same prompt, which is then run once for them.
         num_microbatches: slices of the batch, a divisor of B.
         num_tokens: of each slice at most, see `tokens_in_use`; None: all B*T. More is an update skipped as
@@ -222,10 +227,12 @@ def train_step(
         (new state, metrics: scalars by their logged names, see `grpo_jax.metrics`).
 
     Raises:
-        ValueError: num_microbatches does not divide B; ref_params and the kind of KL, or frozen and the
-            state, do not go together.
+        ValueError: num_microbatches does not divide B; ref_params and the kind of KL do not go together, or
+            frozen or dropout_key and the state.
     """
     _check_frozen(state, frozen)
+    if (dropout_key is not None) != (state.lora is not None and state.lora.dropout > 0):
+        raise ValueError("dropout_key is that of adapters with dropout: needed by them, and only by them")
     if ref_params is not None and not recipe.exact_kl:
         raise ValueError("ref_params are only for a recipe whose kl_estimator is exact")
     e = experience
@@ -244,6 +251,7 @@ def train_step(
         lora=state.lora,
         frozen=frozen,
         ref_params=ref_params,
+        dropout_key=dropout_key,
         group_size=shared_rows(e.tokens.shape[0], group_size, num_microbatches),
         num_tokens=num_tokens,
         temperature=temperature,

@@ -12,7 +12,9 @@ generation and during the update, and in the backward pass the gradient [in, out
 to A and B. So an update computes as much as full fine-tuning does. What is saved is memory: there is no
 optimizer state, no sum of gradients and no reference of the size of the model.
 
-There is no dropout on the input of an adapter: merged kernels have no such input.
+Dropout zeroes inputs of an adapter, which are rows of A: the same ones for all tokens of an update, since
+merged kernels have no inputs of their own (the row masks of https://arxiv.org/abs/2404.09610; PEFT draws
+other ones for each token). It acts in the update alone; what is sampled, scored and exported has none.
 """
 
 import functools
@@ -59,11 +61,13 @@ class Lora:
         rank: r, columns of A and rows of B.
         alpha: the product is scaled by alpha / rank.
         targets: the kernels.
+        dropout: p, the probability that an input of an adapter is zeroed in an update.
     """
 
     rank: int
     alpha: float
     targets: tuple[Target, ...]
+    dropout: float = 0.0
 
     @property
     def scale(self) -> float:
@@ -120,14 +124,15 @@ def init_adapters(lora: Lora, key: Array) -> Params:
     adapters = {}
     for target in lora.targets:
         bound = target.inputs**-0.5
-        own = jax.random.fold_in(key, zlib.crc32(target.module.encode()))
         shape = (target.inputs, lora.rank)
-        adapters[(*target.path, "a")] = jax.random.uniform(own, shape, minval=-bound, maxval=bound)
+        adapters[(*target.path, "a")] = jax.random.uniform(
+            _own_key(target, key), shape, minval=-bound, maxval=bound
+        )
         adapters[(*target.path, "b")] = jnp.zeros((lora.rank, target.outputs))
     return unflatten_dict(adapters)
 
 
-def merge_adapters(lora: Lora, base: Params, adapters: Params) -> Params:
+def merge_adapters(lora: Lora, base: Params, adapters: Params, *, dropout_key: Array | None = None) -> Params:
     """Adds the adapters to their kernels.
 
     Differentiable by the adapters and the base; differentiate by the adapters alone.
@@ -136,6 +141,8 @@ def merge_adapters(lora: Lora, base: Params, adapters: Params) -> Params:
         lora: what is adapted.
         base: parameters of the model.
         adapters: as `init_adapters` makes them.
+        dropout_key: PRNG key of the dropout, not consumed but folded with the name of each kernel; None: no
+            dropout.
 
     Returns:
         a pytree like base, whose other arrays are those of base. While every B is 0, it equals base.
@@ -146,8 +153,23 @@ def merge_adapters(lora: Lora, base: Params, adapters: Params) -> Params:
     flat, pairs = flatten_dict(base), flatten_dict(adapters)
     kernels = [flat[target.path] for target in lora.targets]
     factors = [(pairs[(*target.path, "a")], pairs[(*target.path, "b")]) for target in lora.targets]
+    if dropout_key is not None and lora.dropout > 0:
+        factors = [
+            (_drop_inputs(lora, t, a, dropout_key), b)
+            for t, (a, b) in zip(lora.targets, factors, strict=True)
+        ]
     merged = _merge_kernels(lora, kernels, factors)
     return unflatten_dict(flat | {t.path: kernel for t, kernel in zip(lora.targets, merged, strict=True)})
+
+
+def _drop_inputs(lora: Lora, target: Target, a: Array, key: Array) -> Array:
+    """Zeroes each row of A [in, rank] with probability p and scales the others by 1 / (1 - p)."""
+    kept = jax.random.bernoulli(_own_key(target, key), 1.0 - lora.dropout, (target.inputs, 1))
+    return jnp.where(kept, a / (1.0 - lora.dropout), 0)
+
+
+def _own_key(target: Target, key: Array) -> Array:
+    return jax.random.fold_in(key, zlib.crc32(target.module.encode()))
 
 
 @functools.partial(jax.jit, static_argnames="lora")

@@ -49,6 +49,7 @@ reward functions gave, plus the overlong penalty, without any KL; valid where `m
     completions/mean_terminated_length  mean length of the others; 0 if there are none
     sampling/logp_difference_max  max_it |sampler's - scorer's log-prob| of the sampled tokens, nats; where
                                 one update is made from a rollout, that is the scorer, of what it trains on
+                                (and absent with lora.dropout, which is no difference of theirs)
     sampling/kept_mass          mean_it of the probability that top-k, top-p and min-p left to sample from
     sampling/importance_mean    with importance_cap: mean_it(min(q_it, importance_cap)), q = scorer / sampler
     sampling/importance_capped  with importance_cap: mean_it([q_it > importance_cap])

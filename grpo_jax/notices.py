@@ -104,7 +104,7 @@ _NOTICES = (
         "now and then",
     ),
     _Notice(
-        lambda m: m["sampling/logp_difference_max"] > 1e-1 and "sampling/importance_mean" not in m,
+        lambda m: m.get("sampling/logp_difference_max", 0) > 1e-1 and "sampling/importance_mean" not in m,
         "sampler and scorer disagree by {sampling/logp_difference_max:.2g} nats on a sampled token "
         "(rounding is below 1e-3 in float32); algorithm.importance_cap corrects for it",
     ),

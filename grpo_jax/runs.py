@@ -219,7 +219,9 @@ def _make_lora(config: Config, model: Model) -> Lora | None:
     lora = config.lora
     if not lora.rank:
         return None
-    return make_lora(model, rank=lora.rank, alpha=lora.resolved_alpha, targets=tuple(lora.targets))
+    return make_lora(
+        model, rank=lora.rank, alpha=lora.resolved_alpha, targets=tuple(lora.targets), dropout=lora.dropout
+    )
 
 
 def _init_state(

@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,6 +85,14 @@ def _new_rollout(parts: Parts, actor: Actor, progress: Progress, key: jax.Array)
     progress.num_rounds += collected.num_rounds
 
 
+def _dropout_key(parts: Parts, step: int) -> jax.Array | None:
+    """Returns the key of an update's dropout, a function of (seed, step); None without dropout."""
+    if not parts.config.lora.dropout:
+        return None
+    key = jax.random.key(parts.config.training.seed)
+    return jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(b"lora.dropout")), step)
+
+
 def _update(parts: Parts, progress: Progress, minibatch: int) -> dict[str, float]:
     """Makes one optimizer update from one mini-batch of the rollout in use; returns its metrics."""
     config, experience = parts.config, progress.experience
@@ -97,6 +106,7 @@ def _update(parts: Parts, progress: Progress, minibatch: int) -> dict[str, float
         recipe=parts.recipe.replace(kl_coef=progress.kl_coef),
         frozen=progress.frozen,
         ref_params=progress.ref_params if parts.recipe.exact_kl else None,
+        dropout_key=_dropout_key(parts, progress.step),
         group_size=config.algorithm.group_size,
         num_microbatches=config.training.num_microbatches,
         num_tokens=tokens_in_use(experience.mask, config.training.num_microbatches),

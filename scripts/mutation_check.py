@@ -34,6 +34,7 @@ TESTS = {
     "metrics.py": ("metrics",),
     "log_probs.py": ("log_probs", "packing"),
     "learner.py": ("learner",),
+    "lora.py": ("lora",),
 }
 
 # file -> (what is broken, the text, its replacement)
@@ -135,6 +136,18 @@ MUTANTS = {
         ("non-finite updates applied", "jnp.where(finite & moving, new, old)", "jnp.where(moving, new, old)"),
         ("momentum moves without a gradient", "jnp.where(finite & moving, new, old)", "jnp.where(finite, new, old)"),
         ("reference mixed the wrong way", "incremental_update(params, ref_params, alpha)", "incremental_update(ref_params, params, alpha)"),
+    ],
+    "lora.py": [
+        ("scale upside down", "return self.alpha / self.rank", "return self.rank / self.alpha"),
+        ("scale forgotten", "jnp.matmul(lora.scale * a, b", "jnp.matmul(a, b"),
+        ("transposed where it should not be", "(delta.T if target.output_first else delta)", "(delta if target.output_first or delta.shape != kernel.shape[::-1] else delta.T)"),
+        ("both factors start random", "jnp.zeros((lora.rank, target.outputs))", "jnp.ones((lora.rank, target.outputs))"),
+        ("A starts by its rank", "bound = target.inputs**-0.5", "bound = lora.rank**-0.5"),
+        ("one noise for all kernels", "zlib.crc32(target.module.encode())", "0"),
+        ("the base is replaced", "merged.append(kernel + (", "merged.append(0 * kernel + ("),
+        ("dropout is not made up for", "jnp.where(kept, a / (1.0 - lora.dropout), 0)", "jnp.where(kept, a, 0)"),
+        ("keeps what it should drop", "bernoulli(_own_key(target, key), 1.0 - lora.dropout", "bernoulli(_own_key(target, key), lora.dropout"),
+        ("dropout by number, not by row", "1.0 - lora.dropout, (target.inputs, 1))", "1.0 - lora.dropout, a.shape)"),
     ],
 }  # fmt: skip
 

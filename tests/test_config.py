@@ -133,6 +133,8 @@ INVALID = [
     ("lora", {"rank": -1}, "lora.rank: -1; 0 (the whole model is trained) or more"),
     ("lora", {"rank": 4, "alpha": 0.0}, "lora.alpha: 0.0; above 0, finite"),
     ("lora", {"rank": 4, "alpha": float("inf")}, "lora.alpha: inf; above 0, finite"),
+    ("lora", {"rank": 4, "dropout": 1.0}, "lora.dropout: 1.0; a probability, at least 0 and below 1"),
+    ("lora", {"dropout": 0.1}, "lora.dropout is given, but lora.rank is 0: set it, such as to 16"),
     ("lora", {"alpha": 32}, "lora.alpha is given, but lora.rank is 0: set it, such as to 16"),
     ("lora", {"targets": ["q_proj"]}, "lora.targets is given, but lora.rank is 0: set it"),
     ("data", {"max_prompt_length": 0}, "data.max_prompt_length: 0; at least 1 token"),

@@ -135,6 +135,55 @@ def test_a_pattern_without_a_match_lists_the_names(pattern):
         match_targets(LAYERS[-1:], ())
 
 
+# ------------------------------------------------------------------------------------------ the dropout
+DROPPED = Lora(rank=3, alpha=6.0, targets=TARGETS, dropout=0.25)
+
+
+def test_dropout_zeroes_rows_of_a_and_keeps_the_mean(toy_policy):
+    base, adapters = toy_policy[1], random_adapters(DROPPED)
+    zeros = jax.tree.map(jnp.zeros_like, base)
+    whole = merge_adapters(LORA, zeros, adapters)
+    np.testing.assert_array_equal(merge_adapters(DROPPED, zeros, adapters)["down"], whole["down"])
+    keys = jax.random.split(jax.random.key(0), 300)
+    deltas = jax.vmap(lambda key: merge_adapters(DROPPED, zeros, adapters, dropout_key=key))(keys)
+    kept = {}
+    for name in ("qkv", "down"):
+        delta, expected = np.asarray(deltas[name]), np.asarray(whole[name])
+        kept[name] = (delta != 0).all(axis=-1)  # [keys, inputs]
+        assert kept[name].mean() == pytest.approx(0.75, abs=0.02)
+        assert kept[name].mean(axis=0).min() > 0.5 and kept[name].mean(axis=0).max() < 0.95
+        np.testing.assert_allclose(delta, kept[name][..., None] * expected / 0.75, rtol=1e-5, atol=1e-6)
+    assert (kept["qkv"] != kept["down"][:, :WIDTH]).any(axis=1).mean() > 0.9  # each kernel its own
+
+
+def test_dropout_of_an_update(toy_policy, experience):
+    """One mask for all micro-batches, another for another key; ratios stay those of a fresh rollout."""
+    policy, base = toy_policy
+    adapters, key = random_adapters(LORA), jax.random.key(3)
+    settings = {"lora": DROPPED, "dropout_key": key}
+    state, metrics = step(policy, adapters, experience, base, **settings)
+    sliced, _ = step(policy, adapters, experience, base, **settings, num_microbatches=4)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6), sliced.params, state.params)
+    for name in ("qkv", "down"):  # what is dropped gets no gradient
+        still = (state.params[name]["a"] == adapters[name]["a"]).all(axis=1)
+        assert 0 < still.sum() < still.size
+    other, _ = step(policy, adapters, experience, base, **settings | {"dropout_key": jax.random.key(4)})
+    without, plain = step(policy, adapters, experience, base)
+    for different in (other, without):
+        assert (different.params["qkv"]["b"] != state.params["qkv"]["b"]).all()
+    assert "sampling/logp_difference_max" not in metrics
+    fresh = experience.replace(old_log_probs=None)
+    assert step(policy, adapters, fresh, base, **settings)[1]["ratio/max"] == 1
+    assert metrics["grad_norm"] != plain["grad_norm"]
+
+
+@pytest.mark.parametrize(("lora", "key"), [(DROPPED, None), (LORA, 0)])
+def test_dropout_and_its_key_go_together(lora, key, toy_policy, experience):
+    key = None if key is None else jax.random.key(key)
+    with pytest.raises(ValueError, match="dropout_key is that of adapters with dropout"):
+        step(*toy_policy, experience, toy_policy[1], lora=lora, dropout_key=key)
+
+
 # ------------------------------------------------------------------------------------------- the update
 def test_one_step_is_the_chain_rule_from_the_gradient_of_the_kernels(toy_policy, experience):
     """dA = s dW B^T, dB = s A^T dW, for the gradient dW that full fine-tuning has at the merged kernels."""

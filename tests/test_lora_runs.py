@@ -16,7 +16,7 @@ from grpo_jax.plan import make_plan
 from grpo_jax.runs import build, load_model_or_run
 from grpo_jax.train import train
 
-LORA = {"lora__rank": 3, "training__learning_rate": 3e-3}
+LORA = {"lora__rank": 3, "lora__dropout": 0.1, "training__learning_rate": 3e-3}
 KERNELS = 2 * 12 * 128**2  # of the packaged model: V=17, D=128, 2 layers
 ADAPTERS = 2 * 3 * (4 * 128 + 2 * 128 + 5 * 128 + 5 * 128)
 
@@ -71,7 +71,7 @@ def test_exports_agree(whole):
     jax.tree.map(np.testing.assert_array_equal, run.params, merged.params)
     tensors = load_file(whole / "adapter" / "adapter_model.safetensors")
     config = json.loads((whole / "adapter" / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"]) == (3, 6)  # twice the rank
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (3, 6, 0.1)  # twice the rank
     assert len(tensors) == 2 * 8
     for layer in ("0", "1"):
         for part, name in (("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_proj")):
@@ -100,6 +100,13 @@ def test_cut_anywhere(place, call, whole, tmp_path, monkeypatch):
         assert leaf.tobytes() == theirs[name].tobytes(), name
     for file in ("hf/model.safetensors", "adapter/adapter_model.safetensors"):
         assert (tmp_path / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_dropout_differs_from_step_to_step(tmp_path):
+    parts = build(small_run.config(tmp_path, **LORA))
+    keys = [jax.random.key_data(train_module._dropout_key(parts, step)).tolist() for step in (0, 1, 1)]
+    assert keys[0] != keys[1] == keys[2]
+    assert train_module._dropout_key(build(small_run.config(tmp_path)), 0) is None
 
 
 def test_another_base_is_refused(tmp_path):

@@ -92,6 +92,7 @@ def test_each_under_its_condition(changes, text):
         {"reward": 0.0},
         DYNAMIC,
         {"sampling/logp_difference_max": 0.1},
+        {"sampling/logp_difference_max": None},  # absent
         {**CORRECTED, "sampling/logp_difference_max": 0.25},
         {**CORRECTED, "sampling/importance_mean": 0.951, "sampling/importance_capped": 0.01},
         {"skipped_updates": 7.0},  # some time ago
@@ -111,7 +112,8 @@ def test_each_under_its_condition(changes, text):
     ids=str,
 )
 def test_not_beside_its_condition(changes):
-    assert Notices().about(1, {**CALM, **changes}) == []
+    metrics = {name: value for name, value in {**CALM, **changes}.items() if value is not None}
+    assert Notices().about(1, metrics) == []
 
 
 def test_dead_groups_are_not_told_that_zero_is_fine():
