@@ -1,6 +1,7 @@
 """The claim of learning: the main job for several seeds, its end points as a table, its curve as a picture.
 
     python benchmarks/learning_curve.py --seeds 0 1 2 --out benchmarks/learning_curve.png
+    python benchmarks/learning_curve.py --finished full=runs/a lora=runs/b --out curve.png
 
 Every run is the README's command with another seed, in a process of its own, timed from start to exit.
 Needs the `notebooks` extra (matplotlib).
@@ -40,38 +41,48 @@ def accuracies(rows: list[dict]) -> list[tuple[int, float, float]]:
     return [(row["step"], row["eval/greedy_accuracy"], row[sampled]) for row in evaluations]
 
 
-def table(results: dict[int, tuple[list[dict], float]]) -> str:
+def finished(text: str) -> tuple[str, Path]:
+    """Reads LABEL=RUN_DIR."""
+    label, found, directory = text.partition("=")
+    if not (label and found and (Path(directory) / "metrics.jsonl").is_file()):
+        raise argparse.ArgumentTypeError(f"{text!r}: LABEL=RUN_DIR, a directory with metrics.jsonl")
+    return label, Path(directory)
+
+
+def table(results: dict[str, tuple[list[dict], float | None]]) -> str:
     """Returns the end points as Markdown."""
     lines = [
-        "| seed | greedy before | sampled before | greedy after | sampled after | KL at the end | seconds |",
+        "| run | greedy before | sampled before | greedy after | sampled after | KL at the end | seconds |",
         "|---|---|---|---|---|---|---|",
     ]
-    for seed, (rows, seconds) in results.items():
+    for name, (rows, seconds) in results.items():
         (_, *first), *_, (_, *last) = accuracies(rows)
         kl = [row["kl"] for row in rows if "kl" in row][-1]
         lines.append(
-            f"| {seed} | {first[0]:.1%} | {first[1]:.1%} | {last[0]:.1%} | {last[1]:.1%} "
-            f"| {kl:.3f} | {seconds:.0f} |"
+            f"| {name} | {first[0]:.1%} | {first[1]:.1%} | {last[0]:.1%} | {last[1]:.1%} "
+            f"| {kl:.3f} | {'–' if seconds is None else f'{seconds:.0f}'} |"
         )
     return "\n".join(lines)
 
 
-def draw(results: dict[int, tuple[list[dict], float]], path: Path) -> None:
+def draw(results: dict[str, tuple[list[dict], float | None]], path: Path) -> None:
     """Draws training reward and held-out accuracy against the update."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
-    for seed, (rows, _) in results.items():
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
+    for name, (rows, _) in results.items():
         rewards = [(row["step"], row["reward"]) for row in rows if "reward" in row]
-        left.plot(*zip(*rewards, strict=True), linewidth=0.8, label=f"seed {seed}")
+        left.plot(*zip(*rewards, strict=True), linewidth=0.8, label=name)
         steps, greedy, sampled = zip(*accuracies(rows), strict=True)
-        line = right.plot(steps, sampled, "o-", label=f"sampled, seed {seed}")
-        right.plot(steps, greedy, "s--", color=line[0].get_color(), alpha=0.5, label=f"greedy, seed {seed}")
-    left.set(title="reward of training rollouts", xlabel="update", ylim=(0, 1.02))
+        line = right.plot(steps, sampled, "o-", label=f"sampled, {name}")
+        right.plot(steps, greedy, "s--", color=line[0].get_color(), alpha=0.5, label=f"greedy, {name}")
+    left.set(title="reward of training rollouts", xlabel="update")
     right.set(title="accuracy on held-out problems", xlabel="update")
+    for axes in (left, right):
+        axes.set_ylim(0, 1.02 * max(1.0, axes.get_ylim()[1] / 1.05))
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
@@ -86,15 +97,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs/learning_curve"), help="must not exist yet")
     parser.add_argument("--out", type=Path, help="PNG to write")
+    parser.add_argument("--finished", type=finished, nargs="+", help="LABEL=RUN_DIR: trains nothing")
     parser.add_argument("--cold", action="store_true", help="start each run with an empty compilation cache")
     arguments, overrides = parser.parse_known_args()
-    arguments.runs.mkdir(parents=True)
     results = {}
-    for seed in arguments.seeds:
-        results[seed] = run(
-            arguments.config, seed, arguments.runs / f"seed_{seed}", arguments.cold, overrides
-        )
-        print(table(results), flush=True)
+    if arguments.finished:
+        results = {label: (read_rows(run_dir), None) for label, run_dir in arguments.finished}
+        print(table(results))
+    else:
+        arguments.runs.mkdir(parents=True)
+        for seed in arguments.seeds:
+            directory = arguments.runs / f"seed_{seed}"
+            results[f"seed {seed}"] = run(arguments.config, seed, directory, arguments.cold, overrides)
+            print(table(results), flush=True)
     if arguments.out:
         draw(results, arguments.out)
 

@@ -13,15 +13,12 @@ import argparse
 import json
 import shlex
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from work import Work, add_work_arguments, markdown_row, run_step, work_of
 
-from grpo_jax.config import TrainingConfig
-
-# key of a config -> values to compare, the rest as it is; keys that a config does not have are left out
+# key of a config -> values to compare, the rest as it is
 SWEEPS: dict[str, tuple[Any, ...]] = {
     "training.num_microbatches": (1, 2, 4, 8),
     "model.remat": ("dots", "full"),
@@ -29,10 +26,9 @@ SWEEPS: dict[str, tuple[Any, ...]] = {
 
 
 def default_settings(batch: int) -> Iterator[list[str]]:
-    """Yields options of a config, one setting each: those of SWEEPS that it has and a batch divides into."""
-    known = {f"training.{field.name}" for field in fields(TrainingConfig)}
+    """Yields options of a config, one setting each: those of SWEEPS that a batch divides into."""
     for key, values in SWEEPS.items():
-        for value in values if key in known else ():
+        for value in values:
             if key != "training.num_microbatches" or batch % value == 0:
                 yield [f"--{key}={value}"]
 

@@ -75,6 +75,15 @@ def _check_place(where: str | None) -> None:
         raise ValueError(f"where={where!r}: choose one of {', '.join(PLACES)}")
 
 
+def _expected_answer(answer: Any, *, where: Where | None, tag: str = "answer") -> str:
+    """Returns a column's answer: what is behind GSM8K's `####`, else at the place, else all of the text."""
+    text = str(answer)
+    for place in () if where == "text" else filter(None, ("hashes", where)):
+        if (found := extract_answer(text, where=place, tag=tag)) is not None:
+            return found
+    return text
+
+
 def answer_match(
     completions: Sequence[Completion],
     answer: Sequence[Any],
@@ -89,7 +98,7 @@ def answer_match(
 
     Args:
         completions: B completions.
-        answer: column; a text may hold its answer at the same place (GSM8K's `... #### 18`).
+        answer: column; a text may hold it at the same place, or behind `####` (GSM8K's `... #### 18`).
         where: `boxed` (the last ``\boxed{}``), `hashes` (behind the last ``####``), `tag` (in the last
             ``<answer>...</answer>``), `last_number`, `first_number`, or `text`, the whole completion.
         tag: name of the tag for `tag`.
@@ -101,11 +110,8 @@ def answer_match(
     rewards = []
     for completion, expected in zip(completions, answer, strict=True):
         found = extract_answer(completion_text(completion), where=where, tag=tag)
-        target = str(expected)
-        inside = extract_answer(target, where=where, tag=tag)
-        equal = found is not None and answers_equal(
-            found, target if inside is None else inside, tolerance=tolerance
-        )
+        target = _expected_answer(expected, where=where, tag=tag)
+        equal = found is not None and answers_equal(found, target, tolerance=tolerance)
         rewards.append(float(equal))
     return rewards
 
@@ -124,7 +130,7 @@ def math_answer(
 
     Args:
         completions: B completions.
-        answer: column; plain, in ``$...$``, or a text with ``\boxed{}``. Without mathematics in it: None.
+        answer: column; plain, in ``$...$``, in ``\boxed{}``, or behind ``####``. Without mathematics: None.
         where: takes the answer from this place first, see answer_match; None: math-verify looks for it.
         tag: name of the tag for `tag`.
 
@@ -139,7 +145,7 @@ def math_answer(
         if where is not None:
             text = extract_answer(text, where=where, tag=tag)
             text = None if text is None else f"\\boxed{{{text}}}"
-        equal = False if text is None else math_equal(text, str(expected))
+        equal = False if text is None else math_equal(text, _expected_answer(expected, where=None))
         rewards.append(None if equal is None else float(equal))
     return rewards
 

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from grpo_jax.cli import parse_record
+from grpo_jax.config import Config
 from grpo_jax.decoding import generate
 from grpo_jax.log_probs import completion_hidden
 from grpo_jax.models import decode, encode, load_model, pad_prompts
@@ -260,6 +262,9 @@ def test_a_process_reports_its_own_memory_and_its_failure():
 def test_settings_of_the_memory_table_are_keys_of_a_config():
     settings = list(memory.default_settings(4))
     assert ["--training.num_microbatches=4"] in settings and ["--training.num_microbatches=8"] not in settings
+    assert ["--model.remat=full"] in settings
+    for (option,) in settings:
+        parse_record(Config, [option], command="memory", description="")
 
 
 @pytest.mark.parametrize("size", scaling.SIZES)

@@ -56,6 +56,15 @@ BUILT_IN = [
         ["<solution>Paris</solution>", "<answer>Paris</answer>"],
         [1, 0],
     ),
+    (
+        "answer_match",
+        {"where": "boxed"},
+        {"answer": ["2+2 is 4 #### 4", "2+2 is 4 #### 4"]},
+        ["so \\boxed{4}", "4"],
+        [1, 0],
+    ),
+    ("answer_match", {"where": "first_number"}, {"answer": ["2+2 is 4 #### 4"] * 2}, ["4", "2"], [1, 0]),
+    ("answer_match", {"where": "text"}, {"answer": ["#### A"] * 2}, ["#### A", "A"], [1, 0]),
     ("answer_match", {"where": "text", "tolerance": 0.1}, {"answer": [3, 3]}, ["3.2", "it is 3"], [1, 0]),
     (
         "think_format",
@@ -173,6 +182,7 @@ def test_math_answer():
     assert scored(load("math_answer"), [*texts[:2], texts[3]], answer=["0.5"] * 3) == [1, 1, 0]
     assert scored(load("math_answer", where="boxed"), texts, answer=["0.5"] * 4) == [1, 0, 0, 0]
     assert scored(load("math_answer", where="tag"), texts, answer=["0.5"] * 4) == [0, 0, 1, 0]
+    assert scored(load("math_answer"), texts[:1], answer=["1 by 2 is a half #### 0.5"]) == [1]
     assert np.isnan(scored(load("math_answer"), ["1"], answer=[""])).all()  # nothing to compare with
     with pytest.raises(ValueError, match="where='box'"):
         load("math_answer", where="box")
