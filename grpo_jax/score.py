@@ -22,8 +22,9 @@ from grpo_jax.outcomes import is_correct, sample_texts
 from grpo_jax.prompt_lengths import padded_length
 from grpo_jax.runs import Parts, build
 from grpo_jax.shaping import overlong_penalty
-from grpo_jax.trackers.console import ConsoleTracker, figures_table, samples_table
+from grpo_jax.trackers.console import ConsoleTracker, bars, figures_table, samples_table, spread
 
+_BINS = 8  # of a histogram
 _QUANTILES = {"min": 0.0, "25%": 0.25, "50%": 0.5, "75%": 0.75, "max": 1.0}
 
 
@@ -156,14 +157,19 @@ def _codes(columns: np.ndarray) -> np.ndarray:
     return np.unique(codes, axis=0, return_inverse=True)[1].reshape(-1)
 
 
-def _distribution(values: np.ndarray) -> dict[str, float | None]:
-    """Describes values [B], of which NaN ones are missing; None where none is there."""
+def _distribution(values: np.ndarray) -> dict[str, Any]:
+    """Describes values [B], of which NaN ones are missing; None where none is there.
+
+    `histogram` counts them in eight equal parts of the way from min to max.
+    """
     there = values[~np.isnan(values)].astype(np.float64)
-    figures: dict[str, float | None] = dict.fromkeys(("mean", "std", *_QUANTILES))
+    figures: dict[str, Any] = dict.fromkeys(("mean", "std", *_QUANTILES, "histogram"))
     if there.size:
         figures["mean"] = float(there.mean())
         figures["std"] = float(there.std(ddof=1)) if there.size > 1 else 0.0
         figures |= {name: float(np.quantile(there, q)) for name, q in _QUANTILES.items()}
+        counts, _ = np.histogram(there, bins=_BINS, range=(there.min(), there.max()))
+        figures["histogram"] = counts.tolist()
     return {**figures, "missing": 1.0 - there.size / values.size}
 
 
@@ -250,8 +256,7 @@ def shown_samples(parts: Parts, rehearsal: Rehearsal, count: int) -> list[dict[s
         return float(value) if there else None
 
     rows = []
-    for i in range(min(count, total)):
-        row = i * total // min(count, total)
+    for row in spread(range(total), count):
         scores = zip(parts.rewards, rehearsal.scores[row], strict=True)
         rows.append(
             {
@@ -272,9 +277,11 @@ def _print(figures: dict[str, Any], samples: list[dict[str, Any]], lines: list[s
     prompts, samples_each = figures["num_prompts"], figures["num_samples"]
     console.message(f"{figures['model']}: {prompts} training prompts × {samples_each} completions")
     names = ["weight", "mean", "std", *_QUANTILES, "missing", "seconds_per_call"]
-    rows = [[name, *cells(reward, names)] for name, reward in figures["rewards"].items()]
-    rows.append(["total", *cells(figures["total"], names)])
-    headings = ["reward", *names[:-1], f"s / {figures['rows_per_call']} rows"]
+    rows = [
+        [name, *cells(reward, names), bars(reward["histogram"] or ())]
+        for name, reward in [*figures["rewards"].items(), ("total", figures["total"])]
+    ]
+    headings = ["reward", *names[:-1], f"s / {figures['rows_per_call']} rows", "min … max"]
     console.show(figures_table("rewards", headings, rows))
     sizes = figures["dead_groups"]
     dead = [f"{share:.1%}" for share in sizes.values()]

@@ -33,6 +33,7 @@ from grpo_jax.progress import Progress, restore, resume_sources, save, start
 from grpo_jax.rewards import close_rewards
 from grpo_jax.runs import Parts, build, config_dict, write_config
 from grpo_jax.trackers import Trackers, make_trackers
+from grpo_jax.trackers.console import spread
 
 _JIT_BOUNDARIES = (generate, completion_log_probs, train_step)
 _MAX_SKIPPED = 5  # updates in a row without a finite gradient before the run stops
@@ -58,12 +59,6 @@ class _Interrupts:
         self.signum = signum
 
 
-def _spread(rows: list, count: int) -> list:
-    """Picks count rows evenly from all, so that a table shows many prompts rather than one group."""
-    count = min(count, len(rows))
-    return [rows[i * len(rows) // count] for i in range(count)]
-
-
 def _new_rollout(parts: Parts, actor: Actor, progress: Progress, key: jax.Array) -> None:
     """Makes the rollout that the next updates use; its place in data order and noise is num_rounds."""
     config = parts.config
@@ -80,7 +75,7 @@ def _new_rollout(parts: Parts, actor: Actor, progress: Progress, key: jax.Array)
     collected = collect(actor, progress.policy_params, ref_params, draw, progress.leftovers)
     progress.experience, progress.leftovers = collected.experience, collected.leftovers
     progress.rollout_metrics = collected.metrics
-    progress.samples = _spread(collected.samples, config.tracking.num_completions)
+    progress.samples = spread(collected.samples, config.tracking.num_completions)
     progress.num_tokens += collected.num_tokens
     progress.num_rounds += collected.num_rounds
 

@@ -126,6 +126,10 @@ def test_figures_against_loops(rehearsal):
     }  # fmt: skip
     found = figures["rewards"]["length"]
     assert {name: found[name] for name in expected} == pytest.approx(expected)
+    totals = got.rewards.astype(float)
+    width = (totals.max() - totals.min()) / 8
+    part = [min(int((x - totals.min()) / width), 7) for x in totals]
+    assert figures["total"]["histogram"] == [part.count(i) for i in range(8)]
     assert figures["total"]["mean"] == pytest.approx(got.rewards.mean())
     assert figures["total"]["missing"] == 0 and figures["clipped_ratio"] == 0
     assert figures["mean_length"] == got.lengths.mean()
@@ -241,9 +245,10 @@ def test_command_prints_tables(capsys, mine):
     assert out.startswith("packaged:arithmetic: 4 training prompts × 4 completions\n")
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "│" in line]
     by_name = {row[0]: row[1:] for row in rows}
-    assert by_name["match"][:-1] == ["1", "0", "0", "0", "0", "0", "0", "0", "0"]
-    assert by_name["silent"][:-1] == ["0.5", *["-"] * 7, "1"] and float(by_name["silent"][-1]) >= 0
-    assert by_name["total"] == ["-", "0", "0", "0", "0", "0", "0", "0", "0", "-"]
+    assert by_name["match"][:-2] == ["1", "0", "0", "0", "0", "0", "0", "0", "0"]
+    assert by_name["silent"][:-2] == ["0.5", *["-"] * 7, "1"] and float(by_name["silent"][-2]) >= 0
+    assert by_name["total"] == ["-", "0", "0", "0", "0", "0", "0", "0", "0", "-", "....█..."]
+    assert by_name["silent"][-1] == ""
     assert by_name["expected share"] == ["100.0%", "100.0%"]
     assert by_name["pass@k"] == ["0.0%"] * 3
     assert sum("=" in row[0] for row in rows) == 3  # samples

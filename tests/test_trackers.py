@@ -24,7 +24,7 @@ from grpo_jax.trackers import (
     redact,
     redaction,
 )
-from grpo_jax.trackers.console import figures_table, printable, samples_table
+from grpo_jax.trackers.console import bars, figures_table, printable, samples_table, spread
 from grpo_jax.trackers.wandb import WandbTracker, has_wandb_key
 
 SAMPLE = {
@@ -596,6 +596,17 @@ def test_an_error_of_the_record_goes_through(tmp_path):
     trackers.close()
     with pytest.raises(ValueError, match="closed"):
         trackers.log(1, {"reward": 1.0})
+
+
+def test_rows_of_a_table_are_spread():
+    assert (
+        spread("abcdefgh", 4) == ["a", "c", "e", "g"] and spread([1, 2], 5) == [1, 2] and spread([], 3) == []
+    )
+
+
+def test_bars():
+    assert bars([8, 0, 1, 4]) == "█.▁▄" and bars([]) == "" and bars([0, 0]) == ".."
+    assert bars([1000, 1, 125, 126]) == "█▁▁▂"
 
 
 def test_make_trackers_opens_what_the_config_asks_for(tmp_path, capsys):

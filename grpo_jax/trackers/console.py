@@ -35,6 +35,22 @@ def _figure(value: float | None, spec: str = ".4g") -> str:
 _SHOWN_CHARACTERS = 160  # of a prompt (its end) and of a completion (its start)
 
 
+def spread(rows: Sequence, count: int) -> list:
+    """Picks count rows evenly from all, so that a table shows many prompts rather than one group."""
+    count = min(count, len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]
+
+
+def bars(counts: Sequence[int]) -> str:
+    """Draws a histogram as one word: a block of up to eight eighths for each count, a dot for none.
+
+    >>> bars([8, 0, 1, 4])
+    '█.▁▄'
+    """
+    highest = max(counts, default=0)
+    return "".join("▁▂▃▄▅▆▇█"[-(-8 * count // highest) - 1] if count else "." for count in counts)
+
+
 def samples_table(title: str, rows: Sequence[Row]) -> Table:
     """Makes a table of samples: prompt, completion, reward, rewards/<name>; the advantage if there is one."""
     table = Table(title=Text(printable(title)), title_justify="left")
