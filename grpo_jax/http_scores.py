@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 _MAX_ANSWER = 64 * 2**20  # bytes
 _LONGEST_PAUSE = 30.0  # seconds
+_PATIENCE = 5.0  # seconds for the answer that only says that somebody is there
 
 
 class EndpointError(RuntimeError):
@@ -53,7 +54,7 @@ def http_score(
 
     Args:
         prompts: B prompts.
-        completions: B completions.
+        completions: B completions; none: nothing is sent but a HEAD, to see whether there is a server.
         url: of the endpoint, http or https.
         timeout: seconds until an answer must have begun, and between its parts.
         retries: further tries after a refused or lost connection, a timeout, or a status of 429 or 5xx.
@@ -70,10 +71,13 @@ def http_score(
     Raises:
         EndpointError: no answer after the retries, or one that is no list of scores; or a column that JSON
             has no form for.
-        ValueError: an argument.
+        ValueError: an argument; without completions also a server that is not there.
     """
     _check(url, timeout, retries, backoff, max_concurrency, batch_size)
     fixed = {"Content-Type": "application/json", "Accept": "application/json", **_from_environment(headers)}
+    if not completions:
+        _check_there(url)
+        return []
     everything = {**columns, "prompts": prompts, "completions": completions}
     starts = range(0, len(completions), batch_size)
     batches = [{name: list(x[i : i + batch_size]) for name, x in everything.items()} for i in starts]
@@ -109,6 +113,17 @@ def _check(url, timeout, retries, backoff, max_concurrency, batch_size) -> None:
             f"retries={retries}, max_concurrency={max_concurrency}, batch_size={batch_size}: retries is 0 or "
             "more, the others at least 1"
         )
+
+
+def _check_there(url: str) -> None:
+    """Raises ValueError where nobody listens. Any answer will do, and a server that is too busy is there."""
+    try:
+        _OPENER.open(urllib.request.Request(url, method="HEAD"), timeout=_PATIENCE).close()
+    except (urllib.error.HTTPError, http.client.HTTPException, TimeoutError):
+        pass
+    except urllib.error.URLError as error:
+        if not isinstance(error.reason, TimeoutError):
+            raise ValueError(f"{_shown(url)} cannot be reached ({error.reason}): is the server up?") from None
 
 
 def _from_environment(headers: Mapping[str, str] | None) -> dict[str, str]:

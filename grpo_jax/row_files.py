@@ -31,6 +31,8 @@ def read_rows(path: str | Path) -> Rows:
             if suffix
             else f"{path}: the file's name needs a suffix that says its format: {', '.join(READERS)}"
         )
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: there is no such file of rows; looked in {Path.cwd()}")
     return READERS[suffix](path)
 
 
@@ -96,7 +98,7 @@ def _read_parquet(path: str | Path) -> Rows:
             f'{path} is Parquet, which needs pyarrow: pip install "grpo-jax[parquet]" ({error})'
         ) from None
     number = 0
-    with open(path, "rb") as file:  # names a missing file as Python does
+    with open(path, "rb") as file:
         try:
             for part in parquet.ParquetFile(file).iter_batches():
                 for row in part.to_pylist():

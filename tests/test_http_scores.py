@@ -1,6 +1,7 @@
 """Rewards from an HTTP endpoint, against a server in a thread."""
 
 import json
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -146,12 +147,27 @@ def test_what_a_retry_does_not_mend(endpoint, status):
     assert len(endpoint.requests) == 1
 
 
-def test_nobody_is_there(endpoint):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
-    port = server.server_port
-    server.server_close()
-    text = failure(load(f"http://127.0.0.1:{port}/?key=secret", retries=1))
+def test_nobody_is_there():
+    """Not when the run starts: before anything compiles. Not any more: after the retries."""
+    endpoint = Endpoint()
+    url = endpoint.url + "?key=secret"
+    reward = load(url, retries=1)
+    assert endpoint.requests == []  # a look, nothing to score
+    endpoint.close()
+    text = failure(reward)
     assert "refused" in text and "(2 tries)" in text and "secret" not in text
+    with pytest.raises(
+        ValueError, match=r"http_score.*cannot be reached \(.*refused.*is the server up"
+    ) as error:
+        load(url)
+    assert "secret" not in str(error.value)
+
+
+def test_a_server_that_is_there_but_busy(monkeypatch):
+    """It accepts and says nothing: no reason not to start."""
+    monkeypatch.setattr("grpo_jax.http_scores._PATIENCE", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        load(f"http://127.0.0.1:{server.getsockname()[1]}/")
 
 
 def test_a_slow_answer(endpoint):
