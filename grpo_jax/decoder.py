@@ -5,7 +5,7 @@
 
 * The keys and values of a prompt are kept once for its whole group (`DecoderCache.prefix`), in decoding and
   in training: the G completions of a prompt attend to them in one matrix product.
-* The cache is [N, heads, G, slots, head_dim]: what one product reads lies together.
+* What one product reads of the cache lies together (`decoder_cache`).
 * Told how many of the tokens are real, `forward` runs its dense layers over those alone (`packing`).
 """
 
@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.attention import ATTENTION, KeysValues, Segment, check_attention, make_segment, softcap
+from grpo_jax.decoder_cache import fork_cache, grow_cache, init_cache, layers_of, sharing, take_cache
 from grpo_jax.decoding import positions_from_mask
 from grpo_jax.rotary import Rotary, rotate
 from grpo_jax.types import Array, Params, Policy
@@ -87,63 +88,6 @@ class Architecture:
     transposed_kernels: bool = False
 
 
-@flax.struct.dataclass
-class DecoderCache:
-    """Keys and values of the tokens seen: of each prompt once, and of each row since.
-
-    n prompts (rows n*g to n*g+g-1 continue prompt n), b = n*g rows, k key-value heads, s prompt slots, t
-    slots of their own, d head_dim.
-    """
-
-    prefix: tuple[tuple[Array, Array], ...] | None  # per layer (keys, values) [n,k,s,d]
-    own: tuple[tuple[Array, Array], ...]  # per layer (keys, values) [n,k,g,t,d]
-    size: Array  # [] int32, own slots in use
-
-
-def init_cache(architecture: Architecture, batch: int, max_length: int, *, dtype: Any) -> DecoderCache:
-    """Makes an empty cache for `batch` rows of max_length tokens that share no prompt."""
-    a = architecture
-    shape = (batch, a.num_kv_heads, 1, max_length, a.head_dim)
-    own = tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(a.num_layers))
-    return DecoderCache(prefix=None, own=own, size=jnp.int32(0))
-
-
-def fork_cache(cache: DecoderCache, group_size: int) -> DecoderCache:
-    """Makes the full cache of N prompts the shared prefix of N*group_size rows, which have no slots yet."""
-
-    def no_slots(x):
-        n, heads, _, _, width = x.shape
-        return jnp.zeros((n, heads, group_size, 0, width), x.dtype)
-
-    return DecoderCache(
-        prefix=jax.tree.map(lambda x: x[:, :, 0], cache.own),
-        own=jax.tree.map(no_slots, cache.own),
-        size=jnp.int32(0),
-    )
-
-
-def grow_cache(cache: DecoderCache, max_length: int) -> DecoderCache:
-    """Makes room for max_length tokens, the prefix included."""
-    slots = max_length - (0 if cache.prefix is None else cache.prefix[0][0].shape[2])
-
-    def pad(x):
-        return jnp.pad(x, [(0, 0)] * 3 + [(0, slots - x.shape[3]), (0, 0)])
-
-    return cache.replace(own=jax.tree.map(pad, cache.own))
-
-
-def take_cache(cache: DecoderCache, rows: Array) -> DecoderCache:
-    """Keeps the rows [b'] of a cache, each with a copy of its prompt."""
-
-    def own(x):
-        n, heads, g, slots, width = x.shape
-        return jnp.swapaxes(x, 1, 2).reshape(n * g, heads, slots, width)[rows][:, :, None]
-
-    group_size = jax.tree.leaves(cache.own)[0].shape[2]
-    prefix = None if cache.prefix is None else jax.tree.map(lambda x: x[rows // group_size], cache.prefix)
-    return DecoderCache(prefix=prefix, own=jax.tree.map(own, cache.own), size=cache.size)
-
-
 def make_decoder(
     architecture: Architecture,
     view: Callable[[Params], dict[str, Any]],
@@ -194,7 +138,7 @@ def make_decoder(
 
     def forward(params, tokens, mask, positions, cache=None, *, num_tokens=None):
         check_length(mask.shape[1])
-        num_prompts, prefix_length = _sharing(cache, tokens, mask)
+        num_prompts, prefix_length = sharing(cache, tokens, mask)
         segment = make_segment(
             a.windows,
             mask,
@@ -203,7 +147,7 @@ def make_decoder(
             prefix_length=prefix_length,
             num_tokens=num_tokens,
         )
-        caches = _layers_of(cache, a.num_layers)
+        caches = layers_of(cache, a.num_layers)
         (hidden,), own = run(params, _make_frame(a, tokens, (segment,)), [tokens], caches)
         if cache is not None:
             cache = cache.replace(own=tuple(own), size=cache.size + tokens.shape[1])
@@ -225,7 +169,7 @@ def make_decoder(
             num_tokens=num_tokens,
         )
         frame = _make_frame(a, prompts.tokens, (prompt, own))
-        (of_prompts, hidden), _ = run(params, frame, [prompts.tokens, tokens], _layers_of(None, a.num_layers))
+        (of_prompts, hidden), _ = run(params, frame, [prompts.tokens, tokens], layers_of(None, a.num_layers))
         return of_prompts[:, -1], hidden
 
     def for_decoding(params, num_rows):
@@ -244,7 +188,13 @@ def make_decoder(
     return Policy(
         forward=forward,
         unembed=unembed,
-        init_cache=functools.partial(init_cache, a, dtype=dtype),
+        init_cache=functools.partial(
+            init_cache,
+            num_layers=a.num_layers,
+            num_kv_heads=a.num_kv_heads,
+            head_dim=a.head_dim,
+            dtype=dtype,
+        ),
         fork_cache=fork_cache,
         grow_cache=grow_cache,
         take_cache=take_cache,
@@ -276,33 +226,6 @@ def _output_last(a: Architecture, weights: dict[str, Any]) -> _OutputLast:
 
     head = flip(weights["head"]) if "head" in weights else {"kernel": weights["embedding"].T}
     return _OutputLast(weights | {"head": head, "layers": [flip_all(layer) for layer in weights["layers"]]})
-
-
-def _sharing(cache: DecoderCache | None, tokens: Array, mask: Array) -> tuple[int, int]:
-    """Returns (number of prompts, slots of each) that the rows of a call share.
-
-    Raises:
-        ValueError: mask and cache do not go together.
-    """
-    rows, slots = tokens.shape
-    num_prompts, prefix_length = rows, 0
-    if cache is not None:
-        slots = cache.own[0][0].shape[3]
-        if cache.prefix is not None:
-            num_prompts, _, prefix_length, _ = cache.prefix[0][0].shape
-    if mask.shape[1] != prefix_length + slots:
-        raise ValueError(
-            f"the mask covers {mask.shape[1]} tokens, tokens and cache have room for {prefix_length + slots}"
-        )
-    return num_prompts, prefix_length
-
-
-def _layers_of(cache: DecoderCache | None, num_layers: int) -> list[tuple]:
-    """Returns each layer's (prefix, own, size), None where there is none."""
-    if cache is None:
-        return [(None, None, None)] * num_layers
-    prefixes = [None] * num_layers if cache.prefix is None else cache.prefix
-    return [(prefix, own, cache.size) for prefix, own in zip(prefixes, cache.own, strict=True)]
 
 
 def _matmul(x: Array, kernel: Array, axis: int, out_dtype: Any) -> Array:

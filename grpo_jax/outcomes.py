@@ -163,14 +163,19 @@ def summarize(
         categories: category -> rows of its prompts.
     """
     k, valid = outcome.correct.shape[1], outcome.valid
-    means = reward_means(rewards, outcome.scores).items()
+    # What was lost to a timeout is missing as well.
+    figures = {
+        f"eval/{name}": value
+        for name, value in reward_means(rewards, outcome.scores).items()
+        if name.endswith("/mean") or (name.endswith("/missing") and value > 0)
+    }
     results = {
         "eval/greedy_accuracy": float(outcome.greedy.mean()),
         f"eval/mean@{k}": float(outcome.correct.mean()),
         # pass@1 is mean@k.
         **{f"eval/pass@{j}": pass_at_k(outcome.correct, j) for j in doublings(k) if j > 1 or k == 1},
         "eval/reward": float(outcome.totals[valid].mean()) if valid.any() else 0.0,
-        **{f"eval/{name}": value for name, value in means if name.endswith("/mean")},
+        **figures,
         "eval/mean_length": float(outcome.lengths.mean()),
         "eval/clipped_ratio": float(1.0 - outcome.finished.mean()),
     }

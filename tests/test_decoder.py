@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.decoder import fork_cache, grow_cache, take_cache
-from grpo_jax.decoding import generate, positions_from_mask, prefill
+from grpo_jax.decoding import generate
 from grpo_jax.log_probs import completion_log_probs
 from grpo_jax.models import load_model, pad_prompts
 from grpo_jax.rotary import LinearScaling, Llama3Scaling, Rotary
@@ -48,24 +47,6 @@ def test_a_shared_prompt_is_a_prompt_of_each_rows_own(name, num_tokens):
     largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(whole[0]))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * largest), shared[0], whole[0])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), shared[1], whole[1])
-
-
-def test_a_forked_and_cut_cache_goes_on_where_the_prompt_ended():
-    model = load_model(FIXTURES + "llama3")
-    prompts = pad_prompts([[5, 6, 7], [9, 8, 7, 6, 5]], 6)
-    last, cache = prefill(model.policy, model.params, prompts)
-    rows = jnp.array([3, 0])
-    cut = take_cache(grow_cache(fork_cache(cache, 2), 8), rows)
-    tokens = jnp.array([[11, 12], [13, 14]])
-    mask = jnp.concatenate([prompts.mask[rows // 2], jnp.ones((2, 2), bool)], axis=1)
-    positions = positions_from_mask(mask)
-    hidden, _ = model.policy.forward(model.params, tokens, mask, positions[:, 6:], cut)
-    whole = jnp.concatenate([prompts.tokens[rows // 2], tokens], axis=1)
-    expected, _ = model.policy.forward(model.params, whole, mask, positions, None)
-    np.testing.assert_allclose(hidden, expected[:, 6:], atol=1e-5)
-    np.testing.assert_allclose(last[rows // 2], expected[:, 5], atol=1e-5)
-    # The prompt's keys are there once for all of its rows.
-    assert fork_cache(cache, 100).prefix[0][0].shape[0] == 2
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])

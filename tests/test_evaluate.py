@@ -81,6 +81,8 @@ def test_against_a_direct_computation(model, results):
     assert results["eval/pass@2"] == pytest.approx(np.mean(pairs))
     assert "eval/pass@1" not in results  # that is mean@4
     assert results["eval/rewards/length/mean"] == pytest.approx(np.nanmean(lengths))
+    assert results["eval/rewards/length/missing"] == pytest.approx(np.isnan(lengths).mean()) != 0
+    assert "eval/rewards/match/missing" not in results
     total = correct.reshape(-1) + 2 * np.nan_to_num(lengths)
     assert results["eval/reward"] == pytest.approx(total.mean(), rel=1e-6)
     assert results["eval/clipped_ratio"] == 0.0

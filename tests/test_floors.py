@@ -20,8 +20,8 @@ FLOORS = {
     # the algebra
     1: ("advantages", "kl", "losses", "metrics", "recipes", "sampling", "shaping", "surrogates"),
     # the policy. The configuration is vocabulary, but it validates the names of recipes, so it stands here.
-    2: ("algorithm_config", "attention", "config", "data_config", "decoder", "decoding", "log_probs", "lora",
-        "meshes", "optimizers", "packing", "rotary", "vocabulary"),
+    2: ("algorithm_config", "attention", "config", "data_config", "decoder", "decoder_cache", "decoding",
+        "log_probs", "lora", "meshes", "optimizers", "packing", "rotary", "vocabulary"),
     # the outside world
     3: ("adapters", "architectures", "categories", "checkpoints", "data", "estimates", "expressions",
         "families", "http_scores", "hub_data", "implementations", "models", "notices", "prompt_lengths",
