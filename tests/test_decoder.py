@@ -106,3 +106,22 @@ def test_a_policy_with_another_function_decodes_by_it(group_size):
         eos_ids=jnp.array([1]),
     )
     assert (rollout.tokens == 3).all()
+
+
+@pytest.mark.parametrize("vendor", ["AuthenticAMD", "GenuineIntel"])
+@pytest.mark.parametrize("name", ["gpt2", "llama3"])
+def test_both_layouts_of_decoding_compute_the_same(name, vendor, monkeypatch):
+    """Tied heads; GPT-2's kernels are stored [out, in]."""
+    monkeypatch.setattr("grpo_jax.decoder._cpu_vendor", lambda: vendor)
+    model = load_model(FIXTURES + name)
+    laid_out = model.policy.for_decoding(model.params, 8)
+    assert (laid_out is model.params) == (vendor == "GenuineIntel")
+    assert model.policy.for_decoding(model.params, 64) is model.params
+    tokens = jnp.arange(2 * S).reshape(2, S)
+    mask, positions = jnp.ones((2, S), bool), jnp.broadcast_to(jnp.arange(S), (2, S))
+
+    def logits(params):
+        hidden, _ = model.policy.forward(params, tokens, mask, positions, None)
+        return model.policy.unembed(params, hidden)
+
+    np.testing.assert_allclose(logits(laid_out), logits(model.params), atol=1e-5)
