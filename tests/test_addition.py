@@ -34,8 +34,10 @@ def test_prompt():
     assert (task.name, task.rewards) == ("addition", ("numeric_answer",))
     assert len(task.train) + len(task.evaluation) == 100
     for example in [*task.train, *task.evaluation]:
-        assert re.fullmatch(r"(Q: \d\+\d\nA: \d+\n\n){2}Q: \d\+\d\nA:", example.prompt)
-        *shots, (a, b, _) = re.findall(r"Q: (\d)\+(\d)\nA:(?: (\d+))?", example.prompt)
+        assert re.fullmatch(
+            r"(Q: What is \d \+ \d\?\nA: \d+\n\n){2}Q: What is \d \+ \d\?\nA:", example.prompt
+        )
+        *shots, (a, b, _) = re.findall(r"Q: What is (\d) \+ (\d)\?\nA:(?: (\d+))?", example.prompt)
         assert example.columns == {"answer": str(int(a) + int(b))}
         assert all(int(x) + int(y) == int(z) for x, y, z in shots)
         assert len({frozenset((x, y)) for x, y, *_ in [*shots, (a, b)]}) == 3
@@ -48,7 +50,7 @@ def test_no_held_out_problem_is_a_solved_example():
     solved = {
         (int(a), int(b))
         for example in [*task.train, *task.evaluation]
-        for a, b in re.findall(r"Q: (\d)\+(\d)\nA: ", example.prompt)
+        for a, b in re.findall(r"Q: What is (\d) \+ (\d)\?\nA: ", example.prompt)
     }
     assert len(solved) > 40 and not solved & set(held_out)
 
@@ -59,7 +61,7 @@ def test_the_first_number_counts():
         [RewardConfig(function=name, arguments=dict(task.reward_arguments[name])) for name in task.rewards]
     )
     check_columns(rewards, task.train[0].columns)
-    completions = [" 7\n\nQ: 2+9\nA: 11", " 11, or 7", "7", "no"]
+    completions = [" 7\n\nQ: What is 2 + 9?\nA: 11", " 11, or 7", "7", "no"]
     assert score(rewards, ["p"] * 4, completions, {"answer": ["7"] * 4})[:, 0].tolist() == [1, 0, 1, 0]
 
 

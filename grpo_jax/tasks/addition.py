@@ -1,4 +1,4 @@
-"""Addition after solved examples, for models that only continue: `Q: 3+4\\nA: 7\\n\\nQ: 2+5\\nA:` -> ` 7`."""
+"""Addition after solved examples, for models that only continue: `Q: What is 2 + 5?\\nA:` -> ` 7`."""
 
 import hashlib
 
@@ -59,7 +59,8 @@ def _prompt(problem: tuple[int, int], train: list[tuple[int, int]], shots: int) 
         if frozenset(shot) not in used:
             used.add(frozenset(shot))
             chosen.append(shot)
-    return "".join(f"Q: {x}+{y}\nA: {x + y}\n\n" for x, y in chosen) + f"Q: {a}+{b}\nA:"
+    solved = "".join(f"Q: What is {x} + {y}?\nA: {x + y}\n\n" for x, y in chosen)
+    return f"{solved}Q: What is {a} + {b}?\nA:"
 
 
 def make_addition(*, digits: int = 1, shots: int = 4) -> Task:
