@@ -1,4 +1,4 @@
-"""Writes a checkpoint of a run as a model directory.
+"""Writes a checkpoint of a run as a model directory, or its LoRA adapters as one for peft.
 
 python -m grpo_jax.export runs/arithmetic --to models/adder
 """
@@ -7,10 +7,11 @@ import re
 import sys
 from dataclasses import dataclass
 
+from grpo_jax.adapters import save_adapters
 from grpo_jax.cli import parse_record, run_command
 from grpo_jax.model_card import write_card
 from grpo_jax.models import save_model
-from grpo_jax.runs import load_run, read_config
+from grpo_jax.runs import load_adapters, load_run, read_config
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -24,12 +25,14 @@ class ExportArguments:
         to: directory to write; made if it does not exist, and files of the same names are replaced.
         step: of the checkpoint; null: the newest.
         max_shard_size: of one file of weights, such as `5GB` or `500MB`.
+        adapter: write the adapters of a LoRA run alone, which peft puts on the base; false: they are merged.
     """
 
     run: str
     to: str
     step: int | None = None
     max_shard_size: str = "5GB"
+    adapter: bool = False
 
 
 def parse_size(text: str) -> int:
@@ -60,10 +63,15 @@ def main(argv: list[str] | None = None) -> int:
     )
     size = parse_size(arguments.max_shard_size)
     config = read_config(arguments.run)
-    model, step = load_run(arguments.run, step=arguments.step)
-    save_model(model, model.params, arguments.to, max_shard_size=size)
-    write_card(config, arguments.to, step=step, run_dir=arguments.run)
-    print(f"saved step {step} of {arguments.run} in {arguments.to}, a directory that transformers opens")
+    if arguments.adapter:
+        base, lora, adapters, step = load_adapters(arguments.run, step=arguments.step)
+        save_adapters(base, lora, adapters, arguments.to)
+    else:
+        model, step = load_run(arguments.run, step=arguments.step)
+        save_model(model, model.params, arguments.to, max_shard_size=size)
+        write_card(config, arguments.to, step=step, run_dir=arguments.run)
+    opens = "peft" if arguments.adapter else "transformers"
+    print(f"saved step {step} of {arguments.run} in {arguments.to}, a directory that {opens} opens")
     return 0
 
 

@@ -13,7 +13,7 @@ from grpo_jax.recipes import RECIPES
 
 Row = Mapping[str, Any]  # of metrics.jsonl
 
-_SECTIONS = ("algorithm", "model", "data", "sampling", "training", "evaluation")
+_SECTIONS = ("algorithm", "model", "lora", "data", "sampling", "training", "evaluation")
 _TAGS = ["grpo", "reinforcement-learning", "grpo_jax"]
 
 

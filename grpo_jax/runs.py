@@ -26,6 +26,7 @@ from grpo_jax.prompt_lengths import fit_prompts, prompt_limit
 from grpo_jax.recipes import CLIP_KEYWORDS, Recipe, make_recipe
 from grpo_jax.rewards import Reward, check_columns, load_rewards
 from grpo_jax.stored_leaves import fingerprint
+from grpo_jax.types import Params
 
 # What may differ when a run is continued: it changes nothing of the steps already made.
 _MAY_DIFFER = (
@@ -346,6 +347,32 @@ def load_run(run_dir: str | Path, *, step: int | None = None) -> tuple[Model, in
     Raises:
         ValueError: it is no run, or has no such checkpoint.
     """
+    model, state, found = _restore_run(run_dir, step)
+    params = policy_params(state, model.params if state.lora else None)
+    return replace(model, params=params, source=str(run_dir)), found
+
+
+def load_adapters(run_dir: str | Path, *, step: int | None = None) -> tuple[Model, Lora, Params, int]:
+    """Loads the adapters of a run's checkpoint, apart from their base.
+
+    Args:
+        run_dir: its directory.
+        step: of the checkpoint; None: the newest that is whole.
+
+    Returns:
+        (the base, what is adapted, the adapters, the checkpoint's step).
+
+    Raises:
+        ValueError: it is no run, has no such checkpoint, or trained the whole model.
+    """
+    if not read_config(run_dir).lora.rank:
+        raise ValueError(f"the run {run_dir} trained the whole model (lora.rank is 0): it has no adapters")
+    model, state, found = _restore_run(run_dir, step)
+    return model, state.lora, state.params, found
+
+
+def _restore_run(run_dir: str | Path, step: int | None) -> tuple[Model, TrainState, int]:
+    """Returns (the model that a run started from, the state of a checkpoint, its step)."""
     config = read_config(run_dir)
     directory = Path(run_dir) / "checkpoints"
     if not directory.is_dir():
@@ -358,8 +385,7 @@ def load_run(run_dir: str | Path, *, step: int | None = None) -> tuple[Model, in
     found, state, extra = restore_checkpoint(directory, template, step=step)
     if lora is not None:
         check_base(extra.get("base"), fingerprint(model.params), directory)
-    params = policy_params(state, model.params if lora else None)
-    return replace(model, params=params, source=str(run_dir)), found
+    return model, state, found
 
 
 def restore_checkpoint(

@@ -85,6 +85,7 @@ def test_errors(run, tmp_path, capsys):
     assert "max_shard_size: '5 apples'" in failure([run, to, "--max_shard_size=5 apples"], capsys)
     assert "max_shard_size: '0GB'" in failure([run, to, "--max_shard_size=0GB"], capsys)
     assert "did you mean 'max_shard_size'?" in failure([run, to, "--shard_size=1"], capsys)
+    assert "trained the whole model (lora.rank is 0)" in failure([run, to, "--adapter"], capsys)
     assert "run" in failure([to], capsys) and "to" in failure([run], capsys)
     assert not (tmp_path / "out").exists()
 

@@ -10,6 +10,7 @@ import small_run
 from safetensors.numpy import load_file
 
 import grpo_jax.train as train_module
+from grpo_jax import export
 from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.models import load_model, save_model
 from grpo_jax.plan import make_plan
@@ -81,6 +82,21 @@ def test_exports_agree(whole):
             np.testing.assert_allclose(after["kernel"] - before["kernel"], delta, atol=1e-6)
             np.testing.assert_array_equal(after["bias"], before["bias"])
             assert np.abs(delta).max() > 1e-4
+
+
+def test_adapters_of_a_checkpoint_alone(whole, tmp_path, capsys):
+    """Those of the last one are the files that the run left; those of an earlier one are not."""
+    assert export.main([str(whole), f"--to={tmp_path / 'last'}", "--adapter"]) == 0
+    assert (
+        capsys.readouterr().out
+        == f"saved step 7 of {whole} in {tmp_path / 'last'}, a directory that peft opens\n"
+    )
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "last" / name).read_bytes() == (whole / "adapter" / name).read_bytes()
+    assert export.main([str(whole), f"--to={tmp_path / 'earlier'}", "--adapter", "--step=6"]) == 0
+    names = ("earlier", "last")
+    earlier, last = (load_file(tmp_path / name / "adapter_model.safetensors") for name in names)
+    assert earlier.keys() == last.keys() and all((earlier[name] != last[name]).any() for name in last)
 
 
 @pytest.mark.parametrize(
