@@ -36,10 +36,10 @@ from grpo_jax.cli import enable_compilation_cache, parse_record
 from grpo_jax.config import Config
 from grpo_jax.huge_pages import use_huge_pages
 from grpo_jax.models import DTYPES, Model, load_model
+from grpo_jax.parts import Parts, build
 from grpo_jax.plan import make_plan
 from grpo_jax.progress import Progress
 from grpo_jax.progress import start as start_progress
-from grpo_jax.runs import Parts, build
 from grpo_jax.train import _one_step
 
 PHASES = ("generate", "score", "update", "host", "step")

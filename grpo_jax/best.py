@@ -18,7 +18,7 @@ import numpy as np
 from grpo_jax.evaluate import summarize_parts
 from grpo_jax.models import save_model
 from grpo_jax.outcomes import Outcome
-from grpo_jax.runs import Parts
+from grpo_jax.parts import Parts
 from grpo_jax.types import Params
 
 _SLOTS = ("best.0", "best.1")

@@ -17,8 +17,9 @@ from grpo_jax.config import Config
 from grpo_jax.data import Example
 from grpo_jax.models import Model
 from grpo_jax.outcomes import Outcome, compare, observe, summarize
+from grpo_jax.parts import Parts, build
 from grpo_jax.rewards import Reward
-from grpo_jax.runs import Parts, build, load_model_or_run, read_config
+from grpo_jax.runs import load_model_or_run, read_config
 from grpo_jax.types import Params
 
 

@@ -16,8 +16,8 @@ from grpo_jax.cli import parse_record, run_command
 from grpo_jax.config import Config
 from grpo_jax.decoding import decode_stages, decoding_params
 from grpo_jax.log_probs import CHUNK_SIZE, NUM_ROOMS, PACKED_FROM, completion_hidden, shared_rows
+from grpo_jax.parts import Parts, build
 from grpo_jax.prompt_lengths import bucket_length
-from grpo_jax.runs import Parts, build
 from grpo_jax.types import Rollout
 
 

@@ -12,7 +12,8 @@ from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.config import Config
 from grpo_jax.groups import Groups
 from grpo_jax.learner import TrainState, policy_params
-from grpo_jax.runs import Parts, check_same_run, read_config
+from grpo_jax.parts import Parts
+from grpo_jax.runs import check_same_run, read_config
 from grpo_jax.stored_leaves import fingerprint
 from grpo_jax.trackers.jsonl import plain
 from grpo_jax.types import Experience, Judged, Params, Rollout

@@ -19,8 +19,8 @@ from grpo_jax.data import Example, batch
 from grpo_jax.estimates import dead_group_share, doublings, pass_at_k
 from grpo_jax.experience import combine
 from grpo_jax.outcomes import is_correct, sample_texts
+from grpo_jax.parts import Parts, build
 from grpo_jax.prompt_lengths import padded_length
-from grpo_jax.runs import Parts, build
 from grpo_jax.shaping import overlong_penalty
 from grpo_jax.trackers.console import ConsoleTracker, bars, figures_table, samples_table, spread
 

@@ -28,10 +28,11 @@ from grpo_jax.log_probs import completion_log_probs, tokens_in_use
 from grpo_jax.model_card import write_card
 from grpo_jax.models import save_model
 from grpo_jax.notices import Notices
+from grpo_jax.parts import Parts, build
 from grpo_jax.plan import make_plan
 from grpo_jax.progress import Progress, restore, resume_sources, save, start
 from grpo_jax.rewards import close_rewards
-from grpo_jax.runs import Parts, build, config_dict, write_config
+from grpo_jax.runs import config_dict, write_config
 from grpo_jax.trackers import Trackers, make_trackers
 from grpo_jax.trackers.console import spread
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import yaml
 
-from grpo_jax import runs, train
+from grpo_jax import parts, runs, train
 from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.cli import parse_record
 from grpo_jax.config import Config
@@ -62,12 +62,13 @@ def environment() -> dict[str, str]:
 def share_compilations(monkeypatch) -> None:
     """Lets the runs of one test process share a model and its optimizers, and so their compilations."""
     for name in ("load_model", "make_schedule", "make_optimizer"):
-        monkeypatch.setattr(runs, name, _shared(name))
+        monkeypatch.setattr(parts, name, _shared(name))
+    monkeypatch.setattr(runs, "load_model", _shared("load_model"))
 
 
 @functools.cache
 def _shared(name):
-    return functools.cache(getattr(runs, name))
+    return functools.cache(getattr(parts, name))
 
 
 def note_compilations(monkeypatch) -> list[str]:
@@ -102,7 +103,7 @@ def rows(run_dir, name: str = "metrics") -> list[dict]:
 @functools.cache
 def template():
     """Returns the shapes of a small run's state, the same for all of them."""
-    return jax.eval_shape(runs.build(config("unused")).init_state)
+    return jax.eval_shape(parts.build(config("unused")).init_state)
 
 
 def leaves(run_dir, step=None) -> dict[str, np.ndarray]:

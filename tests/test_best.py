@@ -18,8 +18,8 @@ from grpo_jax.best import check_best_metric, evaluation_names, forget_best, keep
 from grpo_jax.evaluate import evaluate_parts
 from grpo_jax.evaluate import main as evaluate_main
 from grpo_jax.models import load_model
+from grpo_jax.parts import build
 from grpo_jax.plan import main as plan_main
-from grpo_jax.runs import build
 from grpo_jax.train import train
 
 METRIC = "eval/rewards/exact_match/mean"

@@ -16,8 +16,8 @@ from grpo_jax.cli import run_command
 from grpo_jax.decoding import generate
 from grpo_jax.evaluate import evaluate
 from grpo_jax.models import decode, encode, load_model, pad_prompts
+from grpo_jax.parts import build
 from grpo_jax.rewards import Reward
-from grpo_jax.runs import build
 from grpo_jax.tasks import Example, load_task
 from grpo_jax.train import train
 

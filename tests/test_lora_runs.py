@@ -13,8 +13,9 @@ import grpo_jax.train as train_module
 from grpo_jax import export
 from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.models import load_model, save_model
+from grpo_jax.parts import build
 from grpo_jax.plan import make_plan
-from grpo_jax.runs import build, load_model_or_run
+from grpo_jax.runs import load_model_or_run
 from grpo_jax.train import train
 
 LORA = {"lora__rank": 3, "lora__dropout": 0.1, "training__learning_rate": 3e-3}
@@ -136,7 +137,7 @@ def test_another_base_is_refused(tmp_path):
     params["transformer"]["ln_f"]["bias"][3] += 1e-6
     save_model(model, params, tmp_path / "base")
     with pytest.MonkeyPatch.context() as monkeypatch:  # not the model in memory
-        monkeypatch.setattr("grpo_jax.runs.load_model", load_model)
+        monkeypatch.setattr("grpo_jax.parts.load_model", load_model)
         with pytest.raises(ValueError, match=r"run/checkpoints belong to another base model \(fingerprint "):
             train(small_run.config(tmp_path / "run", **settings, training__num_steps=2))
         with pytest.raises(ValueError, match="belong to another base model"):

@@ -8,8 +8,8 @@ import small_run
 
 from grpo_jax import plan as plan_module
 from grpo_jax.models import load_model, save_model
+from grpo_jax.parts import build
 from grpo_jax.plan import make_plan
-from grpo_jax.runs import build
 
 # The packaged GPT-2: V=17, D=128, 2 layers, 4 heads, 32 positions, 512 in the MLP.
 PARAMETERS = (

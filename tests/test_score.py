@@ -16,7 +16,7 @@ from grpo_jax.config import Config
 from grpo_jax.data import batch
 from grpo_jax.decoding import generate
 from grpo_jax.models import decode, encode, load_model, pad_prompts
-from grpo_jax.runs import build
+from grpo_jax.parts import build
 from grpo_jax.score import ScoreArguments, advice, rehearse, report, shown_samples
 
 REWARDS = """

@@ -15,8 +15,8 @@ from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.cli import parse_record, run_command
 from grpo_jax.config import Config
 from grpo_jax.models import load_model
+from grpo_jax.parts import build
 from grpo_jax.plan import make_plan
-from grpo_jax.runs import build
 from grpo_jax.sources import PACKAGED
 from grpo_jax.train import train
 

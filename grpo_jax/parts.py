@@ -1,0 +1,262 @@
+"""The parts of a run: everything a config names, built and checked before anything compiles."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+
+import jax
+import optax
+
+from grpo_jax.actor import Actor
+from grpo_jax.adapters import make_lora
+from grpo_jax.categories import rows_by_category
+from grpo_jax.config import Config, RewardConfig
+from grpo_jax.data import Task, load_data
+from grpo_jax.learner import TrainState, init_train_state
+from grpo_jax.lora import Lora, init_adapters
+from grpo_jax.models import Model, load_model
+from grpo_jax.optimizers import make_optimizer, make_schedule
+from grpo_jax.prompt_lengths import fit_prompts, prompt_limit
+from grpo_jax.recipes import CLIP_KEYWORDS, Recipe, make_recipe
+from grpo_jax.rewards import Reward, check_columns, load_rewards
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Everything a run is made of, built from its config and checked."""
+
+    config: Config
+    model: Model
+    lora: Lora | None  # None: the whole model is trained
+    task: Task  # prompts over the limit are gone
+    num_dropped: int  # training prompts over the limit
+    num_truncated: int  # training prompts that lost their beginning to it
+    rewards: tuple[Reward, ...]
+    recipe: Recipe
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+    num_steps: int  # optimizer steps of the whole run
+    prompt_lengths: frozenset[int]  # token counts that occur among the training prompts
+    eval_prompt_length: int
+    eval_rewards: tuple[Reward, ...] = ()  # logged in evaluation, never trained on
+    categories: Mapping[str, Sequence[int]] = field(default_factory=dict)  # category -> held-out rows
+
+    @property
+    def prompt_length(self) -> int:
+        """S of every Experience: the longest training prompt."""
+        return max(self.prompt_lengths)
+
+    @property
+    def num_prompts(self) -> int:
+        """N, prompts per rollout (and per round of one)."""
+        return self.config.num_prompts
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer steps made from one rollout."""
+        return self.config.updates_per_rollout
+
+    @property
+    def sampling(self) -> dict[str, float]:
+        """The traced sampling settings of `generate`."""
+        s = self.config.sampling
+        return {"temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p, "min_p": s.min_p}
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the reference takes part at all."""
+        return self.recipe.kl_coef > 0
+
+    @property
+    def scores_reference(self) -> bool:
+        """Whether rollouts are scored under the reference; an exact KL reads it in the update instead."""
+        return self.needs_reference and not self.recipe.exact_kl
+
+    @property
+    def scores_policy(self) -> bool:
+        """Whether the policy scores its own rollouts before the update: for more than one update from each,
+        or for what the recipe makes of those scores before it.
+        """
+        return self.updates_per_rollout > 1 or self.recipe.needs_old_log_probs
+
+    def actor(self) -> Actor:
+        """Makes the actor of this run."""
+        return Actor(
+            model=self.model,
+            recipe=self.recipe,
+            rewards=self.rewards,
+            group_size=self.config.algorithm.group_size,
+            prompt_length=self.prompt_length,
+            max_new_tokens=self.config.sampling.max_new_tokens,
+            sampling=self.sampling,
+            num_microbatches=self.config.training.num_microbatches,
+            num_minibatches=self.config.algorithm.num_minibatches,
+            max_rounds=self.config.algorithm.max_sampling_rounds,
+            scores_policy=self.scores_policy,
+        )
+
+    def init_state(self) -> TrainState:
+        """Makes the state of step 0."""
+        return _init_state(self.config, self.model, self.lora, self.optimizer)
+
+
+def build(config: Config, *, model: Model | None = None) -> Parts:
+    """Loads and checks everything a config names. Compiles nothing.
+
+    Args:
+        config: of the run.
+        model: used instead of loading the one the config names.
+
+    Raises:
+        ValueError, OSError, ImportError: something the user gave is wrong; the message names it.
+    """
+    training = config.training
+    task = load_data(config.data)
+    rewards, eval_rewards = _load_rewards(config, task)
+    for examples in filter(None, (task.train, task.evaluation)):
+        check_columns(rewards, examples[0].columns)
+    if task.evaluation:
+        check_columns(eval_rewards, task.evaluation[0].columns)
+    model = _load_named_model(config) if model is None else model
+    lora = _make_lora(config, model)
+    limit = prompt_limit(model, config.data.max_prompt_length, config.sampling.max_new_tokens)
+    over_length = config.data.over_length
+    train = fit_prompts(task.train, model, limit, over_length, "training")
+    if not train.examples:
+        raise ValueError(
+            f"all {train.num_dropped} training prompts have more than {limit} tokens; nothing is left"
+        )
+    held_out = task.evaluation[: config.evaluation.num_prompts]
+    held_out = fit_prompts(held_out, model, limit, over_length, "evaluation")
+
+    recipe = _make_recipe(config)
+    rollouts = max(1, math.ceil(training.num_epochs * len(train.examples) / config.num_prompts - 1e-9))
+    num_steps = training.num_steps or rollouts * config.updates_per_rollout
+    schedule = make_schedule(
+        training.learning_rate,
+        lr_schedule=training.lr_schedule,
+        warmup_steps=training.warmup_steps,
+        num_steps=num_steps,
+    )
+    return Parts(
+        config=config,
+        model=model,
+        lora=lora,
+        task=replace(task, train=train.examples, evaluation=held_out.examples),
+        num_dropped=train.num_dropped,
+        num_truncated=train.num_truncated,
+        rewards=rewards,
+        recipe=recipe,
+        schedule=schedule,
+        optimizer=_make_optimizer(config, schedule),
+        num_steps=num_steps,
+        prompt_lengths=train.lengths,
+        eval_prompt_length=max(held_out.lengths, default=0),
+        eval_rewards=eval_rewards,
+        categories=rows_by_category(held_out.examples, config.evaluation.category),
+    )
+
+
+def build_model(config: Config) -> tuple[Model, TrainState]:
+    """Loads the model that a config names; its data and rewards need not be there.
+
+    Returns:
+        (the model, the shapes of the run's state).
+    """
+    model = _load_named_model(config)
+    lora = _make_lora(config, model)
+    # Any schedule makes an optimizer state of the same shape.
+    optimizer = _make_optimizer(config, make_schedule(config.training.learning_rate))
+    return model, jax.eval_shape(lambda: _init_state(config, model, lora, optimizer))
+
+
+def _make_recipe(config: Config) -> Recipe:
+    """Returns the recipe that the config names and changes.
+
+    Raises:
+        ValueError: choices that contradict each other or the rest of the config.
+    """
+    algorithm, limit = config.algorithm, config.sampling.max_new_tokens
+    choices = {field.name for field in fields(Recipe)} | CLIP_KEYWORDS
+    given = {key: value for key, value in asdict(algorithm).items() if key in choices - {"name"}}
+    try:
+        recipe = make_recipe(algorithm.name, **given)
+    except ValueError as error:
+        raise ValueError(f"algorithm: {error}") from None
+    if recipe.overlong_tokens(limit) > limit:
+        raise ValueError(
+            f"algorithm.overlong_buffer {algorithm.overlong_buffer} is more than the {limit} tokens of "
+            "sampling.max_new_tokens; it counts the last tokens before that limit"
+        )
+    needs_kl = {"kl_target": algorithm.kl_target, "ref_sync_every": algorithm.ref_sync_every}
+    for name, value in needs_kl.items():
+        if value and recipe.kl_coef == 0:
+            raise ValueError(
+                f"algorithm.{name}: {value} needs a KL term, but {recipe.name} has kl_coef 0; set "
+                "algorithm.kl_coef above 0"
+            )
+    return recipe
+
+
+def _load_named_model(config: Config) -> Model:
+    named = config.model
+    return load_model(
+        named.hf_model_name,
+        revision=named.revision,
+        dtype=named.dtype,
+        implementation=named.implementation,
+        remat=named.remat,
+        attention=named.attention,
+        chat_template=named.chat_template,
+    )
+
+
+def _make_lora(config: Config, model: Model) -> Lora | None:
+    lora = config.lora
+    if not lora.rank:
+        return None
+    return make_lora(
+        model, rank=lora.rank, alpha=lora.resolved_alpha, targets=tuple(lora.targets), dropout=lora.dropout
+    )
+
+
+def _init_state(
+    config: Config, model: Model, lora: Lora | None, optimizer: optax.GradientTransformation
+) -> TrainState:
+    if lora is None:
+        return init_train_state(model.policy, model.params, optimizer)
+    adapters = init_adapters(lora, jax.random.key(config.training.seed))
+    return init_train_state(model.policy, adapters, optimizer, lora=lora)
+
+
+def _make_optimizer(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
+    training = config.training
+    return make_optimizer(
+        schedule,
+        weight_decay=training.weight_decay,
+        adam_b1=training.adam_b1,
+        adam_b2=training.adam_b2,
+        max_grad_norm=training.max_grad_norm,
+    )
+
+
+def _load_rewards(config: Config, task: Task) -> tuple[tuple[Reward, ...], tuple[Reward, ...]]:
+    """Returns (the rewards that train, those of evaluation only), all of different names."""
+    specs = config.rewards or [
+        RewardConfig(function=name, arguments=dict(task.reward_arguments.get(name, {})))
+        for name in task.rewards
+    ]
+    if not specs:
+        raise ValueError(
+            "rewards: none are given, and prompts from a file have none of their own; "
+            "name at least one, such as rewards: [{function: exact_match}]"
+        )
+    only_logged = config.evaluation.rewards
+    for spec in only_logged:
+        if spec.weight != 1:
+            raise ValueError(
+                f"evaluation.rewards: {spec.function} has the weight {spec.weight}, but they are logged one "
+                "by one and never added up; leave it out"
+            )
+    loaded = load_rewards([*specs, *only_logged])
+    return loaded[: len(specs)], loaded[len(specs) :]
