@@ -76,7 +76,7 @@ rewards that train, gives at least 1 (`summarize`):
                                 below their number the mean over all choices of k of them
     eval/reward                 mean over the valid samples of the weighted sum, without overlong penalty
     eval/rewards/<name>/mean    as above, of the samples; functions of evaluation.rewards included
-    eval/rewards/<name>/missing share of the samples for which it gave none, where that is above 0
+    eval/rewards/<name>/missing  share of the samples for which it gave none, where that is above 0
     eval/mean_length            mean tokens of the samples, the eos included
     eval/clipped_ratio          share of the samples that hit the limit without an eos
     eval/<category>/greedy_accuracy  with evaluation.category: the same of the prompts of that category

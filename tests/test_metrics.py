@@ -602,11 +602,14 @@ def documented_names() -> list[str]:
 def logged(tmp_path_factory):
     """The rows of a plain run, and of one with everything that has names of its own."""
     runs = []
+    silent = tmp_path_factory.mktemp("rewards") / "silent.py"
+    silent.write_text("def silent(completions, **columns):\n    return [None] * len(completions)\n")
     everything = {
         "algorithm__name": "dapo", "algorithm__num_minibatches": 2, "algorithm__num_iterations": 2,
         "algorithm__kl_coef": 0.1, "algorithm__kl_target": 1e-4, "algorithm__importance_cap": 2,
         "training__lr_schedule": "linear", "training__num_steps": 5, "evaluation__category": "answer",
         "rewards": "[{function: numeric_answer, timeout: 60}]",
+        "evaluation__rewards": f"[{{function: numeric_answer}}, {{function: '{silent}:silent'}}]",
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as monkeypatch:
         small_run.share_compilations(monkeypatch)
