@@ -83,7 +83,6 @@ def draw(results: dict[str, tuple[list[dict], float | None]], path: Path) -> Non
     right.set(title="accuracy on held-out problems", xlabel="update")
     for axes in (left, right):
         axes.set_ylim(0, 1.02 * max(1.0, axes.get_ylim()[1] / 1.05))
-    for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.tight_layout()

@@ -156,18 +156,7 @@ MUTANTS = {
 def run_tests(package: Path, modules: tuple[str, ...]) -> tuple[bool, str]:
     """Runs test modules against the copy of the package: (whether all passed, the first failing test)."""
     paths = [f"tests/test_{module}.py" for module in modules]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-n0",
-        "--no-header",
-        "-p",
-        "no:cacheprovider",
-        *paths,
-    ]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "--no-header", *paths]
     environment = {**os.environ, "PYTHONPATH": str(package), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, cwd=package, env=environment, capture_output=True, text=True)
     if done.returncode not in (0, 1):
