@@ -135,6 +135,7 @@ def _examples(
             for made in task.make_rows(renamed, **data.task_arguments):
                 # A template may call a column by its name in the file as well.
                 example = _example(form, made, {**row, **renamed, **made})
+                example = replace(example, place=f"{source}, {place}")
                 if examples:
                     _check_columns(example, examples[0], first_place)
                 first_place = first_place or place

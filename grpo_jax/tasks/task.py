@@ -15,10 +15,13 @@ class Example:
     Args:
         prompt: text, or a list of chat messages `{"role": ..., "content": ...}`.
         columns: everything else, by name; handed to the reward functions, never to the model.
+        place: where it comes from, for messages, such as `train.jsonl, line 3`; empty for a task that makes
+            its own problems.
     """
 
     prompt: str | list[dict[str, str]]
     columns: dict[str, Any] = field(default_factory=dict)
+    place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
