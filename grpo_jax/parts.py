@@ -40,6 +40,7 @@ class Parts:
     eval_prompt_length: int
     eval_rewards: tuple[Reward, ...] = ()  # logged in evaluation, never trained on
     categories: Mapping[str, Sequence[int]] = field(default_factory=dict)  # category -> held-out rows
+    notes: tuple[str, ...] = ()  # what the user should know before the first step, a line each
 
     @property
     def prompt_length(self) -> int:
@@ -111,6 +112,7 @@ def build(config: Config, *, model: Model | None = None) -> Parts:
         ValueError, OSError, ImportError: something the user gave is wrong; the message names it.
     """
     training = config.training
+    notes: list[str] = []
     task = load_data(config.data)
     rewards, eval_rewards = _load_rewards(config, task)
     for examples in filter(None, (task.train, task.evaluation)):
@@ -154,6 +156,7 @@ def build(config: Config, *, model: Model | None = None) -> Parts:
         eval_prompt_length=max(held_out.lengths, default=0),
         eval_rewards=eval_rewards,
         categories=rows_by_category(held_out.examples, config.evaluation.category),
+        notes=tuple(notes),
     )
 
 

@@ -42,6 +42,7 @@ class Plan:
     num_compilations: int  # of training, at most: see _num_compilations
     num_evaluation_compilations: int
     memory: dict[str, int]  # bytes by purpose
+    notes: tuple[str, ...] = ()  # of the parts
 
     @property
     def checkpoint_size(self) -> int:
@@ -75,6 +76,7 @@ class Plan:
                 f"about {_megabytes(self.total_memory)} MB ({parts})",
                 f"  a checkpoint is {_megabytes(self.checkpoint_size)} MB on disk, and twice that in memory "
                 "while it is written",
+                *(f"  note: {note}" for note in self.notes),
             ]
         )
 
@@ -198,6 +200,7 @@ def make_plan(parts: Parts) -> Plan:
         num_compilations=_num_compilations(parts, len(buckets)),
         num_evaluation_compilations=2,
         memory=_memory(parts),
+        notes=parts.notes,
     )
 
 

@@ -314,7 +314,7 @@ def main(argv: list[str] | None = None) -> int:
     parts = build(config)
     rehearsal = rehearse(parts, num_prompts=arguments.num_prompts, num_samples=arguments.num_samples)
     figures = report(parts, rehearsal)
-    lines = advice(figures, group_size=config.algorithm.group_size)
+    lines = [*parts.notes, *advice(figures, group_size=config.algorithm.group_size)]
     samples = shown_samples(parts, rehearsal, arguments.num_shown)
     if arguments.json:
         print(json.dumps({**figures, "advice": lines, "samples": samples}))
