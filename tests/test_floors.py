@@ -25,9 +25,9 @@ FLOORS = {
     # the outside world
     3: ("adapters", "architectures", "categories", "checkpoints", "data", "estimates", "expressions",
         "families", "http_scores", "hub_data", "implementations", "models", "notices", "prompt_lengths",
-        "prompts", "reward_functions", "reward_models", "reward_pool", "reward_sources", "reward_worker",
-        "rewards", "row_files", "sources", "stored_leaves", "tasks", "trackers", "verifiers", "verl_scores",
-        "weights"),
+        "prompts", "reward_calls", "reward_functions", "reward_models", "reward_pool", "reward_sources",
+        "reward_worker", "rewards", "row_files", "sources", "stored_leaves", "tasks", "trackers", "verifiers",
+        "verl_scores", "weights"),
     # the two halves
     4: ("actor", "experience", "groups", "learner", "outcomes"),
     # the commands, and what they share

@@ -1,0 +1,186 @@
+"""How one reward function is called on a batch, and what it may return.
+
+A reward function has the signature that users of TRL know, ``f(prompts, completions, **columns) ->
+list[float | None]``. Everything is passed by keyword as a list with one entry per completion. A function
+without ``**columns`` gets only what it names. Completions are strings where the prompt is a string, and
+``[{"role": "assistant", "content": text}]`` where the prompt is a list of messages. None means that there
+is no reward for that completion, which is not the same as 0.
+"""
+
+import inspect
+import math
+import numbers
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grpo_jax.http_scores import EndpointError
+from grpo_jax.reward_functions import REWARDS, Completion, completion_text
+from grpo_jax.reward_pool import RewardPool, WorkerError
+
+Prompt = str | list[dict[str, Any]]
+
+
+class RewardError(ValueError):
+    """A reward function failed or returned what is no reward; the message names function and row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reward:
+    """One reward function of a run.
+
+    Args:
+        name: unique in the run; metrics are called `rewards/<name>/...`.
+        function: f(prompts, completions, **columns) -> list of B numbers or None.
+        weight: factor in the sum.
+        arguments: fixed keyword arguments of the function.
+        source: where the function comes from, for messages.
+        pool: processes that call it, with a timeout; None: it is called here.
+        one_of: columns of which the data must have at least one.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    weight: float = 1.0
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    source: str = "built in"
+    pool: RewardPool | None = None
+    one_of: tuple[str, ...] = ()
+
+
+def named(reward: Reward) -> str:
+    return f"reward `{reward.name}` ({reward.source})"
+
+
+def parameters_of(reward: Reward) -> tuple[dict[str, inspect.Parameter], bool]:
+    """Returns (parameters by name, whether it takes any keyword)."""
+    parameters = inspect.signature(reward.function).parameters.values()
+    keywords = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return (
+        {p.name: p for p in parameters if p.kind in keywords},
+        any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters),
+    )
+
+
+def call_reward(
+    reward: Reward,
+    prompts: Sequence[Prompt],
+    completions: Sequence[Completion],
+    columns: Mapping[str, Sequence[Any]],
+) -> list[float]:
+    """Calls one reward function on a batch.
+
+    Args:
+        reward: the reward function.
+        prompts: B strings or lists of messages.
+        completions: B completions, messages where the prompt is messages.
+        columns: the data's other columns, each with B entries.
+
+    Returns:
+        B floats, NaN where the function returned None.
+
+    Raises:
+        RewardError: as `rewards.score`.
+    """
+    batch = {**columns, "prompts": prompts, "completions": completions}
+    try:
+        if reward.pool is not None:
+            wanted = {name: values for name, values in columns.items() if takes(reward, name)}
+            return reward.pool.score(prompts, completions, wanted)
+        values = _call(reward, batch)
+    except WorkerError as error:  # the worker has explained it
+        raise RewardError(str(error)) from None
+    except EndpointError as error:  # no row is to blame
+        raise RewardError(f"{named(reward)}: {error}") from None
+    except Exception as error:
+        raise _explain(reward, batch, len(prompts), error) from error
+    return _checked(reward, values, completions)
+
+
+def takes(reward: Reward, name: str) -> bool:
+    """Says whether a function is called with a column; what is keyword-only in a built-in is an argument."""
+    parameters, takes_any = parameters_of(reward)
+    if name not in parameters:
+        return takes_any
+    is_argument = parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
+    return not (is_argument and reward.function in REWARDS.values())
+
+
+def _call(reward: Reward, batch: Mapping[str, Sequence[Any]]) -> Any:
+    # A list of its own for every function: one that sorts or pops must not hurt the next.
+    passed = {name: list(values) for name, values in batch.items() if takes(reward, name)}
+    return reward.function(**{**passed, **reward.arguments})
+
+
+def _explain(reward: Reward, batch: Mapping[str, Sequence[Any]], size: int, error: Exception) -> RewardError:
+    """Finds the first row that makes a function raise, by calling it on single rows."""
+    told = f"{named(reward)} raised {error!r}{_place(error)} on a batch of {size} rows"
+    for row in range(size):
+        try:
+            _call(reward, {name: values[row : row + 1] for name, values in batch.items()})
+        except Exception as alone:
+            again = "" if repr(alone) == repr(error) else f" alone raises {alone!r}{_place(alone)};"
+            return RewardError(f"{told}; row {row}{again} {_shown(batch['completions'][row])}")
+    return RewardError(f"{told}; no single row does so alone")
+
+
+def _place(error: Exception) -> str:
+    frames = traceback.extract_tb(error.__traceback__)[2:]  # beyond `call_reward` (or `_explain`) and `_call`
+    return f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+
+
+def _shown(completion: Completion) -> str:
+    return f"(completion {_short(completion_text(completion))})"
+
+
+def _checked(reward: Reward, values: Any, completions: Sequence[Completion]) -> list[float]:
+    """Turns what a function returned into B floats, NaN for None."""
+    who, size = named(reward), len(completions)
+    is_list = isinstance(values, Iterable) and isinstance(values, Sized)
+    if not is_list or isinstance(values, (str, bytes, Mapping, set, frozenset)):
+        raise RewardError(f"{who} returned {type(values).__name__}, not a list of {size} numbers")
+    if len(values) != size:
+        raise RewardError(f"{who} returned {len(values)} values for {size} completions")
+    floats = []
+    for row, value in enumerate(values):
+        if value is None:
+            floats.append(math.nan)
+            continue
+        if not _is_number(value):
+            raise RewardError(
+                f"{who} returned {_short(value)} of type {type(value).__name__} for row {row}, not a number "
+                f"or None {_shown(completions[row])}"
+            )
+        if not _is_finite(value):
+            raise RewardError(
+                f"{who} returned {_short(value)} for row {row}; a reward is a finite float32, and a missing "
+                f"one is None {_shown(completions[row])}"
+            )
+        floats.append(float(value))
+    return floats
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, numbers.Real):
+        return True
+    try:  # scalars of NumPy and of whatever it understands
+        array = np.asarray(value)
+    except Exception:  # whatever the foreign type raises: no number
+        return False
+    return array.ndim == 0 and array.dtype.kind in "biuf"
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return abs(float(value)) <= float(np.finfo(np.float32).max)
+    except OverflowError:
+        return False
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
