@@ -23,10 +23,11 @@ FLOORS = {
     2: ("algorithm_config", "attention", "config", "data_config", "decoder", "decoder_cache", "decoding",
         "log_probs", "lora", "meshes", "optimizers", "packing", "rotary", "vocabulary"),
     # the outside world
-    3: ("adapters", "architectures", "categories", "checkpoints", "data", "estimates", "expressions",
-        "families", "http_scores", "hub_data", "implementations", "models", "notices", "prompt_lengths",
-        "prompts", "reward_calls", "reward_functions", "reward_models", "reward_pool", "reward_sources",
-        "reward_worker", "rewards", "row_files", "sources", "stored_leaves", "tasks", "trackers", "verifiers",
+    3: ("adapters", "architectures", "categories", "chat_templates", "checkpoints", "data", "estimates",
+        "expressions", "families", "http_scores", "hub_data", "implementations", "models", "notices",
+        "prompt_lengths", "prompts", "reward_calls", "reward_functions", "reward_models", "reward_pool",
+        "reward_sources", "reward_worker", "rewards", "row_files", "sources", "stored_leaves", "tasks",
+        "text", "tokenizer_files", "trackers", "verifiers",
         "verl_scores", "weights"),
     # the two halves
     4: ("actor", "experience", "groups", "learner", "outcomes"),
@@ -40,7 +41,7 @@ PACKAGE_IMPORTS = {*FLOORS[0], *FLOORS[1], *FLOORS[2], "learner"}
 
 # library -> the modules that may import it (a folder's name stands for the modules in it)
 DOORS = {
-    "transformers": {"models", "families", "weights"},
+    "transformers": {"models", "families", "tokenizer_files", "weights"},
     "huggingface_hub": {"sources"},
     "safetensors": {"weights"},
     "orbax": {"checkpoints"},
