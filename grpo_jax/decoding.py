@@ -71,6 +71,7 @@ class _Decode:
     mask: Array
     log_probs: Array
     kept_mass: Array
+    finished: Array  # [B] bool, kept here because a row that leaves `rows` need not have ended
 
 
 def _draw_and_record(policy, params, carry: _Decode, hidden, eos_ids, sampling) -> _Decode:
@@ -95,6 +96,7 @@ def _draw_and_record(policy, params, carry: _Decode, hidden, eos_ids, sampling) 
         mask=carry.mask.at[rows.row, t].set(live),
         log_probs=carry.log_probs.at[rows.row, t].set(jnp.where(live, log_probs, 0)),
         kept_mass=carry.kept_mass.at[rows.row, t].set(jnp.where(live, kept_mass, 0)),
+        finished=carry.finished.at[rows.row].set(done),
     )
 
 
@@ -118,7 +120,7 @@ def decoding_params(policy: Policy, params: Params, stages: tuple[tuple[int, int
 
 
 def _drop_finished(policy: Policy, rows: _Rows, size: int) -> _Rows:
-    """Keeps `size` rows, all of the unfinished ones (at most that many) among them."""
+    """Keeps `size` rows, unfinished ones first. At the limit more may be unfinished: no step follows then."""
     kept = jnp.argsort(rows.done, stable=True)[:size]
     cache = policy.take_cache(rows.cache, kept)
     return jax.tree.map(lambda x: x[kept], rows.replace(cache=None)).replace(cache=cache)
@@ -200,6 +202,7 @@ def generate(
         mask=empty.astype(bool),
         log_probs=empty,
         kept_mass=empty,
+        finished=jnp.zeros(batch, bool),
     )
     # The first token needs no forward of its own (the prefill was it), and after the last none follows.
     carry = sample(start, hidden)
@@ -222,6 +225,5 @@ def generate(
         mask=carry.mask,
         log_probs=carry.log_probs,
         kept_mass=carry.kept_mass,
-        # Rows that are not running any more were dropped because they had finished.
-        finished=jnp.ones(batch, bool).at[carry.rows.row].set(carry.rows.done),
+        finished=carry.finished,
     )

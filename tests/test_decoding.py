@@ -307,6 +307,41 @@ def test_without_eos_ids_every_row_runs_to_the_limit(toy_policy):
     assert np.all(rollout.mask) and not np.any(rollout.finished)
 
 
+def countdown_policy(vocab: int) -> Policy:
+    """Says n-1, n-2, ..., 0 after a prompt that ends in n: with 0 as eos, exactly n tokens."""
+
+    def forward(params, tokens, mask, positions, cache=None):
+        return jax.nn.one_hot(tokens - 1, vocab), cache
+
+    return Policy(
+        forward=forward,
+        unembed=lambda params, hidden: 99.0 * hidden,
+        init_cache=lambda batch, length: {"key": jnp.zeros((batch, length)), "index": jnp.int32(0)},
+    )
+
+
+@pytest.mark.parametrize("batch", [1, 7, 8, 9, 64])
+@pytest.mark.parametrize("limit", [32, 45])
+def test_finished_says_who_drew_an_eos_whatever_the_stages(batch, limit):
+    assert len(decode_stages(batch, limit)) >= 2
+    policy, rng = countdown_policy(2 * limit + 1), np.random.default_rng(batch)
+    for share in (0.0, 0.5, 1.0):
+        for late in (False, True):  # whether those that end do so in the last places only, or anywhere
+            lengths = rng.integers(limit - 1 if late else 1, limit + 1, batch)
+            ends = rng.permutation(batch) < round(share * batch)
+            prompts = left_pad([[n] for n in np.where(ends, lengths, lengths + limit)], 1)
+            rollout = sample(
+                (policy, {}),
+                prompts,
+                group_size=1,
+                max_new_tokens=limit,
+                temperature=0.0,
+                eos_ids=jnp.array([0, 0]),
+            )
+            np.testing.assert_array_equal(rollout.finished, ends)
+            assert_ends_are_right(rollout, [0])
+
+
 # Cost
 
 
