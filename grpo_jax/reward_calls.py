@@ -1,12 +1,14 @@
 """How one reward function is called on a batch, and what it may return.
 
 A reward function has the signature that users of TRL know, ``f(prompts, completions, **columns) ->
-list[float | None]``. Everything is passed by keyword as a list with one entry per completion. A function
-without ``**columns`` gets only what it names. Completions are strings where the prompt is a string, and
-``[{"role": "assistant", "content": text}]`` where the prompt is a list of messages. None means that there
-is no reward for that completion, which is not the same as 0.
+list[float | None]``. Everything is passed by keyword as a list with one entry per completion, and is the
+function's own: it may change what it gets. A function without ``**columns`` gets only what it names.
+Completions are strings where the prompt is a string, and ``[{"role": "assistant", "content": text}]`` where
+the prompt is a list of messages. None means that there is no reward for that completion, which is not the
+same as 0.
 """
 
+import copy
 import inspect
 import math
 import numbers
@@ -23,6 +25,7 @@ from grpo_jax.reward_functions import REWARDS, Completion, completion_text
 from grpo_jax.reward_pool import RewardPool, WorkerError
 
 Prompt = str | list[dict[str, Any]]
+_IMMUTABLE = frozenset((str, int, float, bool, type(None)))  # the types that need no copy
 
 
 class RewardError(ValueError):
@@ -111,9 +114,29 @@ def takes(reward: Reward, name: str) -> bool:
 
 
 def _call(reward: Reward, batch: Mapping[str, Sequence[Any]]) -> Any:
-    # A list of its own for every function: one that sorts or pops must not hurt the next.
-    passed = {name: list(values) for name, values in batch.items() if takes(reward, name)}
-    return reward.function(**{**passed, **reward.arguments})
+    # Everything is the function's own, row by row. One that sorts, pops or appends changes neither the data,
+    # nor a sibling's row, nor what the next function gets.
+    passed = {name: own_copy(list(values)) for name, values in batch.items() if takes(reward, name)}
+    return reward.function(**{**passed, **own_copy(dict(reward.arguments))})
+
+
+def own_copy(value: Any) -> Any:
+    """Copies a value with all that is in it. Two parts of a copied list or mapping are never one object.
+
+    `copy.deepcopy` would keep what siblings share, and takes twice as long. What cannot be copied, such as a
+    decoder of audio, is returned itself.
+    """
+    kind = type(value)
+    if kind in _IMMUTABLE:
+        return value
+    if kind is list:
+        return [own_copy(each) for each in value]
+    if kind is dict:
+        return {name: own_copy(each) for name, each in value.items()}
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # whatever a foreign type raises that refuses to be copied
+        return value
 
 
 def _explain(reward: Reward, batch: Mapping[str, Sequence[Any]], size: int, error: Exception) -> RewardError:

@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from grpo_jax.reward_calls import own_copy
 from grpo_jax.reward_functions import Completion, completion_text
 
 PREFIX = "verl:"
@@ -50,7 +51,7 @@ def adapt_compute_score(function: Callable[..., Any], arguments: Mapping[str, An
                     solution_str=completion_text(completion),
                     ground_truth=truths[i],
                     extra_info={} if extra_info is None else extra_info[i],
-                    **arguments,
+                    **own_copy(dict(arguments)),
                 )
             )
             for i, completion in enumerate(completions)
