@@ -44,6 +44,8 @@ class Reward:
         source: where the function comes from, for messages.
         pool: processes that call it, with a timeout; None: it is called here.
         one_of: columns of which the data must have at least one.
+        check_row: raises ValueError with a reason if the function cannot use the columns of a row. None means
+            that every row is fine.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Reward:
     source: str = "built in"
     pool: RewardPool | None = None
     one_of: tuple[str, ...] = ()
+    check_row: Callable[[Mapping[str, Any]], None] | None = None
 
 
 def named(reward: Reward) -> str:

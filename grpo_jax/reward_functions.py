@@ -4,150 +4,20 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from grpo_jax.expressions import reaches_target
-from grpo_jax.http_scores import http_score
-from grpo_jax.tasks.reasoning_gym import score_entry
-from grpo_jax.verifiers import (
-    PLACES,
-    Where,
-    answers_equal,
-    as_number,
-    extract_answer,
-    extract_number,
-    load_math_verify,
-    math_equal,
-    numbers_equal,
-    texts_equal,
+from grpo_jax.answer_rewards import (
+    answer_match,
+    check_answer,
+    check_match,
+    check_number,
+    exact_match,
+    math_answer,
+    numeric_answer,
 )
-
-Completion = str | list[dict[str, Any]]
-
-
-def completion_text(completion: Completion) -> str:
-    """Returns the text of a completion: itself, or the content of its last message."""
-    return completion if isinstance(completion, str) else completion[-1]["content"]
-
-
-def exact_match(completions: Sequence[Completion], answer: Sequence[Any]) -> list[float]:
-    """Rewards 1 if the completion is the answer, white space around them aside, else 0.
-
-    Args:
-        completions: B completions.
-        answer: column; anything but text is compared as `str(answer)`.
-    """
-    return [float(texts_equal(completion_text(c), str(a))) for c, a in zip(completions, answer, strict=True)]
-
-
-def numeric_answer(
-    completions: Sequence[Completion],
-    answer: Sequence[Any],
-    *,
-    which: Literal["last", "first"] = "last",
-    tolerance: float = 1e-6,
-) -> list[float]:
-    r"""Rewards 1 if the completion's number equals the answer's, else 0 (also without a number).
-
-    A number marked by ``\boxed{}`` or ``####`` counts, else the last or first of the text; commas,
-    decimals, exponents and fractions are understood, and |a - b| <= tolerance * max(1, |b|) is equal.
-
-    Args:
-        completions: B completions.
-        answer: column of numbers, or of texts with one (`42`, `1,250.5`, `3/4`, `... #### 18`).
-        which: `last` or `first` number of a text without a mark.
-        tolerance: 0 means exactly equal.
-
-    Raises:
-        ValueError: an answer without a number.
-    """
-    if which not in ("last", "first"):
-        raise ValueError(f"which={which!r}: choose 'last' or 'first'")
-    if not 0 <= tolerance < 1:
-        raise ValueError(f"tolerance={tolerance}: must be in [0, 1)")
-    rewards = []
-    for completion, expected in zip(completions, answer, strict=True):
-        number, target = extract_number(completion_text(completion), which=which), as_number(expected)
-        rewards.append(float(number is not None and numbers_equal(number, target, tolerance=tolerance)))
-    return rewards
-
-
-def _check_place(where: str | None) -> None:
-    if where is not None and where not in PLACES:
-        raise ValueError(f"where={where!r}: choose one of {', '.join(PLACES)}")
-
-
-def _expected_answer(answer: Any, *, where: Where | None, tag: str = "answer") -> str:
-    """Returns a column's answer: what is behind GSM8K's `####`, else at the place, else all of the text."""
-    text = str(answer)
-    for place in () if where == "text" else filter(None, ("hashes", where)):
-        if (found := extract_answer(text, where=place, tag=tag)) is not None:
-            return found
-    return text
-
-
-def answer_match(
-    completions: Sequence[Completion],
-    answer: Sequence[Any],
-    *,
-    where: Where,
-    tag: str = "answer",
-    tolerance: float = 1e-6,
-) -> list[float]:
-    r"""Rewards 1 if the answer stands where it has to and equals the expected one, else 0.
-
-    Two numbers are compared as numbers (`1,250` is `1250.0`), anything else as text.
-
-    Args:
-        completions: B completions.
-        answer: column; a text may hold it at the same place, or behind `####` (GSM8K's `... #### 18`).
-        where: `boxed` (the last ``\boxed{}``), `hashes` (behind the last ``####``), `tag` (in the last
-            ``<answer>...</answer>``), `last_number`, `first_number`, or `text`, the whole completion.
-        tag: name of the tag for `tag`.
-        tolerance: |a - b| <= tolerance * max(1, |b|) is equal; 0 means exactly.
-    """
-    _check_place(where)
-    if not 0 <= tolerance < 1:
-        raise ValueError(f"tolerance={tolerance}: must be in [0, 1)")
-    rewards = []
-    for completion, expected in zip(completions, answer, strict=True):
-        found = extract_answer(completion_text(completion), where=where, tag=tag)
-        target = _expected_answer(expected, where=where, tag=tag)
-        equal = found is not None and answers_equal(found, target, tolerance=tolerance)
-        rewards.append(float(equal))
-    return rewards
-
-
-def math_answer(
-    completions: Sequence[Completion],
-    answer: Sequence[Any],
-    *,
-    where: Where | None = None,
-    tag: str = "answer",
-) -> list[float | None]:
-    r"""Rewards 1 if the completion's answer equals the expected one as mathematics, else 0.
-
-    Decided by math-verify (extra `math`), which knows LaTeX, fractions, sets, intervals and equations. Needs
-    seconds now and then: give the reward a `timeout`.
-
-    Args:
-        completions: B completions.
-        answer: column; plain, in ``$...$``, in ``\boxed{}``, or behind ``####``. Without mathematics: None.
-        where: takes the answer from this place first, see answer_match; None: math-verify looks for it.
-        tag: name of the tag for `tag`.
-
-    Raises:
-        ImportError: math-verify is not installed.
-    """
-    _check_place(where)
-    load_math_verify()
-    rewards: list[float | None] = []
-    for completion, expected in zip(completions, answer, strict=True):
-        text = completion_text(completion)
-        if where is not None:
-            text = extract_answer(text, where=where, tag=tag)
-            text = None if text is None else f"\\boxed{{{text}}}"
-        equal = False if text is None else math_equal(text, _expected_answer(expected, where=None))
-        rewards.append(None if equal is None else float(equal))
-    return rewards
+from grpo_jax.completions import Completion, completion_text
+from grpo_jax.expressions import reaches_target
+from grpo_jax.gold_answers import whole_number, whole_numbers
+from grpo_jax.http_scores import http_score
+from grpo_jax.tasks.reasoning_gym import check_entry, read_entry, score_entry
 
 
 def regex_format(completions: Sequence[Completion], *, pattern: str, search: bool = False) -> list[float]:
@@ -267,7 +137,7 @@ def distinct_words(completions: Sequence[Completion]) -> list[float]:
 
 
 def countdown(
-    completions: Sequence[Completion], numbers: Sequence[Sequence[int]], target: Sequence[int]
+    completions: Sequence[Completion], numbers: Sequence[Any], target: Sequence[Any]
 ) -> list[float]:
     r"""Rewards 1 if the completion's expression equals the target, using each number at most once, else 0.
 
@@ -276,11 +146,25 @@ def countdown(
 
     Args:
         completions: B completions.
-        numbers: column, the numbers that may be used.
-        target: column.
+        numbers: column, the numbers that may be used: a list of whole numbers, or a text such as `[12, 34]`.
+        target: column, a whole number.
+
+    Raises:
+        ValueError: a row has something else there.
     """
-    rows = zip(completions, numbers, target, strict=True)
-    return [float(reaches_target(completion_text(c), list(given), goal)) for c, given, goal in rows]
+    rewards = []
+    for completion, given, goal in zip(completions, numbers, target, strict=True):
+        reached = reaches_target(completion_text(completion), whole_numbers(given), whole_number(goal))
+        rewards.append(float(reached))
+    return rewards
+
+
+def _check_countdown(columns: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+    for name, read in (("numbers", whole_numbers), ("target", whole_number)):
+        try:
+            read(columns.get(name))
+        except ValueError as error:
+            raise ValueError(f"`{name}`: {error}") from None
 
 
 def reasoning_gym(completions: Sequence[Completion], entry: Sequence[Mapping[str, Any]]) -> list[float]:
@@ -288,9 +172,17 @@ def reasoning_gym(completions: Sequence[Completion], entry: Sequence[Mapping[str
 
     Args:
         completions: B completions; the last ``<answer>...</answer>`` is the answer, else the whole text.
-        entry: column, the problem as reasoning-gym made it.
+        entry: column, the problem as reasoning-gym made it, or its JSON text.
+
+    Raises:
+        ValueError: a row has no such problem.
     """
-    return [score_entry(completion_text(c), problem) for c, problem in zip(completions, entry, strict=True)]
+    problems = zip(completions, entry, strict=True)
+    return [score_entry(completion_text(c), read_entry(problem)) for c, problem in problems]
+
+
+def _check_reasoning_gym(columns: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+    check_entry(columns.get("entry"))
 
 
 def reward_model(
@@ -342,4 +234,15 @@ REWARDS: dict[str, Callable[..., list[float]]] = {
         http_score,
         reward_model,
     )
+}
+
+# name -> check(columns of one row, arguments of the reward): raises ValueError with the reason why the
+# reward cannot use that row
+ROW_CHECKS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], None]] = {
+    "exact_match": check_answer,
+    "numeric_answer": check_number,
+    "answer_match": check_match,
+    "math_answer": check_answer,
+    "countdown": _check_countdown,
+    "reasoning_gym": _check_reasoning_gym,
 }

@@ -8,24 +8,27 @@ import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from grpo_jax.reward_calls import Prompt, Reward, RewardError, call_reward, named, parameters_of
-from grpo_jax.reward_functions import REWARDS, Completion
+from grpo_jax.reward_functions import REWARDS, ROW_CHECKS, Completion
 from grpo_jax.reward_pool import RewardPool
 from grpo_jax.reward_sources import find_function
 from grpo_jax.verl_scores import PREFIX, TRUTHS, adapt_compute_score
 
 if TYPE_CHECKING:
     from grpo_jax.config import RewardConfig
+    from grpo_jax.tasks.task import Example
 
 __all__ = [
     "REWARDS",
     "Reward",
     "RewardError",
     "check_columns",
+    "check_rows",
     "close_rewards",
     "load_rewards",
     "reward_means",
@@ -63,7 +66,11 @@ def _load(spec: "RewardConfig") -> Reward:
     weight, arguments = float(spec.weight), dict(spec.arguments)
     if spec.function in REWARDS:
         function = REWARDS[spec.function]
-        return Reward(name=spec.function, function=function, weight=weight, arguments=arguments)
+        check = ROW_CHECKS.get(spec.function)
+        check_row = None if check is None else partial(check, arguments=arguments)
+        return Reward(
+            name=spec.function, function=function, weight=weight, arguments=arguments, check_row=check_row
+        )
     own = spec.function.removeprefix(PREFIX)
     name, function, source = find_function(own, built_in=tuple(REWARDS))
     if own == spec.function:
@@ -172,6 +179,31 @@ def check_columns(rewards: Sequence[Reward], columns: Iterable[str]) -> None:
                 raise ValueError(
                     f"{named(reward)}: its argument `{name}` hides the column `{name}`; drop one"
                 )
+
+
+def check_rows(rewards: Sequence[Reward], examples: Iterable["Example"]) -> list[tuple[int, str]]:
+    """Finds the rows that a reward cannot use, before anything runs.
+
+    The columns are there, which `check_columns` has made sure. Built-in rewards check their values.
+
+    Args:
+        rewards: R reward functions.
+        examples: N rows of the data.
+
+    Returns:
+        (index, reason) of every such row, in order, such as (29, "reward `numeric_answer`: the expected
+        answer is null (None)"). A row that several rewards cannot use has the first one's reason.
+    """
+    checks = [(reward.name, reward.check_row) for reward in rewards if reward.check_row is not None]
+    found = []
+    for index, example in enumerate(examples):
+        for name, check in checks:
+            try:
+                check(example.columns)
+            except ValueError as error:
+                found.append((index, f"reward `{name}`: {error}"))
+                break
+    return found
 
 
 def score(

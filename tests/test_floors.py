@@ -23,12 +23,12 @@ FLOORS = {
     2: ("algorithm_config", "attention", "config", "data_config", "decoder", "decoder_cache", "decoding",
         "log_probs", "lora", "meshes", "optimizers", "packing", "rotary", "vocabulary"),
     # the outside world
-    3: ("adapters", "architectures", "categories", "chat_templates", "checkpoints", "data", "estimates",
-        "expressions", "families", "http_scores", "hub_data", "implementations", "models", "notices",
-        "prompt_lengths", "prompts", "reward_calls", "reward_functions", "reward_models", "reward_pool",
-        "reward_sources", "reward_worker", "rewards", "row_files", "sources", "stored_leaves", "tasks",
-        "text", "tokenizer_files", "trackers", "verifiers",
-        "verl_scores", "weights"),
+    3: ("adapters", "answer_rewards", "architectures", "categories", "chat_templates", "checkpoints",
+        "completions", "data", "estimates", "expressions", "families", "gold_answers", "http_scores",
+        "hub_data", "implementations", "models", "notices", "prompt_lengths", "prompts", "reward_calls",
+        "reward_functions", "reward_models", "reward_pool", "reward_sources", "reward_worker", "rewards",
+        "row_files", "sources", "stored_leaves", "tasks", "text", "tokenizer_files", "trackers",
+        "verifiers", "verl_scores", "weights"),
     # the two halves
     4: ("actor", "experience", "groups", "learner", "outcomes"),
     # the commands, and what they share

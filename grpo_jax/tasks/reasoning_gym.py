@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -65,6 +66,41 @@ def make_reasoning_gym(name: str, arguments: Mapping[str, Any]) -> Task:
 @functools.cache
 def _scorer(name: str) -> Callable[..., float]:
     return _library().get_score_answer_fn(name)
+
+
+def read_entry(value: Any) -> Mapping[str, Any]:
+    """Reads the column `entry` of one row: a problem as reasoning-gym made it, or its JSON text.
+
+    Raises:
+        ValueError: it is neither, or it does not say which task it is of.
+    """
+    entry = value
+    if isinstance(value, str):
+        try:
+            entry = json.loads(value)
+        except ValueError:
+            entry = None
+    metadata = entry.get("metadata") if isinstance(entry, Mapping) else None
+    source = metadata.get("source_dataset") if isinstance(metadata, Mapping) else None
+    if not isinstance(source, str):
+        shown = repr(value)
+        raise ValueError(
+            f"`entry` {shown if len(shown) <= 80 else shown[:77] + '...'} is no problem of reasoning-gym: it "
+            "needs metadata with a source_dataset"
+        )
+    return entry
+
+
+def check_entry(value: Any) -> None:
+    """Checks the column `entry` of one row.
+
+    Raises:
+        ValueError: it is no problem of reasoning-gym, or of a task that the library does not have.
+        ImportError: the library is missing.
+    """
+    source = read_entry(value)["metadata"]["source_dataset"]
+    if source not in _library().factory.DATASETS:
+        raise ValueError(f"`entry` is of the task {source!r}, which reasoning-gym does not have")
 
 
 def score_entry(text: str, entry: Mapping[str, Any]) -> float:
