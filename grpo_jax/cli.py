@@ -104,6 +104,10 @@ _PLAIN = (
     (r"^Problems parsing config", "--config: not YAML"),
     (r" in \"<unicode string>\",", ","),
     (
+        r"^(\w*\.?eos_token_ids): Does not validate .* Given value: (.*)",
+        r"\1: expected ids or texts of tokens, such as [2, </s>]. Got value: \2",
+    ),
+    (
         r"Does not validate against any of the Union subtypes Subtypes: .* Errors: - (.*?) "
         r"- Expected a <class 'NoneType'> Given value type: .* Given value: (.*)",
         r"\1 or null. Got value: \2",

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from grpo_jax.algorithm_config import AlgorithmConfig
 from grpo_jax.data_config import DataConfig, require
+from grpo_jax.sampling_config import SamplingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,54 +110,6 @@ class RewardConfig:
             for name, default in (("workers", 1), ("rows_per_call", None)):
                 value = getattr(self, name)
                 require(value == default, f"rewards.{name}: {value} needs rewards.timeout, in seconds")
-
-
-def check_drawing(section: str, *, max_new_tokens: int, top_k: int, top_p: float, min_p: float) -> None:
-    """Checks what training and the generate command both say about how completions are drawn.
-
-    Args:
-        section: prefix of the names in the messages, such as `sampling.`.
-
-    Raises:
-        ValueError: names the value and its range.
-    """
-    require(max_new_tokens >= 1, f"{section}max_new_tokens: {max_new_tokens}; at least 1")
-    require(top_k >= 0, f"{section}top_k: {top_k}; 0 (off) or more")
-    require(0 < top_p <= 1, f"{section}top_p: {top_p}; in (0, 1], 1 is off")
-    require(0 <= min_p < 1, f"{section}min_p: {min_p}; in [0, 1), 0 is off")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """How completions are drawn, in training and in sampled evaluation.
-
-    Args:
-        max_new_tokens: T, completion tokens at most.
-        temperature: divides the logits; above 0 (evaluation adds a greedy pass of its own).
-        top_k: keep the k most likely tokens; 0 keeps all.
-        top_p: keep the smallest set of tokens with at least this probability; 1 keeps all.
-        min_p: drop tokens below this fraction of the most likely one; 0 keeps all.
-    """
-
-    max_new_tokens: int = 64
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-
-    def __post_init__(self):
-        check_drawing(
-            "sampling.",
-            max_new_tokens=self.max_new_tokens,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-        )
-        require(
-            0 < self.temperature < math.inf,
-            f"sampling.temperature: {self.temperature}; training needs a temperature above 0: greedy "
-            "completions of one prompt are all equal and teach nothing",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,7 +277,7 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rewards: list[RewardConfig] = field(default_factory=list)
-    sampling: SamplingConfig = SamplingConfig()
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()

@@ -127,7 +127,12 @@ def _resolve(arguments: EvaluateArguments) -> Config:
 
 def _parts_of(name: str, config: Config) -> Parts:
     named = config.model
-    model = load_model_or_run(name, dtype=named.dtype, chat_template=named.chat_template)
+    model = load_model_or_run(
+        name,
+        dtype=named.dtype,
+        chat_template=named.chat_template,
+        eos_token_ids=config.sampling.eos_tokens,
+    )
     parts = build(config, model=model)
     if not parts.task.evaluation:
         raise ValueError("there are no held-out prompts: give data.eval_file, and num_prompts above 0")

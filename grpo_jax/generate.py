@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.cli import enable_compilation_cache, parse_record, run_command
-from grpo_jax.config import check_drawing
 from grpo_jax.decoding import generate
 from grpo_jax.models import decode, encode, pad_prompts
 from grpo_jax.runs import load_model_or_run
+from grpo_jax.sampling_config import as_list, check_drawing, check_endings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,7 @@ class GenerateArguments:
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the smallest set of tokens with at least this probability; 1 keeps all.
         min_p: drop tokens below this fraction of the most likely one; 0 keeps all.
+        eos_token_ids: the tokens that end a completion, as ids or texts; None: those of the model or run.
         seed: of the sampling noise.
         dtype: compute dtype of a model; `float32` or `bfloat16`.
     """
@@ -46,6 +47,7 @@ class GenerateArguments:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    eos_token_ids: list[int | str] | int | str | None = None
     seed: int = 0
     dtype: str = "float32"
 
@@ -64,6 +66,7 @@ class GenerateArguments:
             top_p=self.top_p,
             min_p=self.min_p,
         )
+        check_endings("", eos_token_ids=self.eos_token_ids)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,7 +78,13 @@ def main(argv: list[str] | None = None) -> int:
         description="Complete a prompt with a model or a run.",
     )
     enable_compilation_cache()
-    model = load_model_or_run(arguments.model, dtype=arguments.dtype, chat_template=arguments.chat_template)
+    eos = arguments.eos_token_ids
+    model = load_model_or_run(
+        arguments.model,
+        dtype=arguments.dtype,
+        chat_template=arguments.chat_template,
+        eos_token_ids=None if eos is None else tuple(as_list(eos)),
+    )
     prompt = [{"role": "user", "content": arguments.prompt}] if arguments.chat else arguments.prompt
     sequences = encode(model, [prompt])
     length = len(sequences[0])

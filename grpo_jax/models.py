@@ -7,7 +7,8 @@ both.
 
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,26 @@ from grpo_jax import families, weights
 from grpo_jax.attention import check_attention
 from grpo_jax.chat_templates import set_chat_template
 from grpo_jax.decoder import REMAT
+from grpo_jax.endings import choose_eos, find_eos, tokenizer_to_save
 from grpo_jax.implementations import IMPLEMENTATIONS, choose_implementation
+from grpo_jax.sampling_config import as_list
 from grpo_jax.sources import find_directory, read_json
 from grpo_jax.text import decode, encode, pad_prompts
 from grpo_jax.tokenizer_files import load_tokenizer
 from grpo_jax.types import Params, Policy
 from grpo_jax.vocabulary import limit_vocabulary
 
-__all__ = ["DTYPES", "Model", "decode", "encode", "load_model", "load_tokenizer", "pad_prompts", "save_model"]
+__all__ = [
+    "DTYPES",
+    "Model",
+    "decode",
+    "encode",
+    "load_model",
+    "load_tokenizer",
+    "pad_prompts",
+    "save_model",
+    "set_endings",
+]
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -40,7 +53,8 @@ class Model:
         params: its parameters, the pytree of `FlaxXxxForCausalLM`, float32.
         tokenizer: the fast tokenizer.
         config: the transformers configuration object.
-        eos_ids: the tokens that end a completion.
+        eos_ids: the tokens that end a completion, see `find_eos`.
+        eos_origins: who names each of them.
         max_positions: longest prompt (padding included) + completion in tokens; None: no limit.
         source: the name it was loaded by.
         generation_config: the contents of generation_config.json; empty without one.
@@ -52,6 +66,7 @@ class Model:
     tokenizer: PreTrainedTokenizerFast
     config: Any
     eos_ids: tuple[int, ...]
+    eos_origins: tuple[str, ...]
     max_positions: int | None
     source: str
     generation_config: dict[str, Any]
@@ -67,6 +82,7 @@ def load_model(
     remat: str = "none",
     attention: str = "shared",
     chat_template: str = "auto",
+    eos_token_ids: Sequence[int | str] | None = None,
 ) -> Model:
     """Loads a model from a directory, the Hugging Face hub, or the package.
 
@@ -82,6 +98,7 @@ def load_model(
         attention: `shared`, or `cudnn` on NVIDIA in bfloat16; see `attend_flash`.
         chat_template: how messages become text: `auto` (the tokenizer's own template), `plain` (a line
             `role: content` each, then `assistant:`), or the path of a Jinja file. It is exported, too.
+        eos_token_ids: the tokens that end a completion, as ids or texts; None: all that the model names.
     Returns: the model. Ids that its tokenizer does not have are never sampled, see `limit_vocabulary`.
     Raises: FileNotFoundError for what is not there, ValueError for what is not supported.
     """
@@ -104,12 +121,11 @@ def load_model(
             f"model's vocabulary {config.vocab_size}: resize the embedding or use the model's own tokenizer"
         )
     generation_config = read_json(directory / "generation_config.json") or {}
-    eos_ids = _eos_ids(generation_config, config, tokenizer, hf_model_name)
-    if min(eos_ids) > largest:
-        raise ValueError(
-            f"{hf_model_name}: eos_token_id {min(eos_ids)} is beyond the tokenizer, whose ids go up to "
-            f"{largest}: no completion could end"
-        )
+    place = {"vocab_size": config.vocab_size, "source": hf_model_name}
+    if eos_token_ids is None:
+        eos = find_eos(generation_config, raw, tokenizer, **place)
+    else:
+        eos = choose_eos(eos_token_ids, tokenizer, **place)
 
     chosen = IMPLEMENTATIONS[implementation]
     params = weights.read_params(
@@ -126,12 +142,29 @@ def load_model(
         params=params,
         tokenizer=tokenizer,
         config=config,
-        eos_ids=eos_ids,
+        eos_ids=tuple(eos),
+        eos_origins=tuple(eos.values()),
         max_positions=chosen.max_positions(config),
         source=hf_model_name,
         generation_config=generation_config,
         implementation=implementation,
     )
+
+
+def set_endings(model: Model, *, eos_token_ids: Sequence[int | str] | None) -> Model:
+    """Returns a model whose completions end with other tokens.
+
+    Args:
+        model: a loaded model.
+        eos_token_ids: ids or texts of tokens; None: as they are.
+
+    Raises:
+        ValueError: something is no token of the model.
+    """
+    if eos_token_ids is None:
+        return model
+    eos = choose_eos(eos_token_ids, model.tokenizer, vocab_size=model.config.vocab_size, source=model.source)
+    return replace(model, eos_ids=tuple(eos), eos_origins=tuple(eos.values()))
 
 
 def save_model(
@@ -142,6 +175,9 @@ def save_model(
     max_shard_size: int = weights.MAX_SHARD_SIZE,
 ) -> None:
     """Writes a directory that PyTorch transformers, and `load_model`, open as it is.
+
+    What ends a completion is written as the model has it: an eos token that it does not use is named neither
+    by the configurations nor, if another control token can take its place, by the tokenizer.
 
     Args:
         model: where configuration and tokenizer come from.
@@ -172,26 +208,13 @@ def save_model(
         "architectures": [families.torch_class_name(model.config)],
         "torch_dtype": "float32",
     }
-    generation_config = model.generation_config | {"eos_token_id": list(model.eos_ids)}
+    eos_ids = list(model.eos_ids)
+    generation_config = model.generation_config | {"eos_token_id": eos_ids}
+    if not set(as_list(config.get("eos_token_id"))) <= set(eos_ids):
+        config["eos_token_id"] = eos_ids[0] if len(eos_ids) == 1 else eos_ids
     for name, content in (("config.json", config), ("generation_config.json", generation_config)):
         # Notes of the library to itself, and a second name of torch_dtype.
         for key in ("dtype", "_from_model_config", *families.HARMLESS_KEYS):
             content.pop(key, None)
         (directory / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    model.tokenizer.save_pretrained(directory)
-
-
-def _eos_ids(generation_config: dict, config: Any, tokenizer: Any, source: str) -> tuple[int, ...]:
-    for found in (generation_config.get("eos_token_id"), config.eos_token_id, tokenizer.eos_token_id):
-        if found is None or found == []:
-            continue
-        ids = tuple(dict.fromkeys(found if isinstance(found, list) else [found]))
-        if wrong := [i for i in ids if not isinstance(i, int) or not 0 <= i < config.vocab_size]:
-            raise ValueError(
-                f"{source}: eos_token_id {wrong[0]!r} is not in the vocabulary of {config.vocab_size}"
-            )
-        return ids
-    raise ValueError(
-        f"{source}: no end-of-sequence token: neither generation_config.json, config.json nor the tokenizer "
-        "has an eos_token_id"
-    )
+    tokenizer_to_save(model).save_pretrained(directory)

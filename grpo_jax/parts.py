@@ -12,9 +12,10 @@ from grpo_jax.adapters import make_lora
 from grpo_jax.categories import rows_by_category
 from grpo_jax.config import Config, RewardConfig
 from grpo_jax.data import Task, load_data
+from grpo_jax.endings import turn_end_note
 from grpo_jax.learner import TrainState, init_train_state
 from grpo_jax.lora import Lora, init_adapters
-from grpo_jax.models import Model, load_model
+from grpo_jax.models import Model, load_model, set_endings
 from grpo_jax.optimizers import make_optimizer, make_schedule
 from grpo_jax.prompt_lengths import fit_prompts, prompt_limit
 from grpo_jax.recipes import CLIP_KEYWORDS, Recipe, make_recipe
@@ -119,7 +120,10 @@ def build(config: Config, *, model: Model | None = None) -> Parts:
         check_columns(rewards, examples[0].columns)
     if task.evaluation:
         check_columns(eval_rewards, task.evaluation[0].columns)
-    model = _load_named_model(config) if model is None else model
+    if model is None:
+        model = _load_named_model(config)
+    else:
+        model = set_endings(model, eos_token_ids=config.sampling.eos_tokens)
     lora = _make_lora(config, model)
     limit = prompt_limit(model, config.data.max_prompt_length, config.sampling.max_new_tokens)
     over_length = config.data.over_length
@@ -128,6 +132,8 @@ def build(config: Config, *, model: Model | None = None) -> Parts:
         raise ValueError(
             f"all {train.num_dropped} training prompts have more than {limit} tokens; nothing is left"
         )
+    if any(not isinstance(example.prompt, str) for example in train.examples):
+        notes += filter(None, [turn_end_note(model)])
     held_out = task.evaluation[: config.evaluation.num_prompts]
     held_out = fit_prompts(held_out, model, limit, over_length, "evaluation")
 
@@ -211,6 +217,7 @@ def _load_named_model(config: Config) -> Model:
         remat=named.remat,
         attention=named.attention,
         chat_template=named.chat_template,
+        eos_token_ids=config.sampling.eos_tokens,
     )
 
 

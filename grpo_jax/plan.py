@@ -15,6 +15,7 @@ from grpo_jax.best import check_best_metric
 from grpo_jax.cli import parse_record, run_command
 from grpo_jax.config import Config
 from grpo_jax.decoding import decode_stages, decoding_params
+from grpo_jax.endings import describe_endings
 from grpo_jax.log_probs import CHUNK_SIZE, NUM_ROOMS, PACKED_FROM, completion_hidden, shared_rows
 from grpo_jax.parts import Parts, build
 from grpo_jax.prompt_lengths import bucket_length
@@ -42,6 +43,7 @@ class Plan:
     num_compilations: int  # of training, at most: see _num_compilations
     num_evaluation_compilations: int
     memory: dict[str, int]  # bytes by purpose
+    endings: str = ""  # what ends a completion
     notes: tuple[str, ...] = ()  # of the parts
 
     @property
@@ -76,6 +78,7 @@ class Plan:
                 f"about {_megabytes(self.total_memory)} MB ({parts})",
                 f"  a checkpoint is {_megabytes(self.checkpoint_size)} MB on disk, and twice that in memory "
                 "while it is written",
+                *([f"  {self.endings}"] if self.endings else []),
                 *(f"  note: {note}" for note in self.notes),
             ]
         )
@@ -200,6 +203,7 @@ def make_plan(parts: Parts) -> Plan:
         num_compilations=_num_compilations(parts, len(buckets)),
         num_evaluation_compilations=2,
         memory=_memory(parts),
+        endings=describe_endings(parts.model),
         notes=parts.notes,
     )
 

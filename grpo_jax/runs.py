@@ -1,6 +1,7 @@
 """The directory of a run: its config, what a continued run may change, the model of a checkpoint."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from grpo_jax.cli import parse_record
 from grpo_jax.config import Config
 from grpo_jax.learner import TrainState, policy_params
 from grpo_jax.lora import Lora
-from grpo_jax.models import Model, load_model
+from grpo_jax.models import Model, load_model, set_endings
 from grpo_jax.parts import build_model
 from grpo_jax.stored_leaves import fingerprint
 from grpo_jax.types import Params
@@ -83,17 +84,24 @@ def check_same_run(config: Config, other: Config) -> None:
         )
 
 
-def load_model_or_run(name: str, *, dtype: str = "float32", chat_template: str = "auto") -> Model:
+def load_model_or_run(
+    name: str,
+    *,
+    dtype: str = "float32",
+    chat_template: str = "auto",
+    eos_token_ids: Sequence[int | str] | None = None,
+) -> Model:
     """Loads a model, or the newest checkpoint of a run.
 
     Args:
         name: a model as in `load_model`, or a run directory.
         dtype: compute dtype of a model; a run has its own.
         chat_template: of a model, as in `load_model`; a run has its own.
+        eos_token_ids: the tokens that end a completion; None: those of the model, or of the run.
     """
     if not (Path(name) / "config.yaml").is_file():
-        return load_model(name, dtype=dtype, chat_template=chat_template)
-    return load_run(name)[0]
+        return load_model(name, dtype=dtype, chat_template=chat_template, eos_token_ids=eos_token_ids)
+    return set_endings(load_run(name)[0], eos_token_ids=eos_token_ids)
 
 
 def load_run(run_dir: str | Path, *, step: int | None = None) -> tuple[Model, int]:

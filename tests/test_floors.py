@@ -21,14 +21,15 @@ FLOORS = {
     1: ("advantages", "kl", "losses", "metrics", "recipes", "sampling", "shaping", "surrogates"),
     # the policy. The configuration is vocabulary, but it validates the names of recipes, so it stands here.
     2: ("algorithm_config", "attention", "config", "data_config", "decoder", "decoder_cache", "decoding",
-        "log_probs", "lora", "meshes", "optimizers", "packing", "rotary", "vocabulary"),
+        "log_probs", "lora", "meshes", "optimizers", "packing", "rotary", "sampling_config",
+        "vocabulary"),
     # the outside world
     3: ("adapters", "answer_rewards", "architectures", "categories", "chat_templates", "checkpoints",
-        "completions", "data", "estimates", "expressions", "families", "gold_answers", "http_scores",
-        "hub_data", "implementations", "models", "notices", "prompt_lengths", "prompts", "reward_calls",
-        "reward_functions", "reward_models", "reward_pool", "reward_sources", "reward_worker", "rewards",
-        "row_files", "sources", "stored_leaves", "tasks", "text", "tokenizer_files", "trackers",
-        "verifiers", "verl_scores", "weights"),
+        "completions", "data", "endings", "estimates", "expressions", "families", "gold_answers",
+        "http_scores", "hub_data", "implementations", "models", "notices", "prompt_lengths", "prompts",
+        "reward_calls", "reward_functions", "reward_models", "reward_pool", "reward_sources",
+        "reward_worker", "rewards", "row_files", "sources", "stored_leaves", "tasks", "text",
+        "tokenizer_files", "trackers", "verifiers", "verl_scores", "weights"),
     # the two halves
     4: ("actor", "experience", "groups", "learner", "outcomes"),
     # the commands, and what they share

@@ -98,24 +98,6 @@ def test_tokenizer_larger_than_the_models_vocabulary_names_both(directory):
     assert "280" in message
 
 
-def test_eos_ids_come_from_the_generation_config_then_the_config_then_the_tokenizer(directory):
-    def eos_ids():
-        return load_model(str(directory)).eos_ids
-
-    edit(directory / "generation_config.json", eos_token_id=[2, 0, 2])
-    edit(directory / "config.json", eos_token_id=1)
-    assert eos_ids() == (2, 0)
-    edit(directory / "generation_config.json", eos_token_id=...)
-    assert eos_ids() == (1,)
-    edit(directory / "config.json", eos_token_id=None)
-    assert eos_ids() == (0,)
-    edit(directory / "tokenizer_config.json", eos_token=None)
-    edit(directory / "special_tokens_map.json", eos_token=...)
-    assert "no end-of-sequence token" in refusal(directory)
-    edit(directory / "config.json", eos_token_id=999)
-    assert "eos_token_id 999" in refusal(directory)
-
-
 def test_spelled_special_tokens_stay_text(gpt2):
     text = "the answer<|endoftext|> is<|im_start|>two"
     (ids,), (plain,) = encode(gpt2, [text]), encode(gpt2, ["the answer"])

@@ -151,5 +151,13 @@ def test_an_end_that_could_never_be_drawn_is_refused(directories, tmp_path):
     path.write_text(json.dumps({"eos_token_id": [290, 0]}))
     assert load_model(str(tmp_path / "gpt2")).eos_ids == (290, 0)
     path.write_text(json.dumps({"eos_token_id": 290}))
+    assert load_model(str(tmp_path / "gpt2")).eos_ids == (290, 0)  # the tokenizer's own can be drawn
+    raw = json.loads((tmp_path / "gpt2" / "config.json").read_text())
+    (tmp_path / "gpt2" / "config.json").write_text(json.dumps(raw | {"eos_token_id": 290}))
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        file = tmp_path / "gpt2" / name
+        file.write_text(
+            json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "eos_token"})
+        )
     with pytest.raises(ValueError, match="eos_token_id 290 is beyond the tokenizer, whose ids go up to 287"):
         load_model(str(tmp_path / "gpt2"))
