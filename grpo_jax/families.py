@@ -298,6 +298,13 @@ def param_shapes(config: Config) -> Params:
     return jax.eval_shape(lambda: module.init(jax.random.key(0), **_inputs(config, one, one, one)))["params"]
 
 
+def causal_module(model: Any) -> Any | None:
+    """Returns the linen module of a `FlaxXxxForCausalLM`, given that or the model; None for anything else."""
+    module = model.module if isinstance(model, transformers.FlaxPreTrainedModel) else model
+    classes = [model_class.module_class for model_class in FLAX_MODEL_FOR_CAUSAL_LM_MAPPING.values()]
+    return module if type(module) in classes else None
+
+
 def torch_class_name(config: Config) -> str:
     """Returns the name of the PyTorch class of the same checkpoint."""
     return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]

@@ -1,6 +1,8 @@
 """The learner: a train state and one jitted optimizer update over an Experience."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import chex
 import flax.struct
@@ -30,6 +32,7 @@ class TrainState(train_state.TrainState):
 
     `step` counts calls of `train_step`, skipped ones included: it is the clock of the run, from which
     noise and data order follow. It holds no key. With LoRA, params are the adapters alone.
+    `init_train_state` makes it. `train_step` also takes the plain flax class.
     """
 
     policy: Policy
@@ -37,6 +40,15 @@ class TrainState(train_state.TrainState):
     skipped_in_a_row: Array  # [] int32, since the last good one
     idle: Array  # [] int32, updates without any gradient since the start: nothing moved
     lora: Lora | None = flax.struct.field(pytree_node=False, default=None)  # None: params are the policy's
+
+    @classmethod
+    def create(
+        cls, *, apply_fn: Callable, params: Params, tx: optax.GradientTransformation, **kwargs: Any
+    ) -> "TrainState":
+        """Makes the state as flax's own class does; see `init_train_state` and `train_step` for arguments."""
+        if kwargs:
+            raise ValueError(f"TrainState.create: unknown {', '.join(kwargs)}; see init_train_state")
+        return init_train_state(_policy_of(apply_fn, params), params, tx)
 
 
 def init_train_state(
@@ -53,6 +65,11 @@ def init_train_state(
     Raises:
         ValueError: a parameter that is not float32.
     """
+    params = _copy_of_float32(params)
+    return _new_state(policy, params, optimizer, optimizer.init(params), jnp.zeros((), jnp.int32), lora)
+
+
+def _copy_of_float32(params: Params) -> Params:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if leaf.dtype != jnp.float32:
             name = jax.tree_util.keystr(path)
@@ -60,14 +77,21 @@ def init_train_state(
                 f"parameter {name} is {leaf.dtype}; training needs float32 parameters "
                 "(cast them; compute in bfloat16 is a setting of the policy)"
             )
-    params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
+    return _copy(params)
+
+
+def _copy(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
+
+
+def _new_state(policy, params, optimizer, opt_state, step, lora=None) -> TrainState:
     # Each counter its own buffer: one buffer cannot be donated twice.
     return TrainState(
-        step=jnp.zeros((), jnp.int32),
+        step=step,
         apply_fn=policy.forward,
         params=params,
         tx=optimizer,
-        opt_state=optimizer.init(params),
+        opt_state=opt_state,
         policy=policy,
         skipped=jnp.zeros((), jnp.int32),
         skipped_in_a_row=jnp.zeros((), jnp.int32),
@@ -182,13 +206,8 @@ def _gradients(state, experience, num_microbatches, loss_fn):
     return grads, jnp.sum(losses), merge_loss_metrics(metrics), merged
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("group_size", "num_microbatches", "num_tokens", "chunk_size"),
-    donate_argnames="state",
-)
 def train_step(
-    state: TrainState,
+    state: train_state.TrainState,
     experience: Experience,
     *,
     recipe: Recipe,
@@ -200,7 +219,7 @@ def train_step(
     num_tokens: int | None = None,
     temperature: float | Array = 1.0,
     chunk_size: int = CHUNK_SIZE,
-) -> tuple[TrainState, Metrics]:
+) -> tuple[train_state.TrainState, Metrics]:
     """Makes one optimizer update from one batch of experience. Compiled once per shape.
 
     The gradient is that of `grpo_loss` over the whole batch; micro-batches only bound memory. If the
@@ -209,7 +228,11 @@ def train_step(
     without a signal neither momentum nor weight decay moves the policy, and the update is counted as idle.
 
     Args:
-        state: donated: do not use it afterwards.
+        state: of `init_train_state`: its arrays are donated, so do not use it afterwards. Or a plain flax
+            `TrainState` (a subclass as well) of a Flax causal language model of transformers, with
+            `apply_fn=model.__call__` and `params=model.params`. It is copied, not donated, and a state of its
+            class comes back. It counts no updates but `step`, so `skipped_updates` and `idle_updates` are
+            those of this call, 0 or 1.
         experience: B rows.
         recipe: the objective. Its kl_coef and clip values are traced; the rest is static.
         frozen: parameters of the base that the state's adapters belong to; with LoRA, and only then.
@@ -228,8 +251,67 @@ def train_step(
 
     Raises:
         ValueError: num_microbatches does not divide B; ref_params and the kind of KL do not go together, or
-            frozen or dropout_key and the state.
+            frozen or dropout_key and the state; the state is of no model that we know.
     """
+    own = state if isinstance(state, TrainState) else _own_state(state)
+    own, metrics = _train_step(
+        own,
+        experience,
+        recipe=recipe,
+        frozen=frozen,
+        ref_params=ref_params,
+        dropout_key=dropout_key,
+        group_size=group_size,
+        num_microbatches=num_microbatches,
+        num_tokens=num_tokens,
+        temperature=temperature,
+        chunk_size=chunk_size,
+    )
+    if isinstance(state, TrainState):
+        return own, metrics
+    return state.replace(step=own.step, params=own.params, opt_state=own.opt_state), metrics
+
+
+def _own_state(state: train_state.TrainState) -> TrainState:
+    """Makes our state of a plain one: its own arrays, since they will be donated; counters at 0."""
+    if not isinstance(state, train_state.TrainState):
+        raise ValueError(
+            f"state: {type(state).__name__} is no TrainState; make one with "
+            "grpo_jax.init_train_state(policy, params, optimizer)"
+        )
+    policy = _policy_of(state.apply_fn, state.params)
+    step = jnp.array(state.step, jnp.int32, copy=True)
+    return _new_state(policy, _copy_of_float32(state.params), state.tx, _copy(state.opt_state), step)
+
+
+def _policy_of(apply_fn: Any, params: Params) -> Policy:
+    from grpo_jax.flax_models import check_params, policy_of  # transformers; others need none of it
+
+    policy = policy_of(apply_fn)
+    check_params(apply_fn, params)
+    return policy
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("group_size", "num_microbatches", "num_tokens", "chunk_size"),
+    donate_argnames="state",
+)
+def _train_step(
+    state: TrainState,
+    experience: Experience,
+    *,
+    recipe: Recipe,
+    frozen: Params | None = None,
+    ref_params: Params | None = None,
+    dropout_key: Array | None = None,
+    group_size: int = 1,
+    num_microbatches: int = 1,
+    num_tokens: int | None = None,
+    temperature: float | Array = 1.0,
+    chunk_size: int = CHUNK_SIZE,
+) -> tuple[TrainState, Metrics]:
+    """Makes the update, in one program; see `train_step`."""
     _check_frozen(state, frozen)
     if (dropout_key is not None) != (state.lora is not None and state.lora.dropout > 0):
         raise ValueError("dropout_key is that of adapters with dropout: needed by them, and only by them")
@@ -286,6 +368,10 @@ def train_step(
         "idle_updates": state.idle,
     }
     return state, metrics
+
+
+# `train_step` may be asked for what a jitted function may be asked for.
+train_step.lower, train_step._cache_size = _train_step.lower, _train_step._cache_size
 
 
 @jax.jit
