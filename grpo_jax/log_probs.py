@@ -51,6 +51,7 @@ def completion_hidden(
     tokens, mask = rollout.tokens[:, :-1], rollout.mask[:, :-1]
     whole_mask = jnp.concatenate([rollout.prompt_mask, mask], axis=1)
     positions = positions_from_mask(whole_mask)
+    promise = {} if num_tokens is None else {"num_tokens": num_tokens}  # a simple policy takes none
     if group_size == 1:
         whole = jnp.concatenate([rollout.prompt_tokens, tokens], axis=1)
         hidden, _ = policy.forward(params, whole, whole_mask, positions, None)
@@ -60,13 +61,11 @@ def completion_hidden(
         last, _ = prefill(policy, params, prompts)
         return fork(last, group_size)[:, None]
     if policy.forward_groups is not None:
-        last, hidden = policy.forward_groups(params, prompts, tokens, mask, num_tokens=num_tokens)
+        last, hidden = policy.forward_groups(params, prompts, tokens, mask, **promise)
     else:
         last, cache = prefill(policy, params, prompts)
         cache = policy.grow_cache(policy.fork_cache(cache, group_size), whole_mask.shape[1])
-        hidden, _ = policy.forward(
-            params, tokens, whole_mask, positions[:, prompt_length:], cache, num_tokens=num_tokens
-        )
+        hidden, _ = policy.forward(params, tokens, whole_mask, positions[:, prompt_length:], cache, **promise)
     return jnp.concatenate([fork(last, group_size)[:, None], hidden], axis=1)
 
 

@@ -53,7 +53,8 @@ class Policy:
     # Without a cache L == K, and mask says which of the K tokens are real. With a cache L is the cache's
     # max_length, and mask says which slots may be attended to; slots not yet written are never attended.
     # A keyword num_tokens promises that at most that many of the B*K tokens are real; hidden states of the
-    # others are then undefined, and a policy may save the work on them.
+    # others are then undefined, and a policy may save the work on them. It is passed only where a caller
+    # gives num_tokens, so a policy for callers who never do may leave it out.
     forward: Callable[..., tuple[Array, Cache]] = flax.struct.field(pytree_node=False)
     # (params, hidden [...,D]) -> logits [...,V], float32
     unembed: Callable[[Params, Array], Array] = flax.struct.field(pytree_node=False)
