@@ -19,64 +19,34 @@ from grpo_jax.log_probs import completion_log_probs, token_log_probs
 from grpo_jax.lora import Lora, Target, init_adapters, merge_adapters
 from grpo_jax.losses import LossMetrics, grpo_loss, log_ratios, loss_weights
 from grpo_jax.optimizers import make_optimizer, make_schedule
-from grpo_jax.recipes import (
-    RECIPES,
-    Recipe,
-    bnpo,
-    cispo,
-    dapo,
-    dr_grpo,
-    gmpo,
-    grpo,
-    gspo,
-    gspo_token,
-    make_recipe,
-    reinforce,
-    rloo,
-    sapo,
-)
+from grpo_jax.recipes import *
+from grpo_jax.recipes import __all__ as _recipes
 from grpo_jax.sampling import draw, process_logits
 from grpo_jax.shaping import importance_weights, kl_penalty, overlong_penalty, top_entropy_mask
-from grpo_jax.surrogates import (
-    cispo_surrogate,
-    clipped_surrogate,
-    gmpo_surrogate,
-    reinforce_surrogate,
-    sapo_surrogate,
-)
+from grpo_jax.surrogates import *
+from grpo_jax.surrogates import __all__ as _surrogates
 from grpo_jax.types import Experience, Policy, Prompts, Rollout
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "RECIPES",
+    *_recipes,
+    *_surrogates,
     "Experience",
     "Lora",
     "LossMetrics",
     "Policy",
     "Prompts",
-    "Recipe",
     "Rollout",
     "Target",
     "TrainState",
     "adapt_kl_coef",
-    "bnpo",
-    "cispo",
-    "cispo_surrogate",
-    "clipped_surrogate",
     "completion_log_probs",
-    "dapo",
-    "dr_grpo",
     "draw",
     "fork",
     "generate",
-    "gmpo",
-    "gmpo_surrogate",
     "group_advantages",
-    "grpo",
     "grpo_loss",
-    "gspo",
-    "gspo_token",
     "importance_weights",
     "informative_groups",
     "init_adapters",
@@ -90,19 +60,13 @@ __all__ = [
     "log_ratios",
     "loss_weights",
     "make_optimizer",
-    "make_recipe",
     "make_schedule",
     "merge_adapters",
     "normalize_then_sum",
     "overlong_penalty",
     "prefill",
     "process_logits",
-    "reinforce",
-    "reinforce_surrogate",
     "reward_weights",
-    "rloo",
-    "sapo",
-    "sapo_surrogate",
     "scale_by_batch",
     "token_log_probs",
     "top_entropy_mask",

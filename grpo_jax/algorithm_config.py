@@ -4,7 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from grpo_jax.recipes import RECIPES
+from grpo_jax.advantages import ADVANTAGES, AGGREGATIONS, MISSING
+from grpo_jax.losses import RATIO_LEVELS, REDUCTIONS
+from grpo_jax.recipes import KL_NAMES, KL_PLACEMENTS, RECIPES
+from grpo_jax.surrogates import SURROGATES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,8 +15,7 @@ class AlgorithmConfig:
     """Which recipe, and what to change in it. None keeps the recipe's own choice.
 
     Args:
-        name: recipe: `grpo`, `dr_grpo`, `dapo`, `bnpo`, `gspo`, `gspo_token`, `cispo`, `sapo`, `gmpo`,
-            `rloo` or `reinforce`.
+        name: Name of the recipe: {recipes}.
         group_size: G, completions sampled for each prompt; at least 2.
         num_iterations: mu, optimizer passes over one rollout; at least 1.
         num_minibatches: optimizer batches that one rollout is cut into; it has num_minibatches *
@@ -24,8 +26,9 @@ class AlgorithmConfig:
             latter, divided by the standard deviation over the batch.
         missing: a completion without some of its rewards: `skip` the terms, `renormalize` the weights of the
             others, or `drop` the completion.
-        ratio_level: `token`, `sequence` or `sequence_token`.
-        surrogate: `clipped`, `cispo`, `sapo`, `gmpo` or `reinforce`.
+        ratio_level: Level of the importance ratio: one per token, one per sequence, or the value of the
+            sequence with the gradient of the token.
+        surrogate: Policy loss of a token, see `grpo_jax.surrogates`.
         clip_range: PPO clip below 1 (and above it unless clip_range_high is given).
         clip_range_high: PPO clip above 1.
         delta: two-sided clipping: largest ratio where the advantage is negative; above 1.
@@ -44,7 +47,7 @@ class AlgorithmConfig:
         kl_adaptation: gain of that controller, in (0, 5).
         ref_sync_every: updates after which the reference moves towards the policy; 0: it is frozen.
         ref_mixup_alpha: how far it moves then, in (0, 1]; 1 copies the policy.
-        reduction: `sequence`, `token`, `constant`, `sequence_sum` or `local_token` (per micro-batch).
+        reduction: What the loss is a mean or a sum over, see `grpo_jax.losses.loss_weights`.
         entropy_coef: weight of an entropy bonus.
         top_entropy: share of the batch's tokens, those of highest entropy, that train the policy; (0, 1].
         max_staleness: nats by which the mean log-prob of a completion with a negative advantage may have
@@ -61,11 +64,11 @@ class AlgorithmConfig:
     group_size: int = 8
     num_iterations: int = 1
     num_minibatches: int = 1
-    advantage: Literal["std", "batch", "none", "leave_one_out"] | None = None
-    aggregation: Literal["sum_then_normalize", "normalize_then_sum", "gdpo"] | None = None
-    missing: Literal["skip", "renormalize", "drop"] | None = None
-    ratio_level: Literal["token", "sequence", "sequence_token"] | None = None
-    surrogate: Literal["clipped", "cispo", "sapo", "gmpo", "reinforce"] | None = None
+    advantage: Literal[*ADVANTAGES] | None = None
+    aggregation: Literal[*AGGREGATIONS] | None = None
+    missing: Literal[*MISSING] | None = None
+    ratio_level: Literal[*RATIO_LEVELS] | None = None
+    surrogate: Literal[*SURROGATES] | None = None
     clip_range: float | None = None
     clip_range_high: float | None = None
     delta: float | None = None
@@ -76,14 +79,14 @@ class AlgorithmConfig:
     log_clip_range: float | None = None
     log_clip_range_high: float | None = None
     kl_coef: float | None = None
-    kl_estimator: Literal["k1", "k2", "k3", "ratio_k1", "ratio_k3", "exact"] | None = None
-    kl_placement: Literal["loss", "reward"] | None = None
+    kl_estimator: Literal[*KL_NAMES] | None = None
+    kl_placement: Literal[*KL_PLACEMENTS] | None = None
     kl_on_dead_groups: bool | None = None
     kl_target: float | None = None
     kl_adaptation: float = 0.1
     ref_sync_every: int = 0
     ref_mixup_alpha: float = 0.6
-    reduction: Literal["sequence", "token", "constant", "sequence_sum", "local_token"] | None = None
+    reduction: Literal[*REDUCTIONS] | None = None
     entropy_coef: float | None = None
     top_entropy: float | None = None
     max_staleness: float | None = None
@@ -104,6 +107,9 @@ class AlgorithmConfig:
                 if not (value is None or holds(value)):
                     raise ValueError(f"algorithm.{name}: {value}; {wanted}")
 
+
+# The help text names the recipes there are.
+AlgorithmConfig.__doc__ = AlgorithmConfig.__doc__.format(recipes=", ".join(f"`{name}`" for name in RECIPES))
 
 # names -> what must hold of them, in code and in words
 _RANGES = (

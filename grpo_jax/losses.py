@@ -4,6 +4,7 @@ Every loss is ``sum(weights * per_token_loss)`` with weights [B,T] computed once
 whole optimizer batch (`loss_weights`), so slicing the batch and adding up the slices changes nothing.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import chex
@@ -12,31 +13,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from grpo_jax.kl import bounded_exp, kl_k3
-from grpo_jax.surrogates import (
-    cispo_surrogate,
-    clipped_surrogate,
-    gmpo_surrogate,
-    reinforce_surrogate,
-    sapo_surrogate,
-    with_mask,
-)
-
-__all__ = [
-    "RATIO_LEVELS",
-    "REDUCTIONS",
-    "LossMetrics",
-    "cispo_surrogate",
-    "clipped_surrogate",
-    "gmpo_surrogate",
-    "grpo_loss",
-    "log_ratios",
-    "loss_weights",
-    "reinforce_surrogate",
-    "sapo_surrogate",
-]
-
-RATIO_LEVELS = ("token", "sequence", "sequence_token")
-REDUCTIONS = ("sequence", "token", "constant", "sequence_sum", "local_token")
+from grpo_jax.surrogates import *  # noqa: F403  the surrogates are part of the losses
+from grpo_jax.surrogates import clipped_surrogate, with_mask
 
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
@@ -56,19 +34,55 @@ class LossMetrics:
     num_tokens: Array  # [] masked-in tokens
 
 
-def log_ratios(log_probs: Array, old_log_probs: Array, mask: Array, *, level: str = "token") -> Array:
-    """Computes the log importance ratios log(pi / pi_old) at one of three levels.
+def token_log_ratios(differences: Array, log_probs: Array, mask: Array) -> Array:
+    """Returns each token's own log ratio, as PPO and GRPO have it."""
+    return differences
 
-    token: ``l - o`` (PPO, GRPO). sequence: their mean over the row's tokens, the same at every token,
-    i.e. the length-normalised sequence ratio of GSPO, https://arxiv.org/abs/2507.18071, equation 7.
-    sequence_token: the value of the sequence ratio with the gradient of the token's own log-prob,
-    GSPO-token, equation 14.
+
+def sequence_log_ratios(differences: Array, log_probs: Array, mask: Array) -> Array:
+    """Returns the mean log ratio of the row's tokens, the same at every token.
+
+    This is the length-normalised sequence ratio of GSPO, https://arxiv.org/abs/2507.18071, equation 7.
+    """
+    return jnp.where(mask, _row_means(differences, mask), 0)
+
+
+def sequence_token_log_ratios(differences: Array, log_probs: Array, mask: Array) -> Array:
+    """Returns the value of the sequence's log ratio with the gradient of the token's own log-prob.
+
+    GSPO-token, https://arxiv.org/abs/2507.18071, equation 14.
+    """
+    means = jax.lax.stop_gradient(_row_means(differences, mask))
+    return jnp.where(mask, means + log_probs - jax.lax.stop_gradient(log_probs), 0)
+
+
+def _row_means(differences: Array, mask: Array) -> Array:
+    """Returns the mean of each row's masked-in values [B,1], given 0 at the others."""
+    lengths = jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1).astype(differences.dtype)
+    return jnp.sum(differences, axis=-1, keepdims=True) / lengths
+
+
+# name -> f(differences [B,T], log_probs [B,T], mask [B,T]) -> [B,T]. The differences are log(pi / pi_old) of
+# the tokens. Both are 0 at masked positions, and so is the result.
+RATIO_LEVELS: dict[str, Callable[[Array, Array, Array], Array]] = {
+    "token": token_log_ratios,
+    "sequence": sequence_log_ratios,
+    "sequence_token": sequence_token_log_ratios,
+}
+
+
+def log_ratios(log_probs: Array, old_log_probs: Array, mask: Array, *, level: str = "token") -> Array:
+    """Computes the log importance ratios log(pi / pi_old) at one of the `RATIO_LEVELS`.
+
+        token           each token's own ratio (PPO, GRPO)
+        sequence        one ratio per row, the mean over its tokens (GSPO, equation 7)
+        sequence_token  that value with the gradient of the token's own (GSPO-token, equation 14)
 
     Args:
         log_probs: [B,T], under the policy being trained.
-        old_log_probs: [B,T], under the policy that sampled; no gradient flows into it.
-        mask: [B,T] bool. What stands at masked positions (inf included) has no influence.
-        level: "token", "sequence" or "sequence_token".
+        old_log_probs: [B,T], under the policy that sampled. No gradient flows into it.
+        mask: [B,T] bool. Values at masked positions, inf and NaN included, have no influence.
+        level: a key of `RATIO_LEVELS`.
 
     Returns:
         [B,T], 0 at masked positions.
@@ -76,22 +90,78 @@ def log_ratios(log_probs: Array, old_log_probs: Array, mask: Array, *, level: st
     Raises:
         ValueError: unknown level.
     """
+    if level not in RATIO_LEVELS:
+        raise ValueError(f"level: {level!r}; choose one of {', '.join(RATIO_LEVELS)}")
     chex.assert_rank([log_probs, old_log_probs, mask], 2)
     chex.assert_equal_shape([log_probs, old_log_probs, mask])
     mask = jnp.asarray(mask, bool)
     # Mask before any arithmetic: exp of an extreme padded value gives 0 * inf = NaN in the gradient.
     log_probs = jnp.where(mask, log_probs, 0)
-    difference = log_probs - jax.lax.stop_gradient(jnp.where(mask, old_log_probs, 0))
-    if level == "token":
-        return difference
-    lengths = jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1).astype(difference.dtype)
-    mean = jnp.sum(difference, axis=-1, keepdims=True) / lengths
-    if level == "sequence":
-        return jnp.where(mask, mean, 0)
-    if level == "sequence_token":
-        mean = jax.lax.stop_gradient(mean)
-        return jnp.where(mask, mean + log_probs - jax.lax.stop_gradient(log_probs), 0)
-    raise ValueError(f"level: {level!r}; choose 'token', 'sequence' or 'sequence_token'")
+    differences = log_probs - jax.lax.stop_gradient(jnp.where(mask, old_log_probs, 0))
+    return RATIO_LEVELS[level](differences, log_probs, mask)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchSizes:
+    """What a reduction may know about the optimizer batch besides its mask.
+
+    Args:
+        num_rows: B, without rows of padding. It is traced where padding was added.
+        max_length: completion limit in tokens.
+        num_microbatches: M, equal slices of consecutive rows.
+    """
+
+    num_rows: int | Array
+    max_length: int
+    num_microbatches: int
+
+
+def sequence_weights(counted: Array, lengths: Array, sizes: BatchSizes) -> Array:
+    """Returns 1 / (B n_i): the mean over sequences of their mean over tokens. GRPO, equation 3."""
+    return counted / jnp.maximum(lengths, 1) / sizes.num_rows
+
+
+def token_weights(counted: Array, lengths: Array, sizes: BatchSizes) -> Array:
+    """Returns 1 / sum_i n_i: the mean over all tokens of the batch. DAPO, equation 8."""
+    return counted / jnp.maximum(jnp.sum(lengths), 1)
+
+
+def constant_weights(counted: Array, lengths: Array, sizes: BatchSizes) -> Array:
+    """Returns 1 / (B max_length), which has no length bias. Dr. GRPO, section 3.2."""
+    return counted / (sizes.num_rows * sizes.max_length)
+
+
+def sequence_sum_weights(counted: Array, lengths: Array, sizes: BatchSizes) -> Array:
+    """Returns 1 / B: the mean over sequences of their sum over tokens. RLOO."""
+    return counted / sizes.num_rows
+
+
+def local_token_weights(counted: Array, lengths: Array, sizes: BatchSizes) -> Array:
+    """Returns 1 / (M sum n_i of the row's micro-batch): the mean over M micro-batches of their token means.
+
+    TRL calls it "bnpo". By definition it depends on how the batch is split.
+
+    Raises:
+        ValueError: the rows do not divide into M slices.
+    """
+    rows = counted.shape[0]
+    slices = sizes.num_microbatches
+    if rows % slices:
+        raise ValueError(f"{rows} rows do not divide into {slices} micro-batches")
+    totals = jnp.sum(lengths.reshape(slices, -1), axis=1)
+    per_row = jnp.repeat(totals, rows // slices)[:, None]
+    return counted / jnp.maximum(per_row, 1) / slices
+
+
+# name -> f(counted [B,T], lengths [B,1], sizes) -> weights [B,T]. `counted` is 1.0 at the tokens that count
+# and 0.0 elsewhere; `lengths` are its row sums.
+REDUCTIONS: dict[str, Callable[[Array, Array, BatchSizes], Array]] = {
+    "sequence": sequence_weights,
+    "token": token_weights,
+    "constant": constant_weights,
+    "sequence_sum": sequence_sum_weights,
+    "local_token": local_token_weights,
+}
 
 
 def loss_weights(
@@ -102,22 +172,22 @@ def loss_weights(
     num_sequences: int | Array | None = None,
     num_microbatches: int = 1,
 ) -> Array:
-    """Turns a reduction into per-token weights; the loss is ``sum(weights * per_token_loss)``.
+    """Turns a reduction into per-token weights. The loss is ``sum(weights * per_token_loss)``.
 
         sequence      1 / (B n_i)         mean over sequences of the mean over tokens (GRPO)
         token         1 / sum_i n_i       mean over all tokens of the batch (DAPO, equation 8)
         constant      1 / (B max_length)  no length bias (Dr. GRPO, section 3.2)
         sequence_sum  1 / B               mean over sequences of the sum over tokens (RLOO)
-        local_token   1 / (M sum_(i in slice) n_i)  mean over M micro-batches of their token means: the
-            one reduction that, by definition, depends on how the batch is cut ("bnpo" in TRL)
+        local_token   1 / (M sum_(i in slice) n_i)  mean over M micro-batches of their token means ("bnpo"
+            in TRL). It is the one reduction that depends, by definition, on how the batch is split.
 
     Args:
         mask: [B,T] bool of the *whole* optimizer batch, never of a micro-batch.
-        reduction: one of `REDUCTIONS`.
-        max_length: the configured completion limit, only for "constant"; None: T.
-        num_sequences: B of the formulas; None: the number of rows. Give it when rows of padding were
+        reduction: a key of `REDUCTIONS`.
+        max_length: completion limit in tokens, used by "constant" only. None means T.
+        num_sequences: B of the formulas. None means the number of rows. Give it when rows of padding were
             added, which must not count.
-        num_microbatches: M, only for "local_token"; the slices are B / M consecutive rows.
+        num_microbatches: M, used by "local_token" only. The slices are B / M consecutive rows.
 
     Returns:
         float32 [B,T] (float64 if x64 is on), 0 where masked. A fully masked batch gives all zeros.
@@ -128,26 +198,17 @@ def loss_weights(
     >>> loss_weights(jnp.array([[1, 1], [1, 0]], bool)).tolist()
     [[0.25, 0.25], [0.5, 0.0]]
     """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: {reduction!r}; choose one of {', '.join(REDUCTIONS)}")
     chex.assert_rank(mask, 2)
-    mask = jnp.asarray(mask, bool)
-    weights = mask.astype(jnp.result_type(float))
-    lengths = jnp.sum(weights, axis=-1, keepdims=True)
-    rows = mask.shape[0] if num_sequences is None else jnp.maximum(num_sequences, 1)
-    if reduction == "sequence":
-        return weights / jnp.maximum(lengths, 1) / rows
-    if reduction == "token":
-        return weights / jnp.maximum(jnp.sum(lengths), 1)
-    if reduction == "constant":
-        return weights / (rows * (mask.shape[1] if max_length is None else max_length))
-    if reduction == "sequence_sum":
-        return weights / rows
-    if reduction == "local_token":
-        if mask.shape[0] % num_microbatches:
-            raise ValueError(f"{mask.shape[0]} rows do not divide into {num_microbatches} micro-batches")
-        slices = jnp.sum(lengths.reshape(num_microbatches, -1), axis=1)
-        per_row = jnp.repeat(slices, mask.shape[0] // num_microbatches)[:, None]
-        return weights / jnp.maximum(per_row, 1) / num_microbatches
-    raise ValueError(f"reduction: {reduction!r}; choose one of {', '.join(REDUCTIONS)}")
+    counted = jnp.asarray(mask, bool).astype(jnp.result_type(float))
+    lengths = jnp.sum(counted, axis=-1, keepdims=True)
+    sizes = BatchSizes(
+        num_rows=mask.shape[0] if num_sequences is None else jnp.maximum(num_sequences, 1),
+        max_length=mask.shape[1] if max_length is None else max_length,
+        num_microbatches=num_microbatches,
+    )
+    return REDUCTIONS[reduction](counted, lengths, sizes)
 
 
 def grpo_loss(
@@ -211,23 +272,23 @@ def grpo_loss(
     old_log_probs, advantages, weights, penalty_weights = jax.lax.stop_gradient(
         (old_log_probs, advantages[:, None], weights, penalty_weights)
     )
-    ratios = log_ratios(log_probs, old_log_probs, mask, level=ratio_level)
+    log_rho = log_ratios(log_probs, old_log_probs, mask, level=ratio_level)
     surrogate = with_mask(surrogate, mask)
     stale = _stale_rows(log_probs, old_log_probs, advantages, mask, max_staleness)
-    surrogates = jnp.where(mask & ~stale, surrogate(ratios, log_probs, advantages), 0)
+    surrogates = jnp.where(mask & ~stale, surrogate(log_rho, log_probs, advantages), 0)
     policy_loss = jnp.sum(weights * surrogates)
     loss = policy_loss
-    kls = _kls(kls, log_probs, ref_log_probs, ratios, mask, kl_estimator, kl_ratio_corrected)
+    kls = _kls(kls, log_probs, ref_log_probs, log_rho, mask, kl_estimator, kl_ratio_corrected)
     if kls is not None:
         loss = loss + kl_coef * jnp.sum(penalty_weights * kls)
     if entropies is not None:
         chex.assert_equal_shape([log_probs, entropies])
         loss = loss - entropy_coef * jnp.sum(penalty_weights * jnp.where(mask, entropies, 0))
-    cut = _cut_tokens(surrogate, ratios, log_probs, advantages)
-    return loss, _loss_metrics(policy_loss, kls, ratios, cut, stale, mask)
+    clipped = _clipped_tokens(surrogate, log_rho, log_probs, advantages)
+    return loss, _loss_metrics(policy_loss, kls, log_rho, clipped, stale, mask)
 
 
-def _kls(kls, log_probs, ref_log_probs, log_ratios, mask, kl_estimator, kl_ratio_corrected) -> Array | None:
+def _kls(kls, log_probs, ref_log_probs, log_rho, mask, kl_estimator, kl_ratio_corrected) -> Array | None:
     """Returns the KL term of every token [B,T], 0 where masked; None without a reference."""
     if kls is None and ref_log_probs is None:
         return None
@@ -236,7 +297,7 @@ def _kls(kls, log_probs, ref_log_probs, log_ratios, mask, kl_estimator, kl_ratio
         ref_log_probs = jax.lax.stop_gradient(jnp.where(mask, ref_log_probs, 0))
         kls = kl_estimator(log_probs, ref_log_probs)
     chex.assert_equal_shape([log_probs, kls])
-    return jnp.where(mask, kls * bounded_exp(log_ratios) if kl_ratio_corrected else kls, 0)
+    return jnp.where(mask, kls * bounded_exp(log_rho) if kl_ratio_corrected else kls, 0)
 
 
 def _stale_rows(log_probs, old_log_probs, advantages, mask, max_staleness) -> Array:
@@ -247,7 +308,7 @@ def _stale_rows(log_probs, old_log_probs, advantages, mask, max_staleness) -> Ar
     return (advantages < 0) & jnp.any(fallen > max_staleness, axis=1, keepdims=True)
 
 
-def _cut_tokens(surrogate, log_ratios, log_probs, advantages) -> Array:
+def _clipped_tokens(surrogate, log_rho, log_probs, advantages) -> Array:
     """Says where the surrogate lets no gradient through although the advantage is not zero: bool [B,T].
 
     The derivative of the sum of all losses with respect to each token tells, without knowledge of any
@@ -257,24 +318,24 @@ def _cut_tokens(surrogate, log_ratios, log_probs, advantages) -> Array:
     def total(inputs):
         return jnp.sum(surrogate(*inputs, advantages))
 
-    by_ratio, by_log_prob = jax.grad(total)(jax.lax.stop_gradient((log_ratios, log_probs)))
+    by_ratio, by_log_prob = jax.grad(total)(jax.lax.stop_gradient((log_rho, log_probs)))
     return (by_ratio + by_log_prob == 0) & (advantages != 0)
 
 
-def _loss_metrics(policy_loss, kls, log_ratios, cut, stale, mask) -> LossMetrics:
+def _loss_metrics(policy_loss, kls, log_rho, clipped, stale, mask) -> LossMetrics:
     num_tokens = jnp.sum(mask)
 
     def mean(values):
         return jnp.sum(jnp.where(mask, values, 0)) / jnp.maximum(num_tokens, 1)
 
-    ratios = bounded_exp(log_ratios)
+    rho = bounded_exp(log_rho)
     metrics = LossMetrics(
         policy_loss=policy_loss,
-        kl=mean(jnp.zeros_like(ratios) if kls is None else kls),
-        ratio_mean=mean(ratios),
-        ratio_max=jnp.max(jnp.where(mask, ratios, 0)),
-        clip_low=mean(cut & (ratios < 1)),
-        clip_high=mean(cut & (ratios > 1)),
+        kl=mean(jnp.zeros_like(rho) if kls is None else kls),
+        ratio_mean=mean(rho),
+        ratio_max=jnp.max(jnp.where(mask, rho, 0)),
+        clip_low=mean(clipped & (rho < 1)),
+        clip_high=mean(clipped & (rho > 1)),
         stale=mean(jnp.broadcast_to(stale, mask.shape)),
         num_tokens=num_tokens,
     )

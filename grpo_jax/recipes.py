@@ -252,11 +252,11 @@ RECIPES = {
 # name of a choice -> what it may be called
 _CHOICES = {
     "advantage": tuple(ADVANTAGES),
-    "ratio_level": RATIO_LEVELS,
+    "ratio_level": tuple(RATIO_LEVELS),
     "surrogate": tuple(SURROGATES),
     "kl_estimator": KL_NAMES,
     "kl_placement": KL_PLACEMENTS,
-    "reduction": REDUCTIONS,
+    "reduction": tuple(REDUCTIONS),
     "aggregation": AGGREGATIONS,
     "missing": MISSING,
 }
@@ -322,4 +322,4 @@ def _clip(recipe: Recipe, given: dict[str, float]) -> dict[str, float]:
     return {**({} if symmetric else recipe.clip), **given}
 
 
-__all__ = ["CLIP_KEYWORDS", "KL_NAMES", "KL_PLACEMENTS", "RECIPES", "Recipe", "make_recipe", *RECIPES]
+__all__ = ["RECIPES", "Recipe", "make_recipe", *RECIPES]

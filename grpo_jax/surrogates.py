@@ -160,6 +160,8 @@ SURROGATES: dict[str, Callable[..., Array]] = {
     "reinforce": reinforce_surrogate,
 }
 
+__all__ = ["SURROGATES", *(surrogate.__name__ for surrogate in SURROGATES.values())]
+
 
 def with_mask(surrogate: Callable[..., Array], mask: Array) -> Callable[..., Array]:
     """Returns f(log_ratios, log_probs, advantages): the surrogate, given the mask if it names one."""
