@@ -62,7 +62,10 @@ def check_best_metric(parts: Parts) -> None:
 
 
 def read_best(run_dir: str | Path) -> dict[str, Any] | None:
-    """Returns the step, metric, mode and value of a run's best model, None if it has none.
+    """Returns what best.json says of a run's best model, None if it has none.
+
+    Returns:
+        `step`, `metric`, `mode`, `value`, and `moved`: whether the metric has ever had another value.
 
     Raises:
         ValueError: best.json is not what was written.
@@ -70,7 +73,8 @@ def read_best(run_dir: str | Path) -> dict[str, Any] | None:
     path = Path(run_dir) / "best" / "best.json"
     try:
         best = json.loads(path.read_text())
-        return {name: best[name] for name in ("step", "metric", "mode", "value")}
+        known = {name: best[name] for name in ("step", "metric", "mode", "value")}
+        return {**known, "moved": bool(best.get("moved", True))}  # older runs did not say
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):
@@ -80,14 +84,15 @@ def read_best(run_dir: str | Path) -> dict[str, Any] | None:
 def keep_best(parts: Parts, step: int, metrics: Mapping[str, float], params: Params) -> str | None:
     """Exports the model to run_dir/best if its evaluation is better than that of the one there.
 
-    A value that is missing or not finite is no improvement, an equal one neither. A best model by another
-    metric or mode is replaced.
+    A value that is missing or not finite is no improvement. An equal one is none either, unless the metric
+    has had this one value in every evaluation. It then says nothing, and the newest model takes the place,
+    so that the untrained one is never kept for a tie. A best model by another metric or mode is replaced.
 
     Args:
-        parts: of the run.
+        parts: the run.
         step: optimizer steps done.
-        metrics: of the evaluation at this step.
-        params: what was evaluated.
+        metrics: the evaluation at this step.
+        params: parameters that were evaluated.
 
     Returns:
         a line that says so, None if nothing was exported.
@@ -98,13 +103,23 @@ def keep_best(parts: Parts, step: int, metrics: Mapping[str, float], params: Par
     if value is None or not math.isfinite(value):
         return None
     best = read_best(run_dir)
-    if best is not None and (best["metric"], best["mode"]) == (metric, mode):
-        improved = value > best["value"] if mode == "max" else value < best["value"]
-        if not improved:
-            return None
-    entry = {"step": step, "metric": metric, "mode": mode, "value": float(value)}
-    _export(parts, params, entry)
-    return f"step {step}: {metric} {value:.4g} is the best so far; the model is in {run_dir / 'best'}"
+    entry = {"step": step, "metric": metric, "mode": mode, "value": float(value), "moved": False}
+    target = run_dir / "best"
+    if best is None or (best["metric"], best["mode"]) != (metric, mode):
+        _export(parts, params, entry)
+        return f"step {step}: {metric} {value:.4g} is the first; the model is in {target}"
+    if value == best["value"] and not best["moved"]:
+        _export(parts, params, entry)
+        return (
+            f"step {step}: {metric} is still {value:.4g} and tells no model from another; the newest one is "
+            f"in {target}"
+        )
+    if value > best["value"] if mode == "max" else value < best["value"]:
+        _export(parts, params, entry | {"moved": True})
+        return f"step {step}: {metric} {value:.4g} is the best so far; the model is in {target}"
+    if not best["moved"]:
+        _write_entry(target, best | {"moved": best["value"] != value})
+    return None
 
 
 def _export(parts: Parts, params: Params, entry: dict[str, Any]) -> None:
@@ -113,13 +128,20 @@ def _export(parts: Parts, params: Params, entry: dict[str, Any]) -> None:
     slot, other = (best.with_name(name) for name in (_SLOTS if used != _SLOTS[0] else _SLOTS[::-1]))
     shutil.rmtree(slot, ignore_errors=True)
     save_model(parts.model, params, slot)
-    (slot / "best.json").write_text(json.dumps(entry) + "\n")
+    _write_entry(slot, entry)
     link = best.with_name("best.unfinished")
     link.unlink(missing_ok=True)
     link.symlink_to(slot.name)
     _remove_copy(best)
     os.replace(link, best)
     shutil.rmtree(other, ignore_errors=True)
+
+
+def _write_entry(directory: Path, entry: dict[str, Any]) -> None:
+    """Writes best.json in one move: a kill leaves the old one or the new one."""
+    unfinished = directory / "best.json.unfinished"
+    unfinished.write_text(json.dumps(entry) + "\n")
+    os.replace(unfinished, directory / "best.json")
 
 
 def forget_best(run_dir: str | Path) -> None:

@@ -168,6 +168,24 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CorrectConfig:
+    """When a completion counts as correct in evaluation; see `verdicts.py` and docs/evaluation.md.
+
+    Args:
+        reward: the name of the reward that decides, as in `rewards/<name>/mean`. None: the first of
+            evaluation.rewards; without any, the first training reward that reads a column of the data.
+        threshold: the least value of a correct completion.
+    """
+
+    reward: str | None = None
+    threshold: float = 1.0
+
+    def __post_init__(self):
+        least = self.threshold
+        require(math.isfinite(least), f"evaluation.correct.threshold: {least}; a finite number")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """Held-out evaluation: greedy accuracy, mean@k and pass@k.
 
@@ -178,8 +196,8 @@ class EvaluationConfig:
         batch_size: completions decoded at once.
         temperature: of the sampled completions; None: that of training.
         category: column of the held-out prompts by whose values the results are reported too.
-        rewards: reward functions that are logged and never trained on; the first of them decides what is
-            correct. Without any, the first of the training rewards does.
+        rewards: reward functions that are logged and never trained on.
+        correct: when a completion counts as correct.
     """
 
     every: int = 0
@@ -189,6 +207,7 @@ class EvaluationConfig:
     temperature: float | None = None
     category: str | None = None
     rewards: list[RewardConfig] = field(default_factory=list)
+    correct: CorrectConfig = CorrectConfig()
 
     def __post_init__(self):
         require(self.every >= 0, f"evaluation.every: {self.every}; 0 or more")

@@ -7,7 +7,7 @@ python -m grpo_jax.evaluate --model runs/arithmetic --baseline packaged:arithmet
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from grpo_jax.outcomes import Outcome, compare, observe, summarize
 from grpo_jax.parts import Parts, build
 from grpo_jax.rewards import Reward
 from grpo_jax.runs import load_model_or_run, read_config
+from grpo_jax.standstill import remarks
 from grpo_jax.types import Params
 
 
@@ -89,6 +90,7 @@ def observe_parts(parts: Parts, params: Params) -> Outcome:
         prompt_length=parts.eval_prompt_length,
         seed=parts.config.training.seed,
         eval_rewards=parts.eval_rewards,
+        correct=parts.correct,
     )
 
 
@@ -97,11 +99,33 @@ def summarize_parts(parts: Parts, outcome: Outcome) -> dict[str, float]:
     return summarize(outcome, [*parts.rewards, *parts.eval_rewards], parts.categories)
 
 
-def evaluate_parts(parts: Parts, params: Params) -> dict[str, float]:
-    """Evaluates params on a run's held-out prompts, as its config says; {} if it has none."""
+def evaluate_parts(
+    parts: Parts, params: Params, say: Callable[[str], None] | None = None
+) -> dict[str, float]:
+    """Evaluates params on a run's held-out prompts, as its config says; {} if it has none.
+
+    Args:
+        parts: the run.
+        params: parameters of the policy.
+        say: called with each line on what these figures cannot tell; `None`: nothing is said.
+    """
     if not parts.task.evaluation:
         return {}
-    return summarize_parts(parts, observe_parts(parts, params))
+    outcome = observe_parts(parts, params)
+    for line in remarks_parts(parts, outcome) if say is not None else ():
+        say(line)
+    return summarize_parts(parts, outcome)
+
+
+def remarks_parts(parts: Parts, outcome: Outcome) -> list[str]:
+    """Returns a line for each figure of an outcome that cannot tell one model from another."""
+    return remarks(
+        outcome,
+        [*parts.rewards, *parts.eval_rewards],
+        parts.correct,
+        categories=parts.categories,
+        best_metric=parts.config.checkpoints.best_metric,
+    )
 
 
 def _resolve(arguments: EvaluateArguments) -> Config:
@@ -140,13 +164,18 @@ def _parts_of(name: str, config: Config) -> Parts:
 
 
 def _print_results(arguments: EvaluateArguments, parts: Parts) -> None:
-    results, count = evaluate_parts(parts, parts.model.params), len(parts.task.evaluation)
+    notes: list[str] = []
+    results = evaluate_parts(parts, parts.model.params, notes.append)
+    count = len(parts.task.evaluation)
     if arguments.json:
-        print(json.dumps({"model": arguments.model, "num_prompts": count, **results}))
+        found = {"notes": notes} if notes else {}
+        print(json.dumps({"model": arguments.model, "num_prompts": count, **results, **found}))
         return
     print(f"{arguments.model} on {count} held-out prompts")
     for name, value in results.items():
         print(f"  {name.removeprefix('eval/'):<28} {value:.4f}")
+    for note in notes:
+        print(f"note: {note}")
 
 
 def _print_comparison(arguments: EvaluateArguments, parts: Parts, others: Parts) -> None:

@@ -67,8 +67,7 @@ Seconds; the first three are 0 where an earlier rollout is used again:
     compilations                programs of `generate`, `completion_log_probs` and `train_step` that training
                                 has compiled or read from the cache in this process; the plan bounds them
 
-Evaluation, in rows of its own; a completion is correct if the first of evaluation.rewards, or else of the
-rewards that train, gives at least 1 (`summarize`):
+Evaluation, in rows of its own; evaluation.correct says when a completion is correct (`verdicts`):
 
     eval/greedy_accuracy        share of the held-out prompts whose greedy completion is correct
     eval/mean@k                 share of correct ones among all k samples of every prompt

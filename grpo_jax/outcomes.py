@@ -16,6 +16,7 @@ from grpo_jax.models import Model, decode, encode, pad_prompts
 from grpo_jax.prompt_lengths import padded_length
 from grpo_jax.rewards import Reward, reward_means
 from grpo_jax.types import Params
+from grpo_jax.verdicts import Correct, choose_correct
 
 # Evaluation noise must not repeat any training step's: steps count up from 0 and never get here.
 _NOISE_STEP = 2**31 - 1
@@ -91,11 +92,11 @@ def observe(
     prompt_length: int | None = None,
     seed: int = 0,
     eval_rewards: Sequence[Reward] = (),
+    correct: Correct | None = None,
 ) -> Outcome:
     """Completes held-out prompts, once greedily and with num_samples samples per prompt, and judges that.
 
-    A completion is correct when the first of eval_rewards, or of rewards if there are none, gives it at least
-    1. The noise depends on the seed alone, so outcomes of two models, or of two steps of one run, are paired.
+    The noise depends on the seed alone, so outcomes of two models, or of two steps of one run, are paired.
 
     Args:
         model: functions and tokenizer.
@@ -109,6 +110,7 @@ def observe(
         prompt_length: longest prompt in tokens; None: found out.
         seed: of the noise.
         eval_rewards: reward functions that take no part in the total.
+        correct: when a completion is correct; None: as `choose_correct` decides.
 
     Raises:
         ValueError: no examples. RewardError: a reward function failed.
@@ -123,11 +125,12 @@ def observe(
         "batch_size": batch_size,
         "seed": seed,
     }
-    deciding = len(rewards) if eval_rewards else 0
     functions = [*rewards, *eval_rewards]
+    if correct is None:
+        correct = choose_correct(rewards, eval_rewards, columns=examples[0].columns)
     greedy = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     texts, _, _ = sample_texts(model, params, examples, group_size=1, sampling=greedy, **settings)
-    greedy_scores = judge([functions[deciding]], examples, texts)[:, 0]
+    greedy_scores = judge([functions[correct.index]], examples, texts)[:, 0]
 
     texts, lengths, finished = sample_texts(
         model, params, examples, group_size=num_samples, sampling=sampling, **settings
@@ -137,19 +140,14 @@ def observe(
     totals, valid = combine(scores[:, : len(rewards)], [reward.weight for reward in rewards])
     groups = (len(examples), num_samples)
     return Outcome(
-        greedy=is_correct(greedy_scores),
-        correct=is_correct(scores[:, deciding]).reshape(groups),
+        greedy=correct.judge(greedy_scores),
+        correct=correct.judge(scores[:, correct.index]).reshape(groups),
         scores=scores,
         totals=totals.reshape(groups),
         valid=valid.reshape(groups),
         lengths=lengths,
         finished=finished,
     )
-
-
-def is_correct(scores: np.ndarray) -> np.ndarray:
-    """Says which completions a reward function takes for correct: those it gives at least 1."""
-    return np.nan_to_num(scores, nan=0.0) >= 1
 
 
 def summarize(

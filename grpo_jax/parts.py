@@ -20,6 +20,7 @@ from grpo_jax.optimizers import make_optimizer, make_schedule
 from grpo_jax.prompt_lengths import fit_prompts, prompt_limit
 from grpo_jax.recipes import CLIP_KEYWORDS, Recipe, make_recipe
 from grpo_jax.rewards import Reward, check_columns, load_rewards
+from grpo_jax.verdicts import Correct, choose_correct, note_on_choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,7 @@ class Parts:
     num_steps: int  # optimizer steps of the whole run
     prompt_lengths: frozenset[int]  # token counts that occur among the training prompts
     eval_prompt_length: int
+    correct: Correct  # what counts as correct
     eval_rewards: tuple[Reward, ...] = ()  # logged in evaluation, never trained on
     categories: Mapping[str, Sequence[int]] = field(default_factory=dict)  # category -> held-out rows
     notes: tuple[str, ...] = ()  # what the user should know before the first step, a line each
@@ -120,6 +122,7 @@ def build(config: Config, *, model: Model | None = None) -> Parts:
         check_columns(rewards, examples[0].columns)
     if task.evaluation:
         check_columns(eval_rewards, task.evaluation[0].columns)
+    correct = _choose_correct(config, task, rewards, eval_rewards, notes)
     if model is None:
         model = _load_named_model(config)
     else:
@@ -160,6 +163,7 @@ def build(config: Config, *, model: Model | None = None) -> Parts:
         num_steps=num_steps,
         prompt_lengths=train.lengths,
         eval_prompt_length=max(held_out.lengths, default=0),
+        correct=correct,
         eval_rewards=eval_rewards,
         categories=rows_by_category(held_out.examples, config.evaluation.category),
         notes=tuple(notes),
@@ -270,3 +274,22 @@ def _load_rewards(config: Config, task: Task) -> tuple[tuple[Reward, ...], tuple
             )
     loaded = load_rewards([*specs, *only_logged])
     return loaded[: len(specs)], loaded[len(specs) :]
+
+
+def _choose_correct(
+    config: Config, task: Task, rewards: Sequence[Reward], eval_rewards: Sequence[Reward], notes: list[str]
+) -> Correct:
+    """Returns what counts as correct; a choice between several rewards is noted."""
+    wanted = config.evaluation.correct
+    correct = choose_correct(
+        rewards,
+        eval_rewards,
+        columns=task.train[0].columns,
+        name=wanted.reward,
+        threshold=wanted.threshold,
+    )
+    evaluates = bool(task.evaluation) and config.evaluation.num_prompts > 0
+    note = note_on_choice(correct, rewards, eval_rewards)
+    if evaluates and wanted.reward is None and note is not None:
+        notes.append(note)
+    return correct

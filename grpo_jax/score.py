@@ -18,11 +18,12 @@ from grpo_jax.config import Config
 from grpo_jax.data import Example, batch
 from grpo_jax.estimates import dead_group_share, doublings, pass_at_k
 from grpo_jax.experience import combine
-from grpo_jax.outcomes import is_correct, sample_texts
+from grpo_jax.outcomes import sample_texts
 from grpo_jax.parts import Parts, build
 from grpo_jax.prompt_lengths import padded_length
 from grpo_jax.shaping import overlong_penalty
 from grpo_jax.trackers.console import ConsoleTracker, bars, figures_table, samples_table, spread
+from grpo_jax.verdicts import Correct, choose_correct
 
 _BINS = 8  # of a histogram
 _QUANTILES = {"min": 0.0, "25%": 0.25, "50%": 0.5, "75%": 0.75, "max": 1.0}
@@ -173,10 +174,21 @@ def _distribution(values: np.ndarray) -> dict[str, Any]:
     return {**figures, "missing": 1.0 - there.size / values.size}
 
 
+def correct_in_training(parts: Parts) -> Correct:
+    """Returns what counts as correct among the training rewards.
+
+    That is what evaluation takes for it, unless a reward of evaluation alone decides there.
+    """
+    if parts.correct.index < len(parts.rewards):
+        return parts.correct
+    return choose_correct(parts.rewards, columns=parts.task.train[0].columns)
+
+
 def report(parts: Parts, rehearsal: Rehearsal) -> dict[str, Any]:
     """Turns a rehearsal into the figures that are printed."""
     num_prompts, num_samples = rehearsal.signals.shape
-    correct = is_correct(rehearsal.scores[:, 0]).reshape(num_prompts, num_samples)
+    verdict = correct_in_training(parts)
+    correct = verdict.judge(rehearsal.scores[:, verdict.index]).reshape(num_prompts, num_samples)
     valid = rehearsal.valid.reshape(num_prompts, num_samples)
     sizes = {2**i for i in range(1, num_samples.bit_length())} | {parts.config.algorithm.group_size}
     return {
@@ -199,6 +211,7 @@ def report(parts: Parts, rehearsal: Rehearsal) -> dict[str, Any]:
             if size <= num_samples
         },
         "pass@k": {str(k): pass_at_k(correct, k) for k in doublings(num_samples)},
+        "correct": {"reward": verdict.name, "threshold": verdict.threshold},
         "clipped_ratio": float(1.0 - rehearsal.finished.mean()),
         "mean_length": float(rehearsal.lengths.mean()),
         "tokens_per_second": rehearsal.tokens_per_second,
@@ -213,6 +226,13 @@ def advice(figures: dict[str, Any], *, group_size: int) -> list[str]:
         group_size: G of the run.
     """
     lines = []
+    correct = figures["correct"]
+    if list(figures["pass@k"].values())[-1] == 0 and _gives_other_values(figures):
+        top = np.float32(figures["rewards"][correct["reward"]]["max"])
+        lines.append(
+            f"no completion counts as correct: {correct['reward']} gives at most {top!s}, and correct means "
+            f"{correct['threshold']:g} or more, so pass@k is 0 however good they are; see evaluation.correct"
+        )
     for name, reward in figures["rewards"].items():
         if reward["missing"] == 1:
             lines.append(
@@ -240,12 +260,21 @@ def _cure(figures: dict[str, Any]) -> str:
     chances = list(figures["pass@k"].values())
     if chances[0] >= 0.9:
         return "the model can do this already; take harder prompts"
-    if chances[-1] == 0:
+    if chances[-1] > 0 or _gives_other_values(figures):
         return (
-            "no completion is right, so take easier prompts, a reward with more grades, or a model that "
-            "knows the format"
+            "a larger algorithm.group_size, algorithm.dynamic_sampling or prompts of medium difficulty help"
         )
-    return "a larger algorithm.group_size, algorithm.dynamic_sampling or prompts of medium difficulty help"
+    return (
+        f"{figures['correct']['reward']} is 0 for every completion. First compare the completions with what "
+        "it expects; if they are simply wrong, take easier prompts, a reward with more grades, or a model "
+        "that knows the format"
+    )
+
+
+def _gives_other_values(figures: dict[str, Any]) -> bool:
+    """Says whether the reward that decides what is correct gives any completion something other than 0."""
+    reward = figures["rewards"][figures["correct"]["reward"]]
+    return reward["missing"] < 1 and (reward["min"] != 0 or reward["max"] != 0)
 
 
 def shown_samples(parts: Parts, rehearsal: Rehearsal, count: int) -> list[dict[str, Any]]:
@@ -288,9 +317,8 @@ def _print(figures: dict[str, Any], samples: list[dict[str, Any]], lines: list[s
     console.show(figures_table("groups without a signal", ["G", *sizes], [["expected share", *dead]]))
     chances = figures["pass@k"]
     passes = [f"{chance:.1%}" for chance in chances.values()]
-    console.show(
-        figures_table("correct: the first reward is 1 or more", ["k", *chances], [["pass@k", *passes]])
-    )
+    correct = Correct(name=figures["correct"]["reward"], threshold=figures["correct"]["threshold"])
+    console.show(figures_table(f"correct: {correct}", ["k", *chances], [["pass@k", *passes]]))
     if samples:
         console.show(samples_table("completions", samples))
     console.message(

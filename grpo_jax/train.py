@@ -161,10 +161,13 @@ def _num_programs() -> int:
     return sum(function._cache_size() for function in _JIT_BOUNDARIES)
 
 
-def _evaluate(parts: Parts, progress: Progress, trackers: Trackers) -> None:
-    """Evaluates and logs; exports the model if it is the best so far."""
+def _evaluate(parts: Parts, progress: Progress, trackers: Trackers, *, first: bool) -> None:
+    """Evaluates and logs; exports the model if it is the best so far.
+
+    The first evaluation of a process says what its figures cannot tell.
+    """
     params = progress.policy_params
-    metrics = evaluate_parts(parts, params)
+    metrics = evaluate_parts(parts, params, trackers.message if first else None)
     trackers.log(progress.step, metrics)
     if text := keep_best(parts, progress.step, metrics, params):
         trackers.message(text)
@@ -177,6 +180,7 @@ def _loop(
     config, actor, notices = parts.config, parts.actor(), Notices()
     key = jax.random.key(config.training.seed)
     every, saved = config.evaluation.every, progress.step
+    evaluated = saved == 0  # by this process
     num_programs = _num_programs()
     while progress.step < parts.num_steps and interrupts.signum is None:
         metrics = _one_step(parts, actor, progress, key)
@@ -194,7 +198,8 @@ def _loop(
                 f"with checkpoints.resume: {config.run_dir}"
             )
         if last or (every and step % every == 0):
-            _evaluate(parts, progress, trackers)
+            _evaluate(parts, progress, trackers, first=not evaluated)
+            evaluated = True
         if last or step % config.checkpoints.every == 0:
             save(parts, checkpoints, progress)
             saved = step
@@ -249,7 +254,7 @@ def train(config: Config) -> int:
     try:
         with trackers, _Interrupts() as interrupts:
             if progress.step == 0:
-                _evaluate(parts, progress, trackers)
+                _evaluate(parts, progress, trackers, first=True)
             _loop(parts, progress, checkpoints, trackers, interrupts)
     finally:
         checkpoints.close()

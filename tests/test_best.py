@@ -49,8 +49,8 @@ def scaled(model, factor):
     return jax.tree.map(lambda x: x * factor, model.params)
 
 
-def entry(step, value, mode="max"):
-    return {"step": step, "metric": METRIC, "mode": mode, "value": value}
+def entry(step, value, mode="max", moved=True):
+    return {"step": step, "metric": METRIC, "mode": mode, "value": value, "moved": moved}
 
 
 # The choice
@@ -90,7 +90,35 @@ def test_another_metric_or_mode_starts_anew(model, tmp_path):
     assert keep_best(other, 2, {METRIC: 0.1, "eval/mean@2": 0.1}, model.params)
     lowest = parts_of(tmp_path, model, checkpoints__best_metric="eval/mean@2", checkpoints__best_mode="min")
     assert keep_best(lowest, 3, {"eval/mean@2": 0.9}, model.params)
-    assert read_best(tmp_path) == {"step": 3, "metric": "eval/mean@2", "mode": "min", "value": 0.9}
+    found = {"step": 3, "metric": "eval/mean@2", "mode": "min", "value": 0.9, "moved": False}
+    assert read_best(tmp_path) == found
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
+def test_a_metric_that_has_not_moved_keeps_the_newest_model(value, model, tmp_path):
+    """A tie is no reason to keep the untrained model."""
+    parts = parts_of(tmp_path, model)
+    assert kept_steps(parts, [value] * 3, model.params) == [0, 1, 2]
+    assert read_best(tmp_path) == entry(2, value, moved=False)
+    text = keep_best(parts, 3, {METRIC: value}, model.params)
+    assert f"is still {value:.4g} and tells no model from another" in text and "best so far" not in text
+    # From the first other value on, better or worse, a tie keeps what is there.
+    assert keep_best(parts, 4, {METRIC: value - 0.1}, model.params) is None
+    assert keep_best(parts, 5, {METRIC: value}, model.params) is None
+    assert read_best(tmp_path) == entry(3, value)
+    assert keep_best(parts, 6, {METRIC: value + 0.1}, model.params)
+    assert keep_best(parts, 7, {METRIC: value + 0.1}, model.params) is None
+
+
+def test_a_record_of_before_ties_were_told_apart(model, tmp_path):
+    parts = parts_of(tmp_path, model)
+    assert keep_best(parts, 0, {METRIC: 0.5}, model.params)
+    record = tmp_path / "best" / "best.json"
+    old = json.loads(record.read_text())
+    del old["moved"]
+    record.write_text(json.dumps(old))
+    assert read_best(tmp_path) == entry(0, 0.5)
+    assert keep_best(parts, 1, {METRIC: 0.5}, model.params) is None
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"step": 1}'])
@@ -108,11 +136,10 @@ def test_the_directory_is_a_model(model, tmp_path):
     parts = parts_of(tmp_path, model)
     for step, factor in ((3, 1.5), (6, 0.5), (9, 0.25)):
         text = keep_best(parts, step, {METRIC: step / 10}, scaled(model, factor))
-        assert (
-            text == f"step {step}: {METRIC} {step / 10} is the best so far; the model is in {tmp_path}/best"
-        )
+        which = "the first" if step == 3 else "the best so far"
+        assert text == f"step {step}: {METRIC} {step / 10} is {which}; the model is in {tmp_path}/best"
         assert bits(load_model(str(tmp_path / "best")).params) == bits(scaled(model, factor))
-        assert read_best(tmp_path) == entry(step, step / 10)
+        assert read_best(tmp_path) == entry(step, step / 10, moved=step > 3)
         # Beside the link only what it points to.
         assert len([path for path in tmp_path.iterdir() if path.name.startswith("best.")]) == 1
 
@@ -140,7 +167,7 @@ def test_a_kill_leaves_the_old_one_or_the_new_one(place, model, tmp_path, monkey
         with pytest.raises(small_run.Crash):
             keep_best(parts, 2, {METRIC: 0.2}, scaled(model, 2))
     new = place == "rmtree"
-    assert read_best(tmp_path) == (entry(2, 0.2) if new else entry(1, 0.1))
+    assert read_best(tmp_path) == (entry(2, 0.2) if new else entry(1, 0.1, moved=False))
     assert bits(load_model(str(tmp_path / "best")).params) == bits(scaled(model, 2 if new else 1))
     assert keep_best(parts, 3, {METRIC: 0.3}, scaled(model, 3))
     assert bits(load_model(str(tmp_path / "best")).params) == bits(scaled(model, 3))
@@ -153,7 +180,8 @@ def test_a_copied_run_goes_on(model, tmp_path):
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     assert not (tmp_path / "copy" / "best").is_symlink()
     parts = parts_of(tmp_path / "copy", model)
-    assert keep_best(parts, 2, {METRIC: 0.1}, model.params) is None
+    assert keep_best(parts, 2, {METRIC: 0.05}, model.params) is None
+    assert read_best(tmp_path / "copy") == entry(1, 0.1)
     assert keep_best(parts, 3, {METRIC: 0.2}, scaled(model, 2))
     assert bits(load_model(str(tmp_path / "copy" / "best")).params) == bits(scaled(model, 2))
 
@@ -228,7 +256,8 @@ def test_a_run_keeps_its_best(whole):
     values = {row["step"]: row["eval/reward"] for row in small_run.rows(whole) if "eval/reward" in row}
     step = min(values, key=values.get)  # the first of equal ones
     assert len(values) == 8 and step > 2 and values[2] < values[1] < values[0]
-    assert read_best(whole) == {"step": step, "metric": "eval/reward", "mode": "min", "value": values[step]}
+    best = {"step": step, "metric": "eval/reward", "mode": "min", "value": values[step], "moved": True}
+    assert read_best(whole) == best
     stored = small_run.leaves(whole, step)
     kept = load_model(str(whole / "best")).params
     for path, leaf in jax.tree_util.tree_leaves_with_path(kept):
@@ -278,3 +307,64 @@ def test_cut_anywhere(place, call, whole, tmp_path, monkeypatch):
     assert {name: value.tobytes() for name, value in mine.items()} == {
         name: value.tobytes() for name, value in theirs.items()
     }
+
+
+# A metric that cannot move
+
+
+GRADED = """
+def graded(completions, answer, **columns):
+    return [0.9 * (text == a) for text, a in zip(completions, answer)]
+
+def short(completions, **columns):
+    return [-float(len(text)) for text in completions]
+"""
+
+
+def graded_run(tmp_path, rewards, **changes):
+    (tmp_path / "mine.py").write_text(GRADED)
+    entries = ", ".join(f"{{function: '{tmp_path}/mine.py:{name}'}}" for name in rewards)
+    run = {
+        "rewards": f"[{entries}]",
+        "training__num_steps": 2,
+        "evaluation__every": 1,
+        "checkpoints__best_metric": "eval/mean@2",
+    }
+    return small_run.config(tmp_path / "run", **run | changes)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "changes", "words"),
+    [
+        (
+            ["graded"],
+            {},
+            "no completion counts as correct: the largest value of graded is 0.9 and correct means 1 or more",
+        ),
+        (
+            ["short", "graded"],
+            {"evaluation__correct": "{reward: short}"},
+            "no completion can count as correct: short gives at most -",
+        ),
+    ],
+)
+def test_the_untrained_model_is_not_the_best_for_a_metric_that_cannot_move(
+    rewards, changes, words, tmp_path, capsys
+):
+    """Rewards of at most 0.9, or a penalty: mean@k stays 0 (data-11)."""
+    assert train(graded_run(tmp_path, rewards, **changes)) == 0
+    assert [row["eval/mean@2"] for row in small_run.rows(tmp_path / "run") if "eval/mean@2" in row] == [0] * 3
+    assert read_best(tmp_path / "run")["step"] == 2
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.count(words) == 1
+    assert out.count("checkpoints.best_metric eval/mean@2 is 0 for every held-out completion") == 1
+    assert "best so far" not in out
+
+
+def test_a_threshold_of_its_own_lets_the_metric_move(tmp_path, capsys):
+    config = graded_run(tmp_path, ["short", "graded"], evaluation__correct="{reward: graded, threshold: 0.9}")
+    assert train(config) == 0
+    rows = [row for row in small_run.rows(tmp_path / "run") if "eval/mean@2" in row]
+    for row in rows:
+        assert row["eval/mean@2"] == pytest.approx(row["eval/rewards/graded/mean"] / 0.9, rel=1e-6)
+    assert rows[0]["eval/mean@2"] > 0 and "count as correct" not in capsys.readouterr().out

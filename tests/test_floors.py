@@ -29,9 +29,9 @@ FLOORS = {
         "http_scores", "hub_data", "implementations", "models", "notices", "prompt_lengths", "prompts",
         "reward_calls", "reward_functions", "reward_models", "reward_pool", "reward_sources",
         "reward_worker", "rewards", "row_files", "sources", "stored_leaves", "tasks", "text",
-        "tokenizer_files", "trackers", "verifiers", "verl_scores", "weights"),
+        "tokenizer_files", "trackers", "verdicts", "verifiers", "verl_scores", "weights"),
     # the two halves
-    4: ("actor", "experience", "groups", "learner", "outcomes"),
+    4: ("actor", "experience", "groups", "learner", "outcomes", "standstill"),
     # the commands, and what they share
     5: ("best", "cli", "evaluate", "export", "generate", "huge_pages", "model_card", "parts", "plan",
         "progress", "runs", "score", "train"),

@@ -181,8 +181,16 @@ def figures(**changes):
     plain = {
         "rewards": {"a": reward, "b": reward}, "clipped_ratio": 0.0,
         "dead_groups": {"2": 0.5, "8": 0.2}, "pass@k": {"1": 0.3, "8": 0.8},
+        "correct": {"reward": "a", "threshold": 1.0},
     }  # fmt: skip
     return plain | changes
+
+
+NONE = {"1": 0.0, "8": 0.0}
+
+
+def of(least, most):
+    return {"missing": 0.0, "min": least, "max": most}
 
 
 @pytest.mark.parametrize(
@@ -209,7 +217,27 @@ def figures(**changes):
         ({"dead_groups": {"2": 1.0, "8": 0.8}}, 8, []),
         ({"dead_groups": {"2": 1.0, "8": 0.8}}, 2, ["100% of groups of 2 have equal rewards"]),
         ({"dead_groups": {"2": 1.0, "8": 0.9}}, 16, ["90% of groups of 8 have"]),  # more than was sampled
-        ({"dead_groups": {"8": 1.0}, "pass@k": {"1": 0.0, "8": 0.0}}, 8, ["no completion is right"]),
+        (
+            {"dead_groups": {"8": 1.0}, "pass@k": NONE, "rewards": {"a": of(0.0, 0.0)}},
+            8,
+            ["equal rewards .*a is 0 for every completion. First compare .*easier prompts"],
+        ),
+        # Not right by the threshold, which the reward never reaches: the prompts are not too hard.
+        (
+            {"pass@k": NONE, "rewards": {"a": of(0.0, 0.9)}},
+            8,
+            ["a gives at most 0.9, and correct means 1 or more, so pass@k is 0 .*see evaluation.correct$"],
+        ),
+        (
+            {"pass@k": NONE, "rewards": {"a": of(-2.0, 0.0)}, "dead_groups": {"8": 0.9}},
+            8,
+            ["a gives at most 0.0, and correct means", "equal rewards and teach nothing: a larger"],
+        ),
+        (
+            {"pass@k": NONE, "rewards": {"a": of(0.0, 0.0), "b": of(0.0, 1.0)}},
+            8,
+            ["the reward a is 0 for every completion"],
+        ),
         ({"dead_groups": {"8": 1.0}, "pass@k": {"1": 0.95, "8": 1.0}}, 8, ["can do this already"]),
     ],
 )
@@ -254,7 +282,14 @@ def test_command_prints_tables(capsys, mine):
     assert sum("=" in row[0] for row in rows) == 3  # samples
     notes = [line for line in out.splitlines() if line.startswith("note: ")]
     assert "100.0% cut off at the limit" in out
-    expected = ("match is 0 for every", "silent gives no value", "are cut off", "no completion is right")
+    expected = (
+        "a completion is correct in evaluation where match gives 1 or more",
+        "match is 0 for every",
+        "silent gives no value",
+        "are cut off",
+        "match is 0 for every completion. First compare",
+    )
+    assert "correct: match gives 1 or more" in out
     for note, text in zip(notes, expected, strict=True):
         assert text in note
 
