@@ -25,7 +25,8 @@ FLOORS = {
         "vocabulary"),
     # the outside world
     3: ("adapters", "answer_rewards", "architectures", "categories", "chat_templates", "checkpoints",
-        "completions", "data", "endings", "estimates", "expressions", "families", "flax_models", "gold_answers",
+        "completions", "data", "endings", "estimates", "expressions", "families", "flax_models",
+        "gold_answers",
         "http_scores", "hub_data", "implementations", "models", "notices", "prompt_lengths", "prompts",
         "reward_calls", "reward_functions", "reward_models", "reward_pool", "reward_sources",
         "reward_worker", "rewards", "row_files", "sources", "stored_leaves", "tasks", "text",

@@ -4,8 +4,6 @@ import dataclasses
 import re
 from pathlib import Path
 
-import pytest
-
 from grpo_jax import metrics
 from grpo_jax.advantages import ADVANTAGES
 from grpo_jax.config import AlgorithmConfig
