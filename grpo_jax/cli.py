@@ -14,7 +14,7 @@ import docstring_parser
 import jax
 import jsonargparse
 
-from grpo_jax.huge_pages import use_huge_pages
+from grpo_jax.cpu_tuning import use_huge_pages
 
 
 def parse_record(

@@ -12,7 +12,6 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import flax.struct
@@ -20,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.attention import ATTENTION, KeysValues, Segment, check_attention, make_segment, softcap
+from grpo_jax.cpu_tuning import cpu_vendor
 from grpo_jax.decoder_cache import fork_cache, grow_cache, init_cache, layers_of, sharing, take_cache
 from grpo_jax.decoding import positions_from_mask
 from grpo_jax.rotary import Rotary, rotate
@@ -174,7 +174,7 @@ def make_decoder(
         return of_prompts[:, -1], hidden
 
     def for_decoding(params, num_rows):
-        few = num_rows < _MANY_ROWS and jax.default_backend() == "cpu" and _cpu_vendor() == "AuthenticAMD"
+        few = num_rows < _MANY_ROWS and jax.default_backend() == "cpu" and cpu_vendor() == "AuthenticAMD"
         return _output_last(a, view(params)) if few else params
 
     def unembed(params, hidden):
@@ -229,19 +229,6 @@ def _output_last(a: Architecture, weights: dict[str, Any]) -> _OutputLast:
     return _OutputLast(weights | {"head": head, "layers": [flip_all(layer) for layer in weights["layers"]]})
 
 
-@functools.cache
-def _cpu_vendor() -> str:
-    """Returns what the processor calls its maker, empty where that cannot be read.
-
-    The layout follows from the kind of machine, never from a measurement: the same on resuming.
-    """
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
-
-
 def _matmul(x: Array, kernel: Array, axis: int, out_dtype: Any) -> Array:
     """Contracts the last axis of x with an axis of a matrix; sums are float32."""
     contract = (((x.ndim - 1,), (axis,)), ((), ()))
@@ -265,26 +252,31 @@ def _norm(a: Architecture, x: Array, weights: dict) -> Array:
 
 
 @jax.custom_vjp
-def _cut(x: Array, always: Array) -> Array:
-    """Returns x; keeps XLA from fusing gradients across this place.
+def _block_fusion(x: Array, always: Array) -> Array:
+    """Returns x. On a CPU it keeps XLA from fusing gradients across this point.
 
-    The gradient of the residual stream is a chain of cheap sums, which XLA on the CPU computes again from its
-    start wherever it is used: a quarter of the update of 6 layers (`optimization_barrier` is expanded before
-    fusion there). It does not fuse across a conditional whose predicate it cannot know.
+    The gradient of the residual stream is a chain of cheap sums. XLA on the CPU recomputes it from its start
+    wherever it is used, which costs a quarter of the update of 6 layers. It does not fuse across a
+    conditional whose predicate it cannot know (`optimization_barrier` is expanded before fusion there).
+    Elsewhere the gradient passes unchanged.
     """
     del always
     return x
 
 
-def _cut_forward(x, always):
+def _block_fusion_forward(x, always):
     return x, always
 
 
-def _cut_backward(always, gradient):
-    return jax.lax.cond(always, lambda g: g, jnp.zeros_like, gradient), None
+def _block_fusion_backward(always, gradient):
+    def conditional(always, gradient):
+        return jax.lax.cond(always, lambda g: g, jnp.zeros_like, gradient)
+
+    # Decided for the platform that the program is compiled for, which may not be that of this machine.
+    return jax.lax.platform_dependent(always, gradient, cpu=conditional, default=lambda _, g: g), None
 
 
-_cut.defvjp(_cut_forward, _cut_backward)
+_block_fusion.defvjp(_block_fusion_forward, _block_fusion_backward)
 
 
 @dataclass(frozen=True)
@@ -374,13 +366,13 @@ def _layer(a, dtype, attend, i, frame, weights, x, cached) -> tuple[Array, KeysV
     mixed, own = _attention(a, attend, weights, i, frame, features, cached)
     mixed = dense(mixed, weights["output"])
     x = x + (_norm(a, mixed, weights["post_attention_norm"]) if "post_attention_norm" in weights else mixed)
-    x = _cut(x, frame.always)
+    x = _block_fusion(x, frame.always)
     normed = _norm(a, x, weights["mlp_norm"])
     ups = [dense(normed, w) for w in weights["up"]]
     inner = ACTIVATIONS[a.activation](ups[0])
     inner = dense(inner * ups[1] if a.gated else inner, weights["down"])
     x = x + (_norm(a, inner, weights["post_mlp_norm"]) if "post_mlp_norm" in weights else inner)
-    return _cut(x, frame.always), own
+    return _block_fusion(x, frame.always), own
 
 
 def _run(a, weights, frame, tokens, caches, dtype, remat, attend) -> tuple[list[Array], list[KeysValues]]:

@@ -112,7 +112,7 @@ def test_a_policy_with_another_function_decodes_by_it(group_size):
 @pytest.mark.parametrize("name", ["gpt2", "llama3"])
 def test_both_layouts_of_decoding_compute_the_same(name, vendor, monkeypatch):
     """Tied heads; GPT-2's kernels are stored [out, in]."""
-    monkeypatch.setattr("grpo_jax.decoder._cpu_vendor", lambda: vendor)
+    monkeypatch.setattr("grpo_jax.decoder.cpu_vendor", lambda: vendor)
     model = load_model(FIXTURES + name)
     laid_out = model.policy.for_decoding(model.params, 8)
     assert (laid_out is model.params) == (vendor == "GenuineIntel")

@@ -20,7 +20,7 @@ FLOORS = {
     # the algebra
     1: ("advantages", "kl", "losses", "metrics", "recipes", "sampling", "shaping", "surrogates"),
     # the policy. The configuration is vocabulary, but it validates the names of recipes, so it stands here.
-    2: ("algorithm_config", "attention", "config", "data_config", "decoder", "decoder_cache", "decoding",
+    2: ("algorithm_config", "attention", "config", "cpu_tuning", "data_config", "decoder", "decoder_cache", "decoding",
         "log_probs", "lora", "meshes", "optimizers", "packing", "rotary", "sampling_config",
         "vocabulary"),
     # the outside world
@@ -34,7 +34,7 @@ FLOORS = {
     # the two halves
     4: ("actor", "experience", "groups", "learner", "outcomes", "standstill"),
     # the commands, and what they share
-    5: ("best", "cli", "evaluate", "export", "generate", "huge_pages", "model_card", "parts", "plan",
+    5: ("best", "cli", "evaluate", "export", "generate", "model_card", "parts", "plan",
         "progress", "runs", "score", "train"),
 }  # fmt: skip
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}

@@ -98,7 +98,7 @@ def test_compilations_follow_what_is_scored_and_packed(tmp_path, model, monkeypa
 
 
 def test_memory_by_hand(tmp_path, model, monkeypatch):
-    monkeypatch.setattr("grpo_jax.decoder._cpu_vendor", lambda: "AuthenticAMD")
+    monkeypatch.setattr("grpo_jax.decoder.cpu_vendor", lambda: "AuthenticAMD")
     memory = plan_of(tmp_path, model).memory
     assert all(size > 0 for size in memory.values())
     assert memory["parameters"] == memory["reference"] == memory["gradients"] == 4 * PARAMETERS

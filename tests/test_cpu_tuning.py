@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from grpo_jax import huge_pages
+from grpo_jax import cpu_tuning
 
 SCRIPT = """
 import re, threading
 from pathlib import Path
-from grpo_jax.huge_pages import use_huge_pages
+from grpo_jax.cpu_tuning import use_huge_pages
 done = use_huge_pages(0.25)
 assert use_huge_pages(0.25) == done
 blocks = []
@@ -37,7 +37,7 @@ def run(**environment: str) -> tuple[bool, int]:
 def test_large_arrays_of_every_thread_lie_in_huge_pages():
     done, mebibytes = run()
     assert not done or mebibytes >= 100
-    if "[madvise]" in huge_pages._SETTING.read_text():
+    if "[madvise]" in cpu_tuning._SETTING.read_text():
         assert done
         assert run(GRPO_JAX_HUGE_PAGES="0") == (False, 0)
 
@@ -47,5 +47,5 @@ def test_left_alone_where_it_would_change_nothing(tmp_path, monkeypatch, setting
     path = tmp_path / "enabled"
     if setting:
         path.write_text(setting)
-    monkeypatch.setattr(huge_pages, "_SETTING", path)
-    assert huge_pages.use_huge_pages.__wrapped__() is False
+    monkeypatch.setattr(cpu_tuning, "_SETTING", path)
+    assert cpu_tuning.use_huge_pages.__wrapped__() is False
