@@ -124,7 +124,7 @@ def make_config(
 def start(config: Config, mean: float | None) -> tuple[Parts, Progress]:
     """Builds what `grpo_jax.train.train` builds before its loop; nothing else keeps the parameters."""
     model = load_model(config.model.hf_model_name, dtype=config.model.dtype)
-    model = replace(model, eos_ids=()) if mean is None else end_with_hazard(model, mean)
+    model = replace(model, eos_ids=(), eos_origins=()) if mean is None else end_with_hazard(model, mean)
     parts = build(config, model=model)
     progress = start_progress(parts)
     shapes = jax.eval_shape(lambda params: params, model.params)
