@@ -29,15 +29,6 @@ def test_files_it_names_exist():
     assert [name for name in sorted(names) if not (ROOT / name).exists()] == []
 
 
-def test_modules_of_the_floor_table_are_those_of_the_package():
-    table = README[README.index("| floor | files |") :]
-    named = set(re.findall(r"`(\w+)/?`", table[: table.index("\n\n")]))
-    package = {path.stem for path in (ROOT / "grpo_jax").iterdir() if path.suffix == ".py"}
-    package |= {path.name for path in (ROOT / "grpo_jax").iterdir() if (path / "__init__.py").exists()}
-    missing = package - named - {"__init__"}
-    assert not missing, f"README's floor table lacks {sorted(missing)}"
-
-
 def cells(heading: str) -> list[list[str]]:
     """Returns the rows of the table with that first line, without it."""
     table = README[README.index(heading) :]
