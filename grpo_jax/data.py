@@ -1,17 +1,19 @@
 """Prompts: built-in tasks, files and data sets, and their order as a function of (seed, step)."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import grain
 
+from grpo_jax.bad_rows import BadRow, settle
+from grpo_jax.columns import rename
 from grpo_jax.data_config import DEFAULT_TASK, DataConfig
 from grpo_jax.hub_data import read_dataset
 from grpo_jax.prompts import Prompt, PromptForm, complete_prompt, make_prompt_form, row_prompt
-from grpo_jax.row_files import Rows, read_rows
+from grpo_jax.row_files import Rows, find_files, read_rows, stem
 from grpo_jax.tasks import ROW_TASKS, Example, RowTask, Task, check_arguments, check_name, load_task
 
 __all__ = ["Example", "Task", "batch", "load_data", "load_task"]
@@ -33,7 +35,7 @@ def load_data(data: DataConfig) -> Task:
     form = make_prompt_form(
         prompt_template=data.prompt_template,
         system_prompt=data.system_prompt,
-        few_shot=[shot | _rename(shot, data.columns, strict=False) for shot in data.few_shot],
+        few_shot=[shot | rename(shot, data.columns, strict=False) for shot in data.few_shot],
         few_shot_separator=data.few_shot_separator,
     )
     if data.task in ROW_TASKS:
@@ -44,14 +46,15 @@ def load_data(data: DataConfig) -> Task:
                 f"data.task: {data.task} makes its own problems; leave out "
                 f"data.{'train_file' if data.train_file else 'dataset'}, or the task"
             )
-        name = Path(data.train_file).stem if data.train_file else data.dataset.rstrip("/").rpartition("/")[2]
-        task = _load_rows(data, _plain(name), form)
+        task = _load_rows(data, _plain(_name_of_source(data)), form)
     else:
         for name in ("columns", "eval_fraction"):
             if getattr(data, name):
                 raise ValueError(
                     f"data.{name} is for a train_file or dataset; {data.task} has its own prompts"
                 )
+        if data.on_bad_row != "error":
+            raise ValueError(f"data.on_bad_row is for a train_file or dataset; {data.task} has no bad rows")
         task = _templated(load_task(data.task, data.task_arguments), form)
     return _completed(task, form)
 
@@ -78,6 +81,12 @@ def batch(examples: Sequence[Example], *, seed: int, step: int, num_prompts: int
     return [order[index] for index in range(step * num_prompts, (step + 1) * num_prompts)]
 
 
+def _name_of_source(data: DataConfig) -> str:
+    if data.train_file is not None:
+        return stem(find_files(data.train_file)[0])
+    return data.dataset.rstrip("/").rpartition("/")[2]
+
+
 def _plain(name: str) -> RowTask:
     """Returns the task of a file whose rows are examples as they stand."""
     return RowTask(name=name, make_rows=_as_it_stands, rewards=(), hub=None, eval_fraction=0.0)
@@ -102,64 +111,97 @@ def _load_rows(data: DataConfig, task: RowTask, form: PromptForm) -> Task:
             eval_split=hub.eval_split if data.eval_fraction is None else None,
         )
 
-    def examples(source: str, rows: Rows) -> list[Example]:
-        return _examples(source, rows, data, task, form)
+    def of_files(names: str | list[str], what: str) -> tuple[list[Example], list[str]]:
+        return _examples([(name, read_rows(name)) for name in find_files(names)], data, task, form, what)
 
-    def split(name: str) -> list[Example]:
+    def of_split(name: str, what: str) -> tuple[list[Example], list[str]]:
         rows = read_dataset(data.dataset, config=data.dataset_config, split=name)
-        return examples(f"{data.dataset} [{name}]", rows)
+        return _examples([(f"{data.dataset} [{name}]", rows)], data, task, form, what)
 
     if data.train_file is not None:
-        train = examples(data.train_file, read_rows(data.train_file))
+        train, notes = of_files(data.train_file, "training")
     else:
-        train = split(data.train_split)
+        train, notes = of_split(data.train_split, "training")
     evaluation: list[Example] = []
+    about_evaluation: list[str] = []
     if data.eval_file is not None:
-        evaluation = examples(data.eval_file, read_rows(data.eval_file))
+        evaluation, about_evaluation = of_files(data.eval_file, "evaluation")
     elif data.eval_split is not None:
-        evaluation = split(data.eval_split)
+        evaluation, about_evaluation = of_split(data.eval_split, "evaluation")
     elif fraction := task.eval_fraction if data.eval_fraction is None else data.eval_fraction:
         train, evaluation = _split(train, fraction)
-    return Task(task.name, train, evaluation, task.rewards)
+    return Task(task.name, train, evaluation, task.rewards, notes=(*notes, *about_evaluation))
 
 
 def _examples(
-    source: str | Path, rows: Rows, data: DataConfig, task: RowTask, form: PromptForm
-) -> list[Example]:
-    """Turns rows into examples, without solved examples and system message."""
-    examples: list[Example] = []
-    first_place = ""
-    for place, row in rows:
-        try:
-            renamed = _rename(row, data.columns, strict=True)
-            for made in task.make_rows(renamed, **data.task_arguments):
-                # A template may call a column by its name in the file as well.
-                example = _example(form, made, {**row, **renamed, **made})
-                example = replace(example, place=f"{source}, {place}")
-                if examples:
-                    _check_columns(example, examples[0], first_place)
-                first_place = first_place or place
-                examples.append(example)
-        except ValueError as error:
-            raise ValueError(f"{source}, {place}: {error}") from error
-    if not examples:
+    sources: Sequence[tuple[str, Rows]], data: DataConfig, task: RowTask, form: PromptForm, what: str
+) -> tuple[list[Example], list[str]]:
+    """Turns rows into examples, without solved examples and system message: (examples, notes)."""
+    made: list[Example] = []
+    bad: dict[str, str] = {}  # place -> reason
+    num_rows = 0
+    for source, rows in sources:
+        for place, row in rows:
+            num_rows += 1
+            place = f"{source}, {place}"
+            try:
+                examples = _of_row(row, data, task, form)
+            except ValueError as error:
+                bad[place] = str(error)
+                continue
+            made += [replace(example, place=place) for example in examples]
+    first_source = sources[0][0]
+    if not num_rows or not (made or bad):
         raise ValueError(
-            f"{source}: the file has no examples; each row is one, with a `prompt` or what makes it"
+            f"{first_source}: the file has no examples; each row is one, with a `prompt` or what makes it"
             if task.make_rows is _as_it_stands
-            else f"{source}: there is no row of which {task.name} makes a prompt"
+            else f"{first_source}: there is no row of which {task.name} makes a prompt"
         )
-    return examples
+    bad |= _odd_columns(made, short_places=len(sources) == 1)
+    note = settle(
+        [BadRow(place, reason) for place, reason in bad.items()],
+        num_rows,
+        on_bad_row=data.on_bad_row,
+        what=what,
+    )
+    return [example for example in made if example.place not in bad], [note] if note else []
 
 
-def _rename(row: Mapping[str, Any], columns: Mapping[str, str], *, strict: bool) -> dict[str, Any]:
-    """Gives columns their new names; strict: each one must be there."""
-    missing = [name for name in columns.values() if name not in row]
-    if missing and strict:
-        raise ValueError(
-            f"data.columns: there is no column `{missing[0]}`; the columns are: {', '.join(row) or 'none'}"
-        )
-    new = {name: row[old] for name, old in columns.items() if old in row}
-    return {name: value for name, value in row.items() if name not in columns.values()} | new
+def _of_row(
+    row: Mapping[str, Any] | ValueError, data: DataConfig, task: RowTask, form: PromptForm
+) -> list[Example]:
+    """Makes the examples of one row.
+
+    Raises:
+        ValueError: the row cannot be used; the message does not say where it is.
+    """
+    if isinstance(row, ValueError):
+        raise row
+    renamed = rename(row, data.columns, strict=True)
+    # A template may call a column by its name in the file as well.
+    return [
+        _example(form, made, {**row, **renamed, **made})
+        for made in task.make_rows(renamed, **data.task_arguments)
+    ]
+
+
+def _odd_columns(examples: Sequence[Example], *, short_places: bool) -> dict[str, str]:
+    """Returns {place: reason} of the examples whose columns are not those that most examples have."""
+    kinds = Counter(frozenset(example.columns) for example in examples)
+    if len(kinds) < 2:
+        return {}
+    usual, _ = kinds.most_common(1)[0]  # the first of equals
+    first = next(example.place for example in examples if usual == example.columns.keys())
+    first = first.rpartition(", ")[2] if short_places else first
+    odd: dict[str, str] = {}
+    for example in examples:
+        missing = [name for name in usual if name not in example.columns]
+        new = [name for name in example.columns if name not in usual]
+        if missing:
+            odd[example.place] = f"column `{min(missing)}` is missing; {first} has it"
+        elif new:
+            odd[example.place] = f"column `{new[0]}` is new; {first} does not have it"
+    return odd
 
 
 def _example(form: PromptForm, row: Mapping[str, Any], known: Mapping[str, Any]) -> Example:
@@ -218,13 +260,3 @@ def _completed(task: Task, form: PromptForm) -> Task:
         return [replace(example, prompt=complete_prompt(form, example.prompt)) for example in examples]
 
     return replace(task, train=completed(task.train), evaluation=completed(task.evaluation))
-
-
-def _check_columns(example: Example, first: Example, first_place: str) -> None:
-    """Raises unless the example has the columns of the first example."""
-    for name in first.columns:
-        if name not in example.columns:
-            raise ValueError(f"column `{name}` is missing; {first_place} has it")
-    for name in example.columns:
-        if name not in first.columns:
-            raise ValueError(f"column `{name}` is new; {first_place} does not have it")

@@ -20,8 +20,10 @@ class DataConfig:
         task: `arithmetic`, `addition`, `countdown` and `reasoning_gym:<name>` make their own problems;
             `gsm8k` and `completion` read train_file or dataset. The default gives way to a train_file.
         task_arguments: keyword arguments of the task.
-        train_file: .jsonl, .csv (with a header), .parquet, or .txt (a row per paragraph, column `text`).
-            Each row has `prompt` (a string or a list of chat messages); other columns go to the rewards.
+        train_file: file of rows, a glob such as `parts/*.jsonl`, or a list of these. The formats are .jsonl,
+            .json, .csv and .tsv (with a header), .parquet, and .txt (a row per paragraph, column `text`).
+            Text may be compressed, such as .jsonl.gz. Each row has `prompt` (a string or a list of chat
+            messages); other columns go to the rewards.
         eval_file: held-out prompts, likewise.
         dataset: a data set of the Hugging Face hub, `owner/name`, or a local directory (extra `hub`).
         dataset_config: the data set's configuration, such as `main`.
@@ -30,6 +32,7 @@ class DataConfig:
         eval_fraction: about this share of the training prompts is held out, by their text alone; None: the
             task's own, none for a file.
         columns: new name of a column: its name in the file, such as `{prompt: question, answer: solution}`.
+            A name with dots reaches into nested columns: `{answer: reward_model.ground_truth}`.
         prompt_template: jinja2 template that makes the prompt from the row's columns.
         system_prompt: system message; it turns string prompts into chat messages.
         few_shot: solved examples put before every prompt; each has `completion`, and `prompt` or the columns
@@ -38,12 +41,14 @@ class DataConfig:
         max_prompt_length: limit in tokens; None: whatever the model's positions leave for the prompt.
         over_length: what happens to a longer prompt: `error`, `drop`, or `truncate_left` (it loses its
             beginning, a chat its oldest turns); counted and printed.
+        on_bad_row: what happens to a row that cannot be read, made a prompt of or judged by a reward:
+            `error`, which names file and line, or `drop`; counted and printed with the first reasons.
     """
 
     task: str = DEFAULT_TASK
     task_arguments: dict[str, Any] = field(default_factory=dict)
-    train_file: str | None = None
-    eval_file: str | None = None
+    train_file: str | list[str] | None = None
+    eval_file: str | list[str] | None = None
     dataset: str | None = None
     dataset_config: str | None = None
     train_split: str = "train"
@@ -56,6 +61,7 @@ class DataConfig:
     few_shot_separator: str = "\n\n"
     max_prompt_length: int | None = None
     over_length: Literal["error", "drop", "truncate_left"] = "error"
+    on_bad_row: Literal["error", "drop"] = "error"
 
     def __post_init__(self):
         n, fraction = self.max_prompt_length, self.eval_fraction

@@ -1,96 +1,133 @@
-"""Rows of a file as dicts, each with its place: JSON lines, CSV, Parquet, or the paragraphs of a text."""
+"""Rows of files as dicts, each with its place: JSON, tables, Parquet, or the paragraphs of a text."""
 
-import csv
-import json
-from collections.abc import Callable, Iterator
+import bz2
+import functools
+import glob
+import gzip
+import lzma
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from grpo_jax.csv_rows import read_csv
+from grpo_jax.json_rows import read_json
 
 Row = dict[str, Any]
-Rows = Iterator[tuple[str, Row]]  # (place, row); the place is such as "line 3"
+# (place, row): the place is such as "line 3"; a row that cannot be read is the ValueError that says why.
+Rows = Iterator[tuple[str, Row | ValueError]]
+
+_Open = Callable[[], BinaryIO]
+COMPRESSIONS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_MAGIC = {  # first bytes of what is no text -> (what it is, what to do)
+    b"\x1f\x8b": ("compressed by gzip", "end its name in .gz"),
+    b"BZh": ("compressed by bzip2", "end its name in .bz2"),
+    b"\xfd7zXZ": ("compressed by xz", "end its name in .xz"),
+    b"PK\x03\x04": ("a zip archive (or .xlsx)", "unpack it, or save it as text"),
+    b"PAR1": ("Parquet", "end its name in .parquet"),
+    b"\xff\xfe": ("UTF-16 text", "save it as UTF-8"),
+    b"\xfe\xff": ("UTF-16 text", "save it as UTF-8"),
+}
+
+
+def find_files(names: str | Sequence[str]) -> list[str]:
+    """Finds the files that names and globs stand for, in the order of the names.
+
+    Args:
+        names: one or several; a name that is no file and has `*`, `?` or `[` in it is a glob, `**` goes
+            through folders.
+
+    Returns:
+        the names of files, those of one glob sorted by name; for one name that is no glob, itself.
+
+    Raises:
+        FileNotFoundError: a glob without a file. ValueError: no name, or a file that is named twice.
+    """
+    found: list[str] = []
+    for name in [names] if isinstance(names, str) else names:
+        if not glob.has_magic(name) or Path(name).exists():
+            matches = [name]
+        else:
+            matches = [path for path in sorted(glob.glob(name, recursive=True)) if Path(path).is_file()]
+            if not matches:
+                raise FileNotFoundError(f"{name}: no file has such a name; looked in {Path.cwd()}")
+        for match in matches:
+            if match in found:
+                raise ValueError(f"{match} is named twice, by {names}; its rows would count twice")
+            found.append(match)
+    if not found:
+        raise ValueError("a list of files is empty; name at least one")
+    return found
+
+
+def stem(path: str | Path) -> str:
+    """Returns a file's name without what says its format and compression."""
+    name = Path(path)
+    return Path(name.stem).stem if name.suffix.lower() in COMPRESSIONS else name.stem
 
 
 def read_rows(path: str | Path) -> Rows:
     """Reads the rows of a file, in the format that its suffix says.
 
     Args:
-        path: .jsonl or .json (an object per line), .csv (a header line; every value is text), .parquet
-            (extra `parquet`), or .txt (a row per paragraph, with the one column `text`).
+        path: .jsonl or .json (see `read_json`), .csv or .tsv (a line of names; every value is text),
+            .parquet (extra `parquet`), or .txt (a row per paragraph, with the one column `text`). Text may
+            be compressed: .jsonl.gz, .csv.bz2, .txt.xz, and so on.
 
     Yields:
-        (place, row): the place as people count, "line 3" or "row 3" of the file.
+        (place, row): the place as people count, "line 3" or "row 3" of the file. A row that cannot be read
+        is the ValueError that says why, and reading goes on after it.
 
     Raises:
-        ValueError: an unknown suffix, or a broken row, named by file and place. ImportError: pyarrow is
-            missing. OSError: the file cannot be read.
+        ValueError: an unknown suffix, or a file that cannot be read beyond some place. ImportError: pyarrow
+            is missing. OSError: the file cannot be opened.
     """
-    suffix = Path(path).suffix.lower()
+    path = Path(path)
+    compression = path.suffix.lower() if path.suffix.lower() in COMPRESSIONS else ""
+    inner = Path(path.stem) if compression else path
+    suffix = inner.suffix.lower()
     if suffix not in READERS:
+        known = ", ".join(READERS)
         raise ValueError(
-            f"{path}: files of rows end in {', '.join(READERS)}, not in {suffix!r}"
-            if suffix
-            else f"{path}: the file's name needs a suffix that says its format: {', '.join(READERS)}"
+            f"{path}: files of rows end in {known}, not in {suffix + compression!r}"
+            if suffix or compression
+            else f"{path}: the file's name needs a suffix that says its format: {known}"
         )
-    if not Path(path).is_file():
+    if compression and suffix == ".parquet":
+        raise ValueError(f"{path}: Parquet is compressed inside; unpack the file to {inner.name}")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: a directory; name its files, such as {path}/*{suffix}")
+    if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file of rows; looked in {Path.cwd()}")
-    return READERS[suffix](path)
+    if not compression and suffix != ".parquet":
+        _check_start(path)
+    opener = COMPRESSIONS.get(compression, open)
+    return _unpacked(path, READERS[suffix](path, functools.partial(opener, path, "rb")))
 
 
-def _read_json_lines(path: str | Path) -> Rows:
+def _check_start(path: Path) -> None:
+    """Raises for a file of text whose first bytes are those of something else."""
     with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    yield f"line {number}", _parse_json(line)
-                except ValueError as error:
-                    raise ValueError(f"{path}, line {number}: {error}") from error
+        start = file.read(8)
+    for magic, (what, fix) in _MAGIC.items():
+        if start.startswith(magic):
+            raise ValueError(f"{path}: the file is {what}; {fix}")
 
 
-def _parse_json(line: bytes) -> Row:
+def _unpacked(path: Path, rows: Rows) -> Rows:
+    """Yields rows; what is wrong with the compression of their file becomes a message."""
     try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 text ({error})") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"must be a JSON object with a `prompt`, not {type(row).__name__}")
-    return row
+        yield from rows
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: damaged, or not compressed as its name says ({error})") from error
+    except OSError as error:
+        if error.errno is not None or path.suffix.lower() not in COMPRESSIONS:
+            raise
+        raise ValueError(f"{path}: damaged, or not compressed as its name says ({error})") from error
 
 
-def _read_csv(path: str | Path) -> Rows:
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
-        first = 1  # line on which the row begins; quoted fields hold line breaks
-        header: list[str] = []
-        try:
-            for fields in reader:
-                if not fields:
-                    pass
-                elif not header:
-                    header = _checked_header(fields)
-                elif len(fields) != len(header):
-                    raise ValueError(f"{len(fields)} fields, but the header has {len(header)}")
-                else:
-                    yield f"line {first}", dict(zip(header, fields, strict=True))
-                first = reader.line_num + 1
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 text after line {reader.line_num} ({error})") from error
-        except (ValueError, csv.Error) as error:
-            what = f"not valid CSV ({error})" if isinstance(error, csv.Error) else error
-            raise ValueError(f"{path}, line {first}: {what}") from error
-
-
-def _checked_header(names: list[str]) -> list[str]:
-    for i, name in enumerate(names):
-        if not name.strip():
-            raise ValueError(f"the header has no name for column {i + 1}")
-        if name in names[:i]:
-            raise ValueError(f"the header names column `{name}` twice")
-    return names
-
-
-def _read_parquet(path: str | Path) -> Rows:
+def _read_parquet(path: str | Path, open_file: _Open) -> Rows:
     try:
         from pyarrow import parquet
     except ImportError as error:
@@ -98,9 +135,13 @@ def _read_parquet(path: str | Path) -> Rows:
             f'{path} is Parquet, which needs pyarrow: pip install "grpo-jax[parquet]" ({error})'
         ) from None
     number = 0
-    with open(path, "rb") as file:
+    with open_file() as file:
         try:
-            for part in parquet.ParquetFile(file).iter_batches():
+            table = parquet.ParquetFile(file)
+            names = table.schema_arrow.names
+            if repeated := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"the column `{repeated[0]}` is there twice")
+            for part in table.iter_batches():
                 for row in part.to_pylist():
                     number += 1
                     yield f"row {number}", row
@@ -108,11 +149,11 @@ def _read_parquet(path: str | Path) -> Rows:
             raise ValueError(f"{path}: not a Parquet file that can be read ({error})") from error
 
 
-def _read_paragraphs(path: str | Path) -> Rows:
+def _read_paragraphs(path: str | Path, open_file: _Open) -> Rows:
     """Yields the paragraphs of a text, which blank lines separate."""
     first, paragraph = 1, ""
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with TextIOWrapper(open_file(), encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     first = first if paragraph else number
@@ -126,10 +167,11 @@ def _read_paragraphs(path: str | Path) -> Rows:
         yield f"line {first}", {"text": paragraph.rstrip()}
 
 
-READERS: dict[str, Callable[[str | Path], Rows]] = {
-    ".jsonl": _read_json_lines,
-    ".json": _read_json_lines,
-    ".csv": _read_csv,
+READERS: dict[str, Callable[[str | Path, _Open], Rows]] = {
+    ".jsonl": read_json,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": functools.partial(read_csv, separator="\t"),
     ".parquet": _read_parquet,
     ".txt": _read_paragraphs,
 }

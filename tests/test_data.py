@@ -178,6 +178,99 @@ def test_a_missing_column_is_named(tmp_path):
         of_rows(tmp_path, *rows, columns={"prompt": "question"})
 
 
+VERL = {"prompt": "1+1=", "reward_model": {"style": "rule", "ground_truth": "2"}}
+
+
+def test_nested_columns(tmp_path):
+    """Seen: `reward_model.ground_truth` was refused; only templates reached inside (case data-25)."""
+    columns = {"answer": "reward_model.ground_truth"}
+    assert of_rows(tmp_path, VERL, columns=columns).train == [
+        Example("1+1=", {"reward_model": VERL["reward_model"], "answer": "2"})
+    ]
+    flat = {**VERL, "reward_model.ground_truth": "flat"}
+    assert of_rows(tmp_path, flat, columns=columns).train[0].columns["answer"] == "flat"
+    deep = {"a.b": {"c": {"d.e": {"f": "1+1="}}}}
+    assert of_rows(tmp_path, deep, columns={"prompt": "a.b.c.d.e.f"}).train[0].prompt == "1+1="
+
+
+@pytest.mark.parametrize(
+    ("reward_model", "message"),
+    [
+        (None, "but `reward_model` is null"),
+        ({"ground_truth": None}, "which is null here"),
+        ({"style": "rule"}, "but `reward_model` has no `ground_truth`; it has: style"),
+        ({}, "but `reward_model` has no `ground_truth`; it has: nothing"),
+        ("2", "but `reward_model` is str, without fields"),
+        (["2"], "but `reward_model` is list, without fields"),
+    ],
+)
+def test_a_nested_column_is_missing_in_one_row(tmp_path, reward_model, message):
+    rows = [VERL, {**VERL, "reward_model": reward_model}, VERL]
+    columns = {"answer": "reward_model.ground_truth"}
+    with pytest.raises(ValueError, match=rf"rows\.jsonl, line 2: data\.columns: .*, {message} \(1 of 3 tr"):
+        of_rows(tmp_path, *rows, columns=columns)
+    task = of_rows(tmp_path, *rows, columns=columns, on_bad_row="drop")
+    assert [example.place[-6:] for example in task.train] == ["line 1", "line 3"]
+
+
+def test_several_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("b.jsonl", "parts-2.jsonl", "parts-1.jsonl"):
+        write(tmp_path / name, json.dumps({"prompt": name}), json.dumps({"prompt": name + "!"}))
+    task = load_data(DataConfig(train_file=["b.jsonl", "parts-*.jsonl"], eval_file="parts-?.jsonl"))
+    assert task.name == "b"
+    assert [(example.prompt, example.place) for example in task.train] == [
+        ("b.jsonl", "b.jsonl, line 1"), ("b.jsonl!", "b.jsonl, line 2"),
+        ("parts-1.jsonl", "parts-1.jsonl, line 1"), ("parts-1.jsonl!", "parts-1.jsonl, line 2"),
+        ("parts-2.jsonl", "parts-2.jsonl, line 1"), ("parts-2.jsonl!", "parts-2.jsonl, line 2"),
+    ]  # fmt: skip
+    assert task.evaluation == task.train[2:]
+    write(tmp_path / "parts-1.jsonl", '{"prompt": "x", "answer": 1}')
+    message = r"parts-1\.jsonl, line 1: column `answer` is new; b\.jsonl, line 1 does not have it \(1 of 5 tr"
+    with pytest.raises(ValueError, match=message):
+        load_data(DataConfig(train_file=["b.jsonl", "parts-*.jsonl"]))
+
+
+def test_bad_rows_are_counted_or_dropped(tmp_path):
+    good = {"prompt": "1+1=", "answer": "2"}
+    lines = [json.dumps(good)] * 9
+    lines[1], lines[3], lines[5], lines[7] = "{", '{"answer": "2"}', "[", "{"
+    path = write(tmp_path / "a.jsonl", *lines)
+    with pytest.raises(ValueError) as caught:
+        load_jsonl(path)
+    assert str(caught.value) == (
+        f"{path}, line 2: not valid JSON (Expecting property name enclosed in double quotes: line 1 column 2 "
+        "(char 1)); line 4: `prompt` is missing; the keys are: answer (data.columns names one of them, "
+        "data.prompt_template makes it from them); line 6: not valid JSON (Expecting value: line 1 column 2 "
+        "(char 1)); ... (4 of 9 training rows; data.on_bad_row: drop leaves them out)"
+    )
+    task = load_data(DataConfig(train_file=str(path), on_bad_row="drop"))
+    assert [example.place[-6:] for example in task.train] == [f"line {n}" for n in (1, 3, 5, 7, 9)]
+    (note,) = task.notes
+    assert note.startswith(f"4 of 9 training rows are left out (data.on_bad_row: drop): {path}, line 2: not")
+    lines[0] = lines[2] = "{"
+    write(path, *lines)
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: not valid [^;]* \(6 of 9 rows\)$"):
+        load_jsonl(path)
+    (note,) = load_data(DataConfig(train_file=str(path), on_bad_row="drop")).notes
+    assert note.startswith("WARNING: more than half of the data is unusable; 6 of 9 training rows are left")
+    assert "line 2: the same; line 3: the same; ..." in note
+    write(path, "{", "{")
+    with pytest.raises(
+        ValueError, match=r"all 2 training rows are bad, so none is left to use: .*a\.jsonl, l"
+    ):
+        load_data(DataConfig(train_file=str(path), on_bad_row="drop"))
+
+
+def test_the_odd_row_is_named_wherever_it_stands(tmp_path):
+    rows = [{"prompt": "1", "answer": "1", "hint": ""}, *[{"prompt": "1", "answer": "1"}] * 3]
+    with pytest.raises(ValueError, match=r"line 1: column `hint` is new; line 2 does not have it \(1 of 4 "):
+        of_rows(tmp_path, *rows)
+    assert len(of_rows(tmp_path, *rows, on_bad_row="drop").train) == 3
+    with pytest.raises(ValueError, match=r"data\.on_bad_row is for a train_file or dataset; arithmetic has"):
+        load_data(DataConfig(on_bad_row="drop"))
+
+
 def test_template_knows_both_names(tmp_path):
     row = {"question": "1+1?", "solution": "2"}
     settings = {"columns": {"prompt": "question", "answer": "solution"}}

@@ -24,7 +24,8 @@ FLOORS = {
         "log_probs", "lora", "meshes", "optimizers", "packing", "rotary", "sampling_config",
         "vocabulary"),
     # the outside world
-    3: ("adapters", "answer_rewards", "architectures", "categories", "chat_templates", "checkpoints",
+    3: ("bad_rows", "columns", "csv_rows", "json_rows",
+        "adapters", "answer_rewards", "architectures", "categories", "chat_templates", "checkpoints",
         "completions", "data", "endings", "estimates", "expressions", "families", "flax_models",
         "gold_answers",
         "http_scores", "hub_data", "implementations", "models", "notices", "prompt_lengths", "prompts",

@@ -34,6 +34,7 @@ class Task:
         evaluation: held-out examples; may be empty.
         rewards: names of the reward functions used when the configuration names none.
         reward_arguments: keyword arguments of these functions, by name.
+        notes: what the user should know about the data before the first step, a line each.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Task:
     evaluation: Sequence[Example]
     rewards: tuple[str, ...]
     reward_arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
