@@ -9,6 +9,7 @@ import optax
 
 from grpo_jax.actor import Actor
 from grpo_jax.adapters import make_lora
+from grpo_jax.bad_rows import BadRow, settle
 from grpo_jax.categories import rows_by_category
 from grpo_jax.config import Config, RewardConfig
 from grpo_jax.data import Task, load_data
@@ -19,7 +20,8 @@ from grpo_jax.models import Model, load_model, set_endings
 from grpo_jax.optimizers import make_optimizer, make_schedule
 from grpo_jax.prompt_lengths import fit_prompts, prompt_limit
 from grpo_jax.recipes import CLIP_KEYWORDS, Recipe, make_recipe
-from grpo_jax.rewards import Reward, check_columns, load_rewards
+from grpo_jax.rewards import Reward, check_columns, check_rows, load_rewards
+from grpo_jax.tasks import Example
 from grpo_jax.verdicts import Correct, choose_correct, note_on_choice
 
 
@@ -115,13 +117,15 @@ def build(config: Config, *, model: Model | None = None) -> Parts:
         ValueError, OSError, ImportError: something the user gave is wrong; the message names it.
     """
     training = config.training
-    notes: list[str] = []
     task = load_data(config.data)
+    notes = list(task.notes)
     rewards, eval_rewards = _load_rewards(config, task)
     for examples in filter(None, (task.train, task.evaluation)):
         check_columns(rewards, examples[0].columns)
     if task.evaluation:
         check_columns(eval_rewards, task.evaluation[0].columns)
+    task, about_rows = _without_bad_rows(config, task, rewards, eval_rewards)
+    notes += about_rows
     correct = _choose_correct(config, task, rewards, eval_rewards, notes)
     if model is None:
         model = _load_named_model(config)
@@ -168,6 +172,32 @@ def build(config: Config, *, model: Model | None = None) -> Parts:
         categories=rows_by_category(held_out.examples, config.evaluation.category),
         notes=tuple(notes),
     )
+
+
+def _without_bad_rows(
+    config: Config, task: Task, rewards: Sequence[Reward], eval_rewards: Sequence[Reward]
+) -> tuple[Task, list[str]]:
+    """Checks every row with the rewards that will judge it: (task of the rows that are left, notes).
+
+    Raises:
+        ValueError: a reward cannot judge a row, and data.on_bad_row is `error`.
+    """
+    sides = {
+        "training": (task.train, rewards),
+        "evaluation": (task.evaluation, (*rewards, *eval_rewards)),
+    }
+    kept: list[Sequence[Example]] = []
+    notes: list[str] = []
+    for what, (examples, judges) in sides.items():
+        reasons = dict(check_rows(judges, examples))
+        bad = [
+            BadRow(examples[index].place or f"{what} prompt {index}", reason)
+            for index, reason in reasons.items()
+        ]
+        note = settle(bad, len(examples), on_bad_row=config.data.on_bad_row, what=what)
+        notes += [note] if note else []
+        kept.append([e for i, e in enumerate(examples) if i not in reasons] if bad else examples)
+    return replace(task, train=kept[0], evaluation=kept[1]), notes
 
 
 def build_model(config: Config) -> tuple[Model, TrainState]:

@@ -238,3 +238,48 @@ def test_a_model_without_a_limit(tmp_path, model):
             dataclasses.replace(config, data=dataclasses.replace(config.data, max_prompt_length=10)),
             model=endless,
         )
+
+
+BAD_GOLDS = ["no real solution", None, float("nan"), ["a", "b"], True, ""]
+
+
+@pytest.mark.parametrize("gold", BAD_GOLDS, ids=str)
+def test_one_bad_gold_is_named_before_the_model_is_loaded(tmp_path, gold):
+    """Seen: six of ten steps, then an error without file or line, at every restart (case data-01)."""
+    rows = [{"prompt": "1+1=", "answer": "2"}] * 5
+    rows[3] = {"prompt": "1+1=", "answer": gold}
+    path, good = tmp_path / "a.jsonl", tmp_path / "good.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    good.write_text(json.dumps(rows[0]) + "\n")
+    settings = {"rewards": "[{function: numeric_answer}]", "model__hf_model_name": "/no/such/model"}
+    message = r"a\.jsonl, line 4: reward `numeric_answer`: .*\(1 of 5 (\w+) rows; data\.on_bad_row: drop leav"
+    for files, what in (({"data__train_file": path}, "training"), ({"data__eval_file": path}, "evaluation")):
+        config = small_run.config(tmp_path / "run", **{"data__train_file": good, **settings, **files})
+        with pytest.raises(ValueError, match=message) as caught:
+            build(config)
+        assert f" {what} rows" in str(caught.value)
+
+
+def test_rows_with_a_bad_gold_can_be_dropped(tmp_path, model):
+    rows = [{"prompt": f"{i}+1=", "answer": str(i + 1) if i % 3 else None} for i in range(9)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    both = {"data__train_file": path, "data__eval_file": path, "evaluation__num_prompts": 9}
+    rewards = "[{function: numeric_answer}]"
+    parts = build(small_run.config(tmp_path, **both, rewards=rewards, data__on_bad_row="drop"), model=model)
+    prompts_left = [example.prompt for example in parts.task.train]
+    assert prompts_left == [row["prompt"] for row in rows if row["answer"]]
+    assert [example.prompt for example in parts.task.evaluation] == prompts_left
+    about = [note for note in parts.notes if "left out" in note]
+    for note, what in zip(about, ("training", "evaluation"), strict=True):
+        assert note.startswith(
+            f"3 of 9 {what} rows are left out (data.on_bad_row: drop): {path}, line 1: rew"
+        )
+        assert "; line 4: the same; line 7: the same" in note
+    # Rewards that are only logged check the held-out rows alone.
+    logged = {
+        "rewards": "[{function: length_penalty, arguments: {target: 3}}]",
+        "evaluation__rewards": rewards,
+    }
+    with pytest.raises(ValueError, match=r"line 1: reward `numeric_answer`: .* \(3 of 9 evaluation rows; "):
+        build(small_run.config(tmp_path, **both, **logged), model=model)
