@@ -18,6 +18,7 @@ from grpo_jax.metrics import reward_metrics, rollout_metrics
 from grpo_jax.models import Model, decode, encode, pad_prompts
 from grpo_jax.prompt_lengths import bucket_length
 from grpo_jax.recipes import Recipe
+from grpo_jax.reference import is_reference
 from grpo_jax.rewards import Reward, reward_means, score
 from grpo_jax.types import Array, Experience, Judged, Params, Rollout
 
@@ -193,6 +194,8 @@ def _sample_round(actor, params, ref_params, examples: Sequence[Example], key: A
     # Dispatched, not awaited: the device scores while the host rewards.
     old_log_probs, entropies = _score(actor, params, rollout) if actor.scores_policy else (None, None)
     ref_log_probs = None if ref_params is None else _score(actor, ref_params, rollout)[0]
+    if ref_log_probs is not None and old_log_probs is not None and is_reference(params, ref_params):
+        ref_log_probs = old_log_probs  # so that a KL in the reward is exactly 0, whatever a program rounds
     repeated = [example for example in examples for _ in range(actor.group_size)]
     scores = judge(actor.rewards, repeated, texts)
     rewarded = time.perf_counter()

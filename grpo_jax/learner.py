@@ -24,7 +24,11 @@ from grpo_jax.lora import Lora, merge_adapters
 from grpo_jax.losses import LossMetrics
 from grpo_jax.metrics import Metrics, logp_difference_max, loss_metrics_dict, merge_loss_metrics, token_mean
 from grpo_jax.recipes import Recipe
+from grpo_jax.reference import is_reference
 from grpo_jax.types import Array, Experience, Params, Policy
+
+# Two programs may compute the same float32 log-prob this many nats apart. A KL of that size is 5e-10 nats.
+_ROUNDING = 3e-5
 
 
 class TrainState(train_state.TrainState):
@@ -128,6 +132,8 @@ def experience_loss(
     lora: Lora | None = None,
     frozen: Params | None = None,
     ref_params: Params | None = None,
+    at_reference: bool | Array = False,
+    has_signal: bool | Array = True,
     dropout_key: Array | None = None,
     group_size: int = 1,
     num_tokens: int | None = None,
@@ -144,6 +150,9 @@ def experience_loss(
         lora: what params are adapters of; None: they are the policy's parameters.
         frozen: parameters of the base, with LoRA.
         ref_params: of the reference, for an exact KL term; None: the KL term, if any, is an estimate.
+        at_reference: the policy is the reference: see `grpo_loss`.
+        has_signal: the whole batch has something to learn but the KL. Without, an estimated KL counts only
+            on tokens where it is more than the rounding between two programs.
         dropout_key: see `merge_adapters`.
         group_size: see `completion_hidden`.
         num_tokens: see `completion_hidden`; the loss is NaN if there are more.
@@ -166,6 +175,9 @@ def experience_loss(
             policy, params, ref_params, hidden, hidden_of(ref_params), e.tokens, **settings
         )
     current = jax.lax.stop_gradient(log_probs)
+    at_reference = jnp.broadcast_to(at_reference, e.mask.shape)
+    if e.ref_log_probs is not None:
+        at_reference |= ~jnp.asarray(has_signal) & (jnp.abs(current - e.ref_log_probs) <= _ROUNDING)
     loss, metrics = recipe.loss(
         log_probs,
         current if e.old_log_probs is None else e.old_log_probs,
@@ -175,6 +187,7 @@ def experience_loss(
         e.ref_log_probs,
         penalty_weights=e.penalty_weights,
         kls=kls,
+        at_reference=at_reference,
         entropies=entropies,
     )
     if num_tokens is not None:
@@ -213,6 +226,7 @@ def train_step(
     recipe: Recipe,
     frozen: Params | None = None,
     ref_params: Params | None = None,
+    at_reference: bool | Array = False,
     dropout_key: Array | None = None,
     group_size: int = 1,
     num_microbatches: int = 1,
@@ -227,6 +241,11 @@ def train_step(
     counted as skipped. They also stay if every gradient is exactly 0, as when all groups are dead:
     without a signal neither momentum nor weight decay moves the policy, and the update is counted as idle.
 
+    Where all groups are dead and the policy is the reference, the KL has no gradient either. Rounding must
+    not become one, since an optimizer like Adam makes a full step of a gradient of any size. So the KL of
+    such a batch is exactly 0 if the caller says `at_reference`, if ref_params are the policy's, and on tokens
+    whose log-probs under both are within 3e-5 nats, which is more than float32 programs differ by.
+
     Args:
         state: of `init_train_state`: its arrays are donated, so do not use it afterwards. Or a plain flax
             `TrainState` (a subclass as well) of a Flax causal language model of transformers, with
@@ -237,6 +256,8 @@ def train_step(
         recipe: the objective. Its kl_coef and clip values are traced; the rest is static.
         frozen: parameters of the base that the state's adapters belong to; with LoRA, and only then.
         ref_params: of the frozen reference, needed only by a recipe with an exact KL term.
+        at_reference: [] bool, traced: whether the policy is the reference, see `is_reference`. Its KL is then
+            exactly 0, also where groups have a signal.
         dropout_key: PRNG key of this update's dropout; with adapters that have one, and only then. All
             micro-batches have the same.
         group_size: that many consecutive rows have the same prompt, which is then run once for them.
@@ -260,6 +281,7 @@ def train_step(
         recipe=recipe,
         frozen=frozen,
         ref_params=ref_params,
+        at_reference=at_reference,
         dropout_key=dropout_key,
         group_size=group_size,
         num_microbatches=num_microbatches,
@@ -304,6 +326,7 @@ def _train_step(
     recipe: Recipe,
     frozen: Params | None = None,
     ref_params: Params | None = None,
+    at_reference: bool | Array = False,
     dropout_key: Array | None = None,
     group_size: int = 1,
     num_microbatches: int = 1,
@@ -327,12 +350,18 @@ def _train_step(
     chex.assert_equal_shape_prefix([e.prompt_tokens, e.tokens], 1)
     if e.ref_log_probs is not None:
         chex.assert_equal_shape([e.tokens, e.ref_log_probs])
+    if ref_params is not None:
+        at_reference |= is_reference(state.params, ref_params, frozen)
+    teaches = e.mask & (e.weights != 0) & (e.advantages != 0)[:, None]
+    bonus = False if recipe.entropy_coef is None else jnp.asarray(recipe.entropy_coef) != 0
     loss_fn = functools.partial(
         experience_loss,
         recipe=recipe,
         lora=state.lora,
         frozen=frozen,
         ref_params=ref_params,
+        at_reference=at_reference,
+        has_signal=jnp.any(teaches) | bonus,
         dropout_key=dropout_key,
         group_size=shared_rows(e.tokens.shape[0], group_size, num_microbatches),
         num_tokens=num_tokens,
@@ -372,13 +401,3 @@ def _train_step(
 
 # `train_step` may be asked for what a jitted function may be asked for.
 train_step.lower, train_step._cache_size = _train_step.lower, _train_step._cache_size
-
-
-@jax.jit
-def mix_params(params: Params, ref_params: Params, alpha: float | Array) -> Params:
-    """Moves a reference towards the policy: ``alpha * params + (1 - alpha) * ref_params``.
-
-    The soft update of TR-DPO, https://arxiv.org/abs/2404.09656; alpha 1 copies the policy. The
-    result is a tree of its own, whatever becomes of the arguments.
-    """
-    return optax.incremental_update(params, ref_params, alpha)

@@ -162,6 +162,12 @@ def merge_adapters(lora: Lora, base: Params, adapters: Params, *, dropout_key: A
     return unflatten_dict(flat | {t.path: kernel for t, kernel in zip(lora.targets, merged, strict=True)})
 
 
+def adds_nothing(adapters: Params) -> Array:
+    """Says whether every B is 0, as at step 0, so that the merged model is the base: bool []."""
+    flat = flatten_dict(adapters)
+    return jnp.stack([jnp.all(leaf == 0) for path, leaf in flat.items() if path[-1] == "b"]).all()
+
+
 def _drop_inputs(lora: Lora, target: Target, a: Array, key: Array) -> Array:
     """Zeroes each row of A [in, rank] with probability p and scales the others by 1 / (1 - p)."""
     kept = jax.random.bernoulli(_own_key(target, key), 1.0 - lora.dropout, (target.inputs, 1))

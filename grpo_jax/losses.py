@@ -225,6 +225,7 @@ def grpo_loss(
     kl_coef: float | Array = 0.0,
     kl_ratio_corrected: bool = False,
     kls: Array | None = None,
+    at_reference: Array | None = None,
     entropies: Array | None = None,
     entropy_coef: float | Array = 0.0,
     penalty_weights: Array | None = None,
@@ -252,6 +253,8 @@ def grpo_loss(
             of KL(pi || ref).
         kls: [B,T], exact KL(pi || ref) of every position's distribution (`kl_exact`), with the gradient's
             path; used instead of the estimator.
+        at_reference: [B,T] bool, where the policy is known to be the reference: the KL of those tokens and
+            its gradient are exactly 0, where two programs would leave their rounding. None: nowhere.
         entropies: [B,T], entropy of every position's distribution, with the gradient's path.
         entropy_coef: weight of the entropy bonus; needs entropies.
         penalty_weights: [B,T], weights of the KL term and of the entropy bonus; None: weights.
@@ -278,7 +281,8 @@ def grpo_loss(
     surrogates = jnp.where(mask & ~stale, surrogate(log_rho, log_probs, advantages), 0)
     policy_loss = jnp.sum(weights * surrogates)
     loss = policy_loss
-    kls = _kls(kls, log_probs, ref_log_probs, log_rho, mask, kl_estimator, kl_ratio_corrected)
+    apart = mask if at_reference is None else mask & ~at_reference
+    kls = _kls(kls, log_probs, ref_log_probs, log_rho, apart, kl_estimator, kl_ratio_corrected)
     if kls is not None:
         loss = loss + kl_coef * jnp.sum(penalty_weights * kls)
     if entropies is not None:

@@ -12,7 +12,8 @@ The update, in every row (`train_step`):
                                 where KL is in the reward
     policy_loss                 sum_it w_it surrogate_it, without stale rows; near 0 on-policy with centred A
     kl                          mean_it(kl_it), nats: what the recipe's estimator (times rho, if it is
-                                corrected) gives, or the exact KL(pi || ref); 0 without a reference
+                                corrected) gives, or the exact KL(pi || ref); 0 without a reference, and
+                                exactly 0 where the policy is the reference
     entropy                     mean_it(H_it), H = -sum_v pi_v log pi_v over the vocabulary, nats
     ratio/mean, ratio/max       mean_it(rho_it), max_it(rho_it)
     clip_ratio/low_mean         mean_it([A_i != 0, rho_it < 1 and the surrogate's gradient is 0 there])

@@ -68,12 +68,22 @@ def _miscorrected(m: Metrics) -> bool:
     return far or m.get("sampling/importance_capped", 0) > 0.01
 
 
+_EQUAL = "every group's rewards are equal: no completion is better than its siblings"
+_UNEQUAL = (
+    "Easier prompts, a larger algorithm.group_size, a higher sampling.temperature or a reward with more "
+    "grades help"
+)
+
 _NOTICES = (
     _Notice(
-        _all_dead,
-        "every group's rewards are equal: no completion is better than its siblings, so this update teaches "
-        "nothing (the policy loss and its gradient are exactly 0). Easier prompts, a larger "
-        "algorithm.group_size, a higher sampling.temperature or a reward with more grades help",
+        lambda m: _all_dead(m) and m["grad_norm"] == 0,
+        f"{_EQUAL}, so this update teaches nothing and nothing moved ({{idle_updates:.0f}} idle updates so "
+        f"far). {_UNEQUAL}",
+    ),
+    _Notice(
+        lambda m: _all_dead(m) and m["grad_norm"] > 0,
+        f"{_EQUAL}, so they teach nothing: only the KL term, or an entropy bonus, moved the policy. "
+        f"{_UNEQUAL}",
     ),
     _Notice(
         lambda m: bool(_silent(m)),

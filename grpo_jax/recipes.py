@@ -120,6 +120,7 @@ class Recipe:
         *,
         penalty_weights: Array | None = None,
         kls: Array | None = None,
+        at_reference: Array | None = None,
         entropies: Array | None = None,
     ) -> tuple[Array, LossMetrics]:
         """Computes `grpo_loss` with this recipe's choices: (loss [], LossMetrics)."""
@@ -138,6 +139,7 @@ class Recipe:
             kl_coef=self.kl_coef if self.kl_placement == "loss" else 0.0,
             kl_ratio_corrected=self.kl_ratio_corrected,
             kls=kls,
+            at_reference=at_reference,
             entropies=None if self.entropy_coef is None else entropies,
             entropy_coef=0.0 if self.entropy_coef is None else self.entropy_coef,
             penalty_weights=penalty_weights,

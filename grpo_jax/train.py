@@ -23,7 +23,7 @@ from grpo_jax.data import batch
 from grpo_jax.decoding import generate
 from grpo_jax.evaluate import evaluate_parts
 from grpo_jax.kl import adapt_kl_coef
-from grpo_jax.learner import mix_params, train_step
+from grpo_jax.learner import train_step
 from grpo_jax.log_probs import completion_log_probs, tokens_in_use
 from grpo_jax.model_card import write_card
 from grpo_jax.models import save_model
@@ -31,6 +31,7 @@ from grpo_jax.notices import Notices
 from grpo_jax.parts import Parts, build
 from grpo_jax.plan import make_plan
 from grpo_jax.progress import Progress, restore, resume_sources, save, start
+from grpo_jax.reference import is_reference, mix_params
 from grpo_jax.rewards import close_rewards
 from grpo_jax.runs import config_dict, write_config
 from grpo_jax.trackers import Trackers, make_trackers
@@ -89,6 +90,13 @@ def _dropout_key(parts: Parts, step: int) -> jax.Array | None:
     return jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(b"lora.dropout")), step)
 
 
+def _at_reference(progress: Progress) -> bool | jax.Array:
+    """Says whether the policy is still, or again, its reference; False without one."""
+    if progress.ref_params is None:
+        return False
+    return is_reference(progress.state.params, progress.ref_params, progress.frozen)
+
+
 def _update(parts: Parts, progress: Progress, minibatch: int) -> dict[str, float]:
     """Makes one optimizer update from one mini-batch of the rollout in use; returns its metrics."""
     config, experience = parts.config, progress.experience
@@ -102,6 +110,7 @@ def _update(parts: Parts, progress: Progress, minibatch: int) -> dict[str, float
         recipe=parts.recipe.replace(kl_coef=progress.kl_coef),
         frozen=progress.frozen,
         ref_params=progress.ref_params if parts.recipe.exact_kl else None,
+        at_reference=_at_reference(progress),
         dropout_key=_dropout_key(parts, progress.step),
         group_size=config.algorithm.group_size,
         num_microbatches=config.training.num_microbatches,

@@ -35,6 +35,7 @@ TESTS = {
     "metrics.py": ("metrics",),
     "log_probs.py": ("log_probs", "packing"),
     "learner.py": ("learner",),
+    "reference.py": ("learner",),
     "lora.py": ("lora",),
 }
 
@@ -136,6 +137,8 @@ MUTANTS = {
         ("gradients of the last micro-batch", "return jax.tree.map(jnp.add, total, grads), (loss, aux)", "return grads, (loss, aux)"),
         ("non-finite updates applied", "jnp.where(finite & moving, new, old)", "jnp.where(moving, new, old)"),
         ("momentum moves without a gradient", "jnp.where(finite & moving, new, old)", "jnp.where(finite, new, old)"),
+    ],
+    "reference.py": [
         ("reference mixed the wrong way", "incremental_update(params, ref_params, alpha)", "incremental_update(ref_params, params, alpha)"),
     ],
     "lora.py": [

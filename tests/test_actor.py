@@ -18,7 +18,7 @@ from grpo_jax.log_probs import completion_log_probs
 from grpo_jax.losses import loss_weights
 from grpo_jax.models import decode, load_model
 from grpo_jax.prompt_lengths import bucket_length
-from grpo_jax.recipes import dapo, dr_grpo, grpo
+from grpo_jax.recipes import dapo, dr_grpo, grpo, make_recipe
 from grpo_jax.rewards import Reward, RewardError
 from grpo_jax.types import Judged, Rollout
 
@@ -38,6 +38,10 @@ def correct(completions, answer):
 
 def length(completions):
     return [len(c) / 10 for c in completions]
+
+
+def constant(completions):
+    return [0.35] * len(completions)
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +88,25 @@ def test_bucket_length(length, limit):
     if length > 24:
         assert (size - length) / size <= 1 / 3
     assert bucket_length(size, limit) == size
+
+
+def test_a_policy_that_is_its_reference_has_no_kl_in_its_rewards(model, monkeypatch):
+    score, calls = actor_module._score, []
+
+    def rounding(actor, params, rollout):
+        calls.append(params)
+        log_probs, entropies = score(actor, params, rollout)
+        return log_probs + 1e-6 * len(calls) * rollout.mask, entropies  # no two programs round alike
+
+    monkeypatch.setattr(actor_module, "_score", rounding)
+    settings = {"recipe": make_recipe("rloo"), "rewards": (constant,)}
+    copied = jax.tree.map(jnp.copy, model.params)
+    e = collect(make_actor(model, **settings), model.params, copied, draw()).experience
+    np.testing.assert_array_equal(e.ref_log_probs, e.old_log_probs)
+    np.testing.assert_array_equal(e.advantages, 0)
+    moved = jax.tree.map(lambda x: x * 1.001, model.params)
+    e = collect(make_actor(model, **settings), moved, copied, draw()).experience
+    assert np.any(np.asarray(e.advantages) != 0)
 
 
 def test_bucket_lengths_are_few():

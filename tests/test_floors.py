@@ -21,7 +21,7 @@ FLOORS = {
     1: ("advantages", "kl", "losses", "metrics", "recipes", "sampling", "shaping", "surrogates"),
     # the policy. The configuration is vocabulary, but it validates the names of recipes, so it stands here.
     2: ("algorithm_config", "attention", "config", "cpu_tuning", "data_config", "decoder", "decoder_cache", "decoding",
-        "log_probs", "lora", "meshes", "optimizers", "packing", "rotary", "sampling_config",
+        "log_probs", "lora", "meshes", "optimizers", "packing", "reference", "rotary", "sampling_config",
         "vocabulary"),
     # the outside world
     3: ("bad_rows", "columns", "csv_rows", "json_rows",

@@ -9,10 +9,12 @@ import pytest
 from toy import VOCAB, make_toy_policy, off_policy_experience
 
 from grpo_jax.decoding import generate
-from grpo_jax.learner import init_train_state, mix_params, train_step
+from grpo_jax.learner import init_train_state, train_step
 from grpo_jax.log_probs import completion_log_probs
+from grpo_jax.lora import Lora, Target, init_adapters
 from grpo_jax.optimizers import make_optimizer
 from grpo_jax.recipes import RECIPES, grpo, make_recipe
+from grpo_jax.reference import is_reference, mix_params
 from grpo_jax.types import Experience, Prompts
 
 N, G, S, T = 2, 4, 4, 6
@@ -392,6 +394,90 @@ def test_an_idle_update_moves_nothing_although_there_is_momentum(toy_policy, exp
     state, metrics = train_step(state, dead, **settings | {"recipe": grpo})
     assert metrics["idle_updates"] == 2 and metrics["grad_norm"] > 0
     assert not np.array_equal(state.params["head"], before[0]["head"])
+
+
+KL_RECIPES = {
+    **{name: make_recipe("grpo", kl_estimator=name) for name in ("k1", "k2", "k3", "ratio_k1", "ratio_k3")},
+    "exact": EXACT.replace(kl_coef=0.5, entropy_coef=None),
+    "dapo": make_recipe("dapo", kl_coef=0.1),
+    "rloo": make_recipe("rloo"),  # its KL is in the advantages; here it is only measured
+}
+
+
+@pytest.fixture(scope="module")
+def rounded(toy_policy, experience) -> Experience:
+    """All groups dead, and the policy is the reference, whose log-probs another program computed."""
+    log_probs, _ = completion_log_probs(*toy_policy, experience, temperature=1.0)
+    noise = np.random.default_rng(1).normal(size=(B, T)).astype(np.float32) * 2e-6
+    return experience.replace(
+        advantages=jnp.zeros(B), old_log_probs=log_probs, ref_log_probs=log_probs + noise
+    )
+
+
+@pytest.mark.parametrize("name", KL_RECIPES)
+def test_the_rounding_of_two_programs_is_no_kl(toy_policy, experience, rounded, name):
+    # What a user without a driver has: no word about the reference but its log-probs or its parameters.
+    recipe, changes = KL_RECIPES[name], {}
+    if recipe.exact_kl:
+        rounded, changes = rounded.replace(ref_log_probs=None), {"ref_params": toy_policy[1]}
+    for num_microbatches in (1, 4):
+        state = init_train_state(*toy_policy, ADAM)
+        before = jax.device_get((state.params, state.opt_state))
+        settings = {"recipe": recipe, "num_microbatches": num_microbatches, **changes}
+        for count in (1, 2):
+            state, metrics = train_step(state, rounded, **settings)
+            assert metrics["idle_updates"] == count
+            assert metrics["grad_norm"] == metrics["kl"] == metrics["loss"] == 0
+        chex.assert_trees_all_equal(jax.device_get((state.params, state.opt_state)), before)
+
+
+def test_a_real_kl_of_dead_groups_pulls_back(toy_policy, experience, rounded):
+    # One small step away from the reference; then its KL is all there is to learn from.
+    live = rounded.replace(advantages=experience.advantages)
+    state, _ = step(toy_policy, live, optimizer=optax.adam(1e-4))
+    away, _ = completion_log_probs(toy_policy[0], state.params, rounded, temperature=1.0)
+    state = init_train_state(toy_policy[0], state.params, optax.adam(1e-5))
+    apart = [jnp.sum(jnp.where(rounded.mask, (away - rounded.ref_log_probs) ** 2, 0))]
+    for _ in range(5):
+        state, metrics = train_step(state, rounded, recipe=grpo)
+        assert metrics["grad_norm"] > 0 and metrics["idle_updates"] == 0
+        log_probs, _ = completion_log_probs(toy_policy[0], state.params, rounded, temperature=1.0)
+        apart.append(jnp.sum(jnp.where(rounded.mask, (log_probs - rounded.ref_log_probs) ** 2, 0)))
+    assert np.all(np.diff(apart) < 0)
+
+
+def test_rounding_counts_where_something_is_learned(toy_policy, experience, rounded):
+    # Values of a batch with a signal are those of the formula, down to the rounding.
+    live = rounded.replace(advantages=experience.advantages)
+    assert step(toy_policy, live, recipe=KL_RECIPES["k1"])[1]["kl"] != 0
+    # An entropy bonus is a signal too.
+    bonus = KL_RECIPES["k1"].replace(entropy_coef=0.1)
+    assert step(toy_policy, rounded, recipe=bonus)[1]["kl"] != 0
+    # Who knows that the policy is the reference says so.
+    itself, metrics = step(toy_policy, live, recipe=KL_RECIPES["k1"], at_reference=True)
+    assert metrics["kl"] == 0
+    free, _ = step(toy_policy, live, recipe=grpo.replace(kl_coef=0.0))
+    chex.assert_trees_all_equal(itself.params, free.params)
+
+
+def test_a_policy_is_its_reference_if_all_parameters_are_equal(toy_policy):
+    params = toy_policy[1]
+    assert is_reference(params, jax.tree.map(jnp.copy, params))
+    for name in params:
+        assert not is_reference(params, {**params, name: params[name].at[0, 0].add(1e-6)})
+    lora = Lora(rank=2, alpha=4.0, targets=(Target(path=("head",), inputs=16, outputs=VOCAB),))
+    adapters = init_adapters(lora, jax.random.key(0))
+    assert is_reference(adapters, params, params)
+    moved = {"head": {**adapters["head"], "b": adapters["head"]["b"].at[1, 3].set(1e-9)}}
+    assert not is_reference(moved, params, params)
+    other = {**params, "head": params["head"] + 1}
+    assert not is_reference(adapters, other, params)
+
+
+def test_a_reference_equal_to_the_policy_stays_it(toy_policy):
+    params = toy_policy[1]
+    for alpha in (0.1, 0.3, 0.6, 0.7):
+        chex.assert_trees_all_equal(mix_params(params, jax.tree.map(jnp.copy, params), alpha), params)
 
 
 def test_a_broken_update_is_skipped_and_not_idle(toy_policy, experience):

@@ -227,6 +227,20 @@ def test_without_any_signal_nothing_moves(argv, tmp_path, capsys):
     assert "groups too few in 2 rounds" in " ".join(capsys.readouterr().out.split())
 
 
+def test_an_exact_kl_to_itself_moves_nothing(argv, tmp_path, capsys):
+    changes = {
+        "algorithm__entropy_coef": 0,
+        "algorithm__kl_on_dead_groups": "true",
+        "algorithm__kl_coef": 0.5,
+    }
+    assert train_module.main(argv(tmp_path, "exact", reward="constant", **changes)) == 0
+    for count, row in enumerate(small_run.rows(tmp_path), start=1):
+        assert row["idle_updates"] == count
+        assert row["grad_norm"] == row["kl"] == row["loss"] == 0
+    assert bits(load_model(str(tmp_path / "hf")).params) == bits(load_model("packaged:arithmetic").params)
+    assert "nothing moved (1 idle updates so far)" in " ".join(capsys.readouterr().out.split())
+
+
 # Cut and continued
 
 
