@@ -1,8 +1,28 @@
-"""Attention over shared prompts: which key a query sees, and the mixing of values.
+"""Attention over shared prompts: which keys a query sees, and the mixing of values.
 
-The rows of a batch come in groups that continue the same prompt. A query sees keys of that prompt, kept
-once for the group, and keys of its own row. Shapes: n prompts, g rows each, k key-value heads, r query heads
-to each of them, K queries of a row, s prompt slots, t slots of a row's own, d head_dim.
+The rows of a batch come in groups that continue the same prompt. The keys and values of that prompt are kept
+once for the group. A query attends to them and to the keys of its own row.
+
+    prompt n, kept once          row g of that prompt, its own slots
+    [ . . p p p p p p ]    +     [ c c c q q . . . ]
+      s slots, left-padded         t slots; K of them are queries in this call
+
+    query   [n, k, g, r, K, d]   n prompts, k key-value heads, g rows of a prompt,
+                                 r query heads that share one key-value head, K queries of a row, d head_dim
+    own     [n, k, g, t, d]      keys (or values) of each row
+    prefix  [n, k, s, d]         keys (or values) of each prompt: no axis g, that is the saving
+
+    scores of a query            prefix: [n,k,g,r,K,s] = nkgrqd,nksd    one product for the whole group
+                                 own:    [n,k,g,r,K,t] = nkgrqd,nkgtd
+    one softmax over both parts, then the same two products with the values
+
+Four records tell who sees what:
+
+    Visible   bool masks that broadcast to the scores, one pair (prefix, own) for each attention window
+    Segment   rows [B,K] with B = n*g that attend alike: their shape, positions, Visible and Packing
+    Packing   the real tokens of a segment, side by side, so that dense layers skip the padding
+    Frame     what all layers of one call share: one segment, or the prompts' and the completions' together
+              (in `grpo_jax.decoder`). Dense layers see all tokens of a frame as one array [R,...].
 """
 
 import functools
@@ -23,27 +43,30 @@ KeysValues = tuple[Array, Array]
 
 @dataclass(frozen=True)
 class Visible:
-    """Which keys each query sees, by window: bool [n,1,g or 1,1,K or 1,slots] for prompt and own slots."""
+    """Says which keys each query sees, by attention window: bool, True where it does."""
 
-    prefix: dict[int | None, Array]
-    own: dict[int | None, Array]
+    prefix: dict[int | None, Array]  # [n,1,1 or g,1,1 or K,s]
+    own: dict[int | None, Array]  # [n,1,g,1,K,t]
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows of tokens that attend alike. All that treats tokens alike sees them side by side, as [R,...]."""
+    """Rows of tokens that attend alike.
 
-    shape: tuple[int, int, int, int]  # n prompts, g rows each, K tokens of a row given now, own slots
+    Layers that treat every token alike see them side by side, as [R,...].
+    """
+
+    shape: tuple[int, int, int, int]  # n prompts, g rows each, K tokens of a row in this call, t own slots
     positions: Array  # [B,K] int32
     visible: Visible
-    packing: Packing | None  # None: R is B*K
+    packing: Packing | None  # None means that nothing is packed and R is B*K
 
     def flatten(self, x: Array) -> Array:
         """Returns [R,...] of [B,K,...]."""
         return x.reshape(-1, *x.shape[2:]) if self.packing is None else self.packing.pack(x)
 
     def spread(self, x: Array) -> Array:
-        """Returns [B,K,...] of [R,...]; 0 where no real token is, if packed."""
+        """Returns [B,K,...] of [R,...]. Where tokens are packed, padding gets 0."""
         n, g, queries, _ = self.shape
         return x.reshape(n * g, queries, *x.shape[1:]) if self.packing is None else self.packing.unpack(x)
 
@@ -57,16 +80,21 @@ def make_segment(
     prefix_length: int = 0,
     num_tokens: int | None = None,
 ) -> Segment:
-    """Finds out what the tokens at `positions` may see.
+    """Makes the segment of the tokens at `positions`: what each of them may see.
 
     Args:
-        windows: of the layers; a query sees the keys at most window - 1 positions back; None: all.
-        mask: bool [B,s+t], real tokens and slots that may be filled; a group's rows agree on the first s.
-        positions: int32 [B,K] of the queries. Positions count real tokens, so that padding moves nothing.
+        windows: Attention window of each layer. A query sees the keys at most window - 1 positions back.
+            None means that it sees all keys before it.
+        mask: [B,s+t] bool, True at real tokens and at slots that may be filled. The rows of a group agree on
+            the first s.
+        positions: [B,K] int32, positions of the queries. They count real tokens, so padding moves nothing.
         num_prompts: n, a divisor of B.
         prefix_length: s.
-        num_tokens: promise that of the B*K tokens at most that many are real, the keys being the queries'
-            own; they are packed then. None: no promise.
+        num_tokens: Upper bound on the number of real tokens among the B*K. If it is given, and if the keys
+            belong to the same tokens, the tokens are packed. None means no bound.
+
+    Returns:
+        the segment.
     """
     (rows, length), queries = mask.shape, positions.shape[1]
     group_size, slots = rows // num_prompts, length - prefix_length
@@ -96,7 +124,7 @@ def make_segment(
 
 
 def softcap(x: Array, cap: float | None) -> Array:
-    """Returns cap * tanh(x / cap), https://arxiv.org/abs/2408.00118; x where the cap is None."""
+    """Returns cap * tanh(x / cap), https://arxiv.org/abs/2408.00118. Without a cap it returns x."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
@@ -110,16 +138,16 @@ def attend(
     scale: float,
     cap: float | None,
 ) -> Array:
-    """Mixes values by the softmax of scores over own and shared keys together; float32 inside.
+    """Mixes values by one softmax of the scores over own and shared keys. It computes in float32.
 
     Args:
         query: [n,k,g,r,K,d].
-        own: keys and values [n,k,g,t,d].
-        prefix: keys and values [n,k,s,d]; None: there is no shared prompt.
-        visible: of the segment.
-        window: of the layer.
-        scale: of the scores.
-        cap: of the scaled scores, see `softcap`.
+        own: keys and values, each [n,k,g,t,d].
+        prefix: keys and values, each [n,k,s,d]. None means that there is no shared prompt.
+        visible: Masks of the segment.
+        window: Attention window of the layer, a key of the masks.
+        scale: Factor of the scores.
+        cap: Cap of the scaled scores, see `softcap`.
 
     Returns:
         [n,k,g,r,K,d].
@@ -159,12 +187,15 @@ def attend_flash(
 ) -> Array:
     """Does what `attend` does with `jax.nn.dot_product_attention`, whose cuDNN kernel keeps no scores.
 
-    Each row gets its prompt's keys and values beside its own: memory linear in the length of a row, where
+    Each row gets a copy of its prompt's keys and values. Memory is then linear in the length of a row, where
     the scores of `attend` grow with its square. A single query per row, as in decoding, gains nothing, and
-    soft-capped scores have no such kernel: both are left to `attend`.
+    soft-capped scores have no such kernel, so both are left to `attend`.
 
     Args:
-        implementation: of `jax.nn.dot_product_attention`: `cudnn` (NVIDIA, bfloat16), or `xla`.
+        implementation: Kernel of `jax.nn.dot_product_attention`: `cudnn` (NVIDIA, bfloat16), or `xla`.
+
+    Returns:
+        [n,k,g,r,K,d], as `attend` does, whose arguments are the other ones.
     """
     n, k, g, r, queries, d = query.shape
     if queries == 1 or cap is not None:

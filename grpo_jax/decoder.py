@@ -1,12 +1,15 @@
-"""A decoder-only transformer in pure JAX: GPT-2, the Llama line, Gemma; one path for every use.
+"""A decoder-only transformer in pure JAX: GPT-2, the Llama line and Gemma in one code path.
 
 `make_decoder` turns an `Architecture` into a `Policy`. Training, scoring, prefill and decoding are the same
-`forward`; what differs is the cache. Three things make it fast:
+`forward`. They differ only in the cache. Three things make it fast:
 
 * The keys and values of a prompt are kept once for its whole group (`DecoderCache.prefix`), in decoding and
-  in training: the G completions of a prompt attend to them in one matrix product.
-* What one product reads of the cache lies together (`decoder_cache`).
-* Told how many of the tokens are real, `forward` runs its dense layers over those alone (`packing`).
+  in training. The G completions of a prompt attend to them in one matrix product.
+* The cache stores side by side what one product reads (`decoder_cache`).
+* If `forward` is told how many of the tokens are real, it runs its dense layers on those alone (`packing`).
+
+The module docstring of `grpo_jax.attention` has a picture of the axes, and of Segment, Visible, Packing and
+Frame. Read it first.
 """
 
 import functools
@@ -31,7 +34,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
 }
-# What wraps a layer so that less of it is kept for the backward pass.
+# A wrapper of a layer decides how much of it is kept for the backward pass.
 REMAT: dict[str, Callable] = {
     "none": lambda layer: layer,
     "dots": functools.partial(
@@ -39,33 +42,34 @@ REMAT: dict[str, Callable] = {
     ),
     "full": jax.checkpoint,
 }
-_MANY_ROWS = 64  # of one decoding step
+_MANY_ROWS = 64  # From so many rows of a decoding step on, the layout of kernels makes no difference.
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """All that tells one decoder from another, apart from its weights.
+    """Everything that tells one decoder from another, apart from its weights.
 
     Args:
         vocab_size: V.
-        max_positions: longest sequence, padding included.
+        max_positions: Length of the longest sequence in tokens, padding included.
         width: D.
-        num_layers: of them.
-        num_heads: of queries.
-        num_kv_heads: of keys and values, a divisor of num_heads.
-        head_dim: width of a head.
+        num_layers: Number of layers.
+        num_heads: Number of query heads.
+        num_kv_heads: Number of key-value heads, a divisor of num_heads.
+        head_dim: Width of a head.
         norm: `layer` or `rms`.
-        norm_epsilon: added to the variance.
-        norm_offset: added to a norm's scale; Gemma's scales are stored around 0.
-        activation: a key of ACTIVATIONS.
-        gated: the activation of one projection multiplies another.
-        rotary: one per layer; empty: learned positions.
-        windows: one per layer; a query sees the keys at most window - 1 positions back; None: all.
-        attention_scale: of the scores.
-        attention_softcap: scores are cap * tanh(scores / cap); None: as they are.
-        logit_softcap: the same for logits.
-        embedding_scale: of the token embeddings.
-        transposed_kernels: dense kernels are stored [out, in].
+        norm_epsilon: Number added to the variance.
+        norm_offset: Number added to a norm's scale. Gemma stores its scales around 0.
+        activation: A key of ACTIVATIONS.
+        gated: Whether the activation of one projection multiplies another.
+        rotary: Rotary embedding of each layer. If it is empty, positions are learned.
+        windows: Attention window of each layer. A query sees the keys at most window - 1 positions back.
+            None means that it sees all keys before it.
+        attention_scale: Factor of the attention scores.
+        attention_softcap: Cap of the scores, cap * tanh(scores / cap). None means no cap.
+        logit_softcap: Cap of the logits, likewise.
+        embedding_scale: Factor of the token embeddings.
+        transposed_kernels: Whether dense kernels are stored [out, in].
     """
 
     vocab_size: int
@@ -100,21 +104,21 @@ def make_decoder(
     """Makes the policy of an architecture.
 
     Args:
-        architecture: of the model.
-        view: renames a parameter pytree, without computing anything, to
-            {"embedding" [V,D], "positions" [P,D] if learned, "layers", "final_norm", "head" unless tied};
-            a layer has the norms "attention_norm", "mlp_norm" and, in some families, "query_norm",
-            "key_norm", "post_attention_norm", "post_mlp_norm"; "qkv" (one dense, or three), "output", "up"
-            (one dense, or gate and up) and "down". A norm is {"scale", "bias"?}, a dense layer
+        architecture: Architecture of the model.
+        view: Function that renames a parameter pytree, without computing anything, to
+            {"embedding" [V,D], "positions" [P,D] if learned, "layers", "final_norm", "head" unless tied}.
+            A layer has the norms "attention_norm", "mlp_norm" and, in some families, "query_norm",
+            "key_norm", "post_attention_norm", "post_mlp_norm". It has the dense layers "qkv" (one, or three),
+            "output", "up" (one, or gate and up) and "down". A norm is {"scale", "bias"?}, a dense layer
             {"kernel", "bias"?}.
-        dtype: compute dtype; norms, scores and logits are float32 either way.
-        remat: what the backward pass of a layer computes again instead of keeping it, a key of REMAT: nothing
+        dtype: Compute dtype. Norms, scores and logits are float32 either way.
+        remat: What the backward pass of a layer recomputes instead of keeping it, a key of REMAT: nothing
             (`none`), all but the results of dense layers (`dots`), or everything from the layer's input
-            (`full`). Values and gradients stay.
-        attention: a key of ATTENTION: `shared`, or `cudnn` (flash attention on NVIDIA, in bfloat16).
+            (`full`). It changes neither values nor gradients.
+        attention: A key of ATTENTION: `shared`, or `cudnn` (flash attention on NVIDIA, in bfloat16).
 
     Returns:
-        a Policy, whose forward raises ValueError when traced for more than max_positions.
+        a Policy, whose forward raises ValueError when it is traced for more than max_positions.
 
     Raises:
         ValueError: this attention cannot run here, or not in this dtype.
@@ -213,9 +217,9 @@ class _OutputLast:
 def _output_last(a: Architecture, weights: dict[str, Any]) -> _OutputLast:
     """Lays out every kernel as [in, out], a tied head included.
 
-    With few rows XLA multiplies by such matrices on AMD up to twice as fast as by [out, in]: 125 against 66
+    With few rows, XLA on AMD multiplies by such matrices up to twice as fast as by [out, in]: 125 against 66
     GFLOP/s for 8 rows and 3072 by 768 (EPYC). From _MANY_ROWS on there is no difference. On Intel it is
-    slower: 48 against 70 for 8 rows, 99 against 171 for 32 (Sapphire Rapids); decoding takes a quarter more.
+    slower: 48 against 70 for 8 rows, 99 against 171 for 32 (Sapphire Rapids). Decoding takes a quarter more.
     """
 
     def flip(dense):
@@ -281,11 +285,11 @@ _block_fusion.defvjp(_block_fusion_forward, _block_fusion_backward)
 
 @dataclass(frozen=True)
 class _Frame:
-    """What the layers of one call share."""
+    """What the layers of one call share. See the picture in `grpo_jax.attention`."""
 
-    segments: tuple[Segment, ...]  # a later one continues the prompts that the one before holds
-    angles: dict[Rotary, list[tuple[Array, Array]]]  # per segment
-    always: Array  # [] True, of which the compiler does not know
+    segments: tuple[Segment, ...]  # The second one, if any, continues the prompts of the first.
+    angles: dict[Rotary, list[tuple[Array, Array]]]  # rotary embedding -> its angles for each segment
+    always: Array  # [] bool, True. The compiler does not know it, see `_block_fusion`.
 
     def join(self, parts: list[Array]) -> Array:
         """Puts arrays [B,K,...] of the segments side by side: [R,...]."""
@@ -293,7 +297,7 @@ class _Frame:
         return flat[0] if len(flat) == 1 else jnp.concatenate(flat)
 
     def separate(self, x: Array) -> list[Array]:
-        """Takes [R,...] apart again."""
+        """Splits [R,...] into arrays [B,K,...] of the segments again."""
         flat = [x]
         if len(self.segments) > 1:
             n, g, queries, _ = self.segments[0].shape
@@ -308,7 +312,7 @@ def _make_frame(a: Architecture, tokens: Array, segments: tuple[Segment, ...]) -
 
 
 def _heads(a, weights, i, frame, features) -> list[tuple[Array, Array, Array]]:
-    """Cuts features [R,...] into each segment's queries [n,k,g,r,K,d], keys and values [n,k,g,K,d]."""
+    """Splits features [R,...] into each segment's queries [n,k,g,r,K,d], keys and values [n,k,g,K,d]."""
     counts = (a.num_heads, a.num_kv_heads, a.num_kv_heads)
     features = [x.reshape(x.shape[0], count, a.head_dim) for x, count in zip(features, counts, strict=True)]
     if "query_norm" in weights:
@@ -330,12 +334,16 @@ def _heads(a, weights, i, frame, features) -> list[tuple[Array, Array, Array]]:
 
 
 def _attention(a, attend, weights, i, frame, features, cached) -> tuple[Array, KeysValues]:
-    """Attention of layer i, from projected features [R,...] to mixed ones; also fills the own cache."""
+    """Computes attention of layer i, from projected features [R,...] to mixed ones.
+
+    Returns:
+        (mixed features [R,...], the rows' own keys and values with the new ones in them).
+    """
     prefix, before, size = cached
     mixed = []
     for segment, (query, *own) in zip(frame.segments, _heads(a, weights, i, frame, features), strict=True):
         n, g, queries, slots = segment.shape
-        if slots > queries:  # else these tokens are all there is
+        if slots > queries:  # otherwise the keys of this call are all there are
             own = [
                 jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), size, axis=3)
                 for old, new in zip(before, own, strict=True)
@@ -356,7 +364,7 @@ def _attention(a, attend, weights, i, frame, features, cached) -> tuple[Array, K
 
 
 def _layer(a, dtype, attend, i, frame, weights, x, cached) -> tuple[Array, KeysValues]:
-    """One block: attention, then the MLP, each added to the residual stream x [R,D]."""
+    """Runs one block: attention, then the MLP, each added to the residual stream x [R,D]."""
     dense = functools.partial(_dense, a, dtype=dtype)
     normed = _norm(a, x, weights["attention_norm"])
     features = [dense(normed, w) for w in weights["qkv"]]
@@ -376,10 +384,13 @@ def _layer(a, dtype, attend, i, frame, weights, x, cached) -> tuple[Array, KeysV
 
 
 def _run(a, weights, frame, tokens, caches, dtype, remat, attend) -> tuple[list[Array], list[KeysValues]]:
-    """Runs the segments' tokens [B,K]: final hidden states [B,K,D] of each, the last one's caches by layer.
+    """Runs the segments' tokens [B,K] through all layers.
 
-    Where tokens have no need of rows, they are one array [R,D], prompts and completions together: larger
-    matrix products, half as many of them, and one gradient per kernel.
+    Where rows do not matter, all tokens are one array [R,D], prompts and completions together. That makes
+    matrix products larger and half as many, with one gradient per kernel.
+
+    Returns:
+        (final hidden states [B,K,D] of each segment, keys and values of the last segment by layer).
     """
     x = weights["embedding"].astype(dtype)[frame.join(tokens)]
     if a.embedding_scale != 1.0:

@@ -1,7 +1,7 @@
 """Packing: the real tokens of a padded batch, side by side, so that work is done on them alone.
 
-Completions are shorter than their limit; [B,K] arrays are mostly padding then. What treats every token
-alike (embeddings, dense layers, norms, the unembedding) can run on [P] packed tokens; attention needs rows.
+Completions are shorter than their limit, so [B,K] arrays are mostly padding. Layers that treat every token
+alike (embeddings, dense layers, norms, the unembedding) can run on [P] packed tokens. Attention needs rows.
 """
 
 import flax.struct
@@ -13,17 +13,20 @@ from grpo_jax.types import Array
 
 @flax.struct.dataclass
 class Packing:
-    """Where the real tokens of a [B,K] mask are, in row-major order, P of them at most."""
+    """The positions of the real tokens of a [B,K] mask, in row-major order, at most P of them."""
 
-    places: Array  # [P] int32, flat place in [B*K] of each packed token; B*K where there is none
-    order: Array  # [B,K] int32, number of each real token among the packed ones; P where it is padding
+    places: Array  # [P] int32, flat index in [B*K] of each packed token, or B*K where there is none
+    order: Array  # [B,K] int32, index of each real token among the packed ones, or P at padding
 
     def pack(self, x: Array) -> Array:
-        """Gathers [B,K,...] into [P,...]; 0 where fewer tokens are real. Its gradient is `unpack`'s value."""
+        """Gathers [B,K,...] into [P,...]. The rest is 0 where fewer tokens are real.
+
+        The gradient is the value of `unpack`.
+        """
         return _move(x.reshape(self.order.size, *x.shape[2:]), self.places, self.order.reshape(-1))
 
     def unpack(self, x: Array) -> Array:
-        """Spreads [P,...] over [B,K,...]; 0 at padding. Its gradient is `pack`'s value."""
+        """Spreads [P,...] over [B,K,...], with 0 at padding. The gradient is the value of `pack`."""
         flat = _move(x, self.order.reshape(-1), self.places)
         return flat.reshape(*self.order.shape, *x.shape[1:])
 
@@ -33,7 +36,8 @@ def make_packing(mask: Array, num_tokens: int) -> Packing:
 
     Args:
         mask: [B,K] bool.
-        num_tokens: P; real tokens beyond it, in row-major order, are lost: see that there are none.
+        num_tokens: P. Real tokens beyond it, in row-major order, are lost. The caller sees that there are
+            none.
     """
     flat = mask.reshape(-1)
     order = jnp.where(flat, jnp.cumsum(flat, dtype=jnp.int32) - 1, num_tokens)
@@ -43,10 +47,10 @@ def make_packing(mask: Array, num_tokens: int) -> Packing:
 
 @jax.custom_vjp
 def _move(x: Array, source: Array, target: Array) -> Array:
-    """Returns x[source], 0 where source is out of range; `target` is the same relation, read backwards.
+    """Returns x[source], 0 where source is out of range. `target` is the same relation, read backwards.
 
-    The gradient of a gather is a scatter, which is slow, serial on a CPU. Here every element has one place,
-    so the gradient is the gather by `target`.
+    The gradient of a gather is a scatter, which is slow and, on a CPU, serial. Here every element has one
+    place, so the gradient is the gather by `target`.
     """
     return _take(x, source)
 
