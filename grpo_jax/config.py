@@ -191,7 +191,7 @@ class EvaluationConfig:
 
     Args:
         every: optimizer steps between evaluations; 0: only before the first and after the last.
-        num_prompts: held-out prompts used (the first ones of the evaluation set); 0: no evaluation.
+        num_prompts: held-out prompts used, a fixed sample of them if there are more; 0: no evaluation.
         num_samples: k, sampled completions per prompt.
         batch_size: completions decoded at once.
         temperature: of the sampled completions; None: that of training.

@@ -220,7 +220,7 @@ def _split(examples: Sequence[Example], fraction: float) -> tuple[list[Example],
     """
     sides: tuple[list[Example], list[Example]] = ([], [])
     for example in examples:
-        digest = hashlib.sha256(_text_of(example.prompt).encode(errors="surrogatepass")).digest()
+        digest = hashlib.sha256(prompt_text(example.prompt).encode(errors="surrogatepass")).digest()
         sides[int.from_bytes(digest[:8], "big") < fraction * 2**64].append(example)
     for side, what in zip(sides, ("to train on", "held out"), strict=True):
         if not side:
@@ -231,7 +231,7 @@ def _split(examples: Sequence[Example], fraction: float) -> tuple[list[Example],
     return sides
 
 
-def _text_of(prompt: Prompt) -> str:
+def prompt_text(prompt: Prompt) -> str:
     """Returns one text for equal prompts, white space aside."""
     parts = (
         [prompt] if isinstance(prompt, str) else [part for m in prompt for part in (m["role"], m["content"])]

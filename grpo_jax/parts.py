@@ -12,8 +12,9 @@ from grpo_jax.adapters import make_lora
 from grpo_jax.bad_rows import BadRow, settle
 from grpo_jax.categories import rows_by_category
 from grpo_jax.config import Config, RewardConfig
-from grpo_jax.data import Task, load_data
+from grpo_jax.data import Example, Task, load_data
 from grpo_jax.endings import turn_end_note
+from grpo_jax.held_out import note_on_overlap, sample_held_out
 from grpo_jax.learner import TrainState, init_train_state
 from grpo_jax.lora import Lora, init_adapters
 from grpo_jax.models import Model, load_model, set_endings
@@ -41,6 +42,7 @@ class Parts:
     optimizer: optax.GradientTransformation
     num_steps: int  # optimizer steps of the whole run
     prompt_lengths: frozenset[int]  # token counts that occur among the training prompts
+    held_out: Sequence[Example]  # all that there are; task.evaluation is the sample in use
     eval_prompt_length: int
     correct: Correct  # what counts as correct
     eval_rewards: tuple[Reward, ...] = ()  # logged in evaluation, never trained on
@@ -141,8 +143,9 @@ def build(config: Config, *, model: Model | None = None) -> Parts:
         )
     if any(not isinstance(example.prompt, str) for example in train.examples):
         notes += filter(None, [turn_end_note(model)])
-    held_out = task.evaluation[: config.evaluation.num_prompts]
-    held_out = fit_prompts(held_out, model, limit, over_length, "evaluation")
+    sample = sample_held_out(task.evaluation, config.evaluation.num_prompts)
+    notes += filter(None, [note_on_overlap(task.train, task.evaluation, sample)])
+    held_out = fit_prompts(sample, model, limit, over_length, "evaluation")
 
     recipe = _make_recipe(config)
     rollouts = max(1, math.ceil(training.num_epochs * len(train.examples) / config.num_prompts - 1e-9))
@@ -166,6 +169,7 @@ def build(config: Config, *, model: Model | None = None) -> Parts:
         optimizer=_make_optimizer(config, schedule),
         num_steps=num_steps,
         prompt_lengths=train.lengths,
+        held_out=task.evaluation,
         eval_prompt_length=max(held_out.lengths, default=0),
         correct=correct,
         eval_rewards=eval_rewards,

@@ -37,6 +37,7 @@ class Plan:
     num_dropped: int
     num_truncated: int
     num_evaluation: int
+    num_held_out: int  # of which num_evaluation are evaluated
     prompt_length: int  # S
     max_new_tokens: int  # T
     generate_shapes: tuple[int, ...]  # prompt buckets that generation may be compiled for
@@ -64,6 +65,9 @@ class Plan:
         slices = f" in {self.num_microbatches} micro-batches" if self.num_microbatches > 1 else ""
         changed = f" ({self.num_dropped:,} dropped: too long)" if self.num_dropped else ""
         changed += f" ({self.num_truncated:,} cut at the left: too long)" if self.num_truncated else ""
+        held_out = f"{self.num_evaluation:,}"
+        if self.num_evaluation < self.num_held_out:
+            held_out += f" of {self.num_held_out:,}"
         evaluation = f" + {self.num_evaluation_compilations} for evaluation"
         parts = ", ".join(f"{name} {_megabytes(size)}" for name, size in self.memory.items() if size)
         return "\n".join(
@@ -73,7 +77,7 @@ class Plan:
                 f"{slices}{passes}, {self.num_steps:,} updates = {epochs:.2f} epochs of "
                 f"{self.num_examples:,} prompts{changed}",
                 f"  prompts up to {self.prompt_length} tokens + completions up to {self.max_new_tokens} = "
-                f"{self.prompt_length + self.max_new_tokens}; {self.num_evaluation:,} held-out prompts",
+                f"{self.prompt_length + self.max_new_tokens}; {held_out} held-out prompts",
                 f"  {self.num_compilations} compilations{evaluation if self.num_evaluation else ''}, "
                 f"about {_megabytes(self.total_memory)} MB ({parts})",
                 f"  a checkpoint is {_megabytes(self.checkpoint_size)} MB on disk, and twice that in memory "
@@ -197,6 +201,7 @@ def make_plan(parts: Parts) -> Plan:
         num_dropped=parts.num_dropped,
         num_truncated=parts.num_truncated,
         num_evaluation=len(parts.task.evaluation),
+        num_held_out=len(parts.held_out),
         prompt_length=parts.prompt_length,
         max_new_tokens=config.sampling.max_new_tokens,
         generate_shapes=buckets,

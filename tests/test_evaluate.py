@@ -15,6 +15,7 @@ from grpo_jax.categories import rows_by_category
 from grpo_jax.cli import run_command
 from grpo_jax.decoding import generate
 from grpo_jax.evaluate import evaluate
+from grpo_jax.held_out import sample_held_out
 from grpo_jax.models import decode, encode, load_model, pad_prompts
 from grpo_jax.parts import build
 from grpo_jax.rewards import Reward
@@ -22,7 +23,7 @@ from grpo_jax.tasks import Example, load_task
 from grpo_jax.train import train
 
 SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-EXAMPLES = load_task("arithmetic").evaluation[:10]
+EXAMPLES = sample_held_out(load_task("arithmetic").evaluation, 10)
 
 
 def match(completions, answer):

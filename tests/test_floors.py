@@ -24,19 +24,18 @@ FLOORS = {
         "log_probs", "lora", "meshes", "optimizers", "packing", "reference", "rotary", "sampling_config",
         "vocabulary"),
     # the outside world
-    3: ("bad_rows", "columns", "csv_rows", "json_rows",
-        "adapters", "answer_rewards", "architectures", "categories", "chat_templates", "checkpoints",
-        "completions", "data", "endings", "estimates", "expressions", "families", "flax_models",
-        "gold_answers",
-        "http_scores", "hub_data", "implementations", "models", "notices", "prompt_lengths", "prompts",
-        "reward_calls", "reward_functions", "reward_models", "reward_pool", "reward_sources",
-        "reward_worker", "rewards", "row_files", "sources", "stored_leaves", "tasks", "text",
-        "tokenizer_files", "trackers", "verdicts", "verifiers", "verl_scores", "weights"),
+    3: ("adapters", "answer_rewards", "architectures", "bad_rows", "categories", "chat_templates",
+        "checkpoints", "columns", "completions", "csv_rows", "data", "endings", "estimates", "expressions",
+        "families", "flax_models", "gold_answers", "held_out", "http_scores", "hub_data", "implementations",
+        "json_rows", "models", "notices", "prompt_lengths", "prompts", "reward_calls", "reward_functions",
+        "reward_models", "reward_pool", "reward_sources", "reward_worker", "rewards", "row_files",
+        "sources", "stored_leaves", "tasks", "text", "tokenizer_files", "trackers", "verdicts", "verifiers",
+        "verl_scores", "weights"),
     # the two halves
     4: ("actor", "experience", "groups", "learner", "outcomes", "standstill"),
     # the commands, and what they share
-    5: ("best", "cli", "evaluate", "export", "generate", "model_card", "parts", "plan",
-        "progress", "runs", "score", "train"),
+    5: ("best", "cli", "evaluate", "export", "generate", "model_card", "parts", "plan", "progress", "runs",
+        "score", "train"),
 }  # fmt: skip
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
 # What `import grpo_jax` may load: floors 0 to 2 and the train step.

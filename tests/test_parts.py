@@ -211,7 +211,7 @@ def test_a_task_of_a_name_and_its_arguments(tmp_path, model):
 
 def test_held_out_prompts_too_long(tmp_path, model):
     train_file = prompts(tmp_path / "a.jsonl", "1+1=")
-    changes = from_file(train_file, data__eval_file=prompts(tmp_path / "b.jsonl", "1+1=", "1+" * 14 + "1="))
+    changes = from_file(train_file, data__eval_file=prompts(tmp_path / "b.jsonl", "1+" * 14 + "1=", "1+1="))
     with pytest.raises(ValueError, match=r"1 of 2 evaluation prompts have more than 27 tokens"):
         build(small_run.config(tmp_path, **changes), model=model)
     parts = build(small_run.config(tmp_path, **changes, evaluation__num_prompts=1), model=model)

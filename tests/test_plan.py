@@ -154,5 +154,5 @@ def test_the_plans_own_config_on_a_local_model(tmp_path, model, capsys):
     assert (
         "4 prompts × 8 completions = 32 per update, 189,700 updates = 100.00 epochs of 7,588 prompts" in out
     )
-    assert "256 held-out prompts" in out and "3 compilations + 2 for evaluation" in out
+    assert "256 of 512 held-out prompts" in out and "3 compilations + 2 for evaluation" in out
     assert not (tmp_path / "run").exists()
