@@ -12,7 +12,7 @@ from grpo_jax.adapters import make_lora
 from grpo_jax.bad_rows import BadRow, settle
 from grpo_jax.categories import rows_by_category
 from grpo_jax.config import Config, RewardConfig
-from grpo_jax.data import Example, Task, load_data
+from grpo_jax.data import Task, load_data
 from grpo_jax.endings import turn_end_note
 from grpo_jax.held_out import note_on_overlap, sample_held_out
 from grpo_jax.learner import TrainState, init_train_state
