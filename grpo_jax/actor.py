@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.data import Example
 from grpo_jax.decoding import generate
+from grpo_jax.endings import end_arguments
 from grpo_jax.experience import has_signal, make_experience, shaped_rewards
 from grpo_jax.groups import Groups, fill_batch, join_groups, take_groups, widen_prompts
 from grpo_jax.log_probs import completion_log_probs, tokens_in_use
@@ -31,7 +31,7 @@ class Actor:
     """What stays the same from step to step.
 
     Args:
-        model: functions, tokenizer and eos ids; its own params are not used.
+        model: functions, tokenizer and what ends a completion; its own params are not used.
         recipe: the objective.
         rewards: reward functions.
         group_size: G.
@@ -244,7 +244,7 @@ def _rollout(actor: Actor, params: Params, examples: Sequence[Example], key: Arr
         key,
         group_size=actor.group_size,
         max_new_tokens=actor.max_new_tokens,
-        eos_ids=jnp.asarray(actor.model.eos_ids, jnp.int32),
+        **end_arguments(actor.model),
         **actor.sampling,
     )
     return jax.block_until_ready(rollout)

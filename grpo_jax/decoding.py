@@ -56,6 +56,7 @@ class _Rows:
     cache: Cache
     cache_mask: Array  # [b,L]
     prompt_size: Array  # [b] prompt tokens
+    stop_state: Array | None  # [b] rows of the stop table; None without one
     key: Array  # [b]
     last: Array  # [b] the token drawn last
     done: Array  # [b] bool
@@ -74,7 +75,7 @@ class _Decode:
     finished: Array  # [B] bool, kept here because a row that leaves `rows` need not have ended
 
 
-def _draw_and_record(policy, params, carry: _Decode, hidden, eos_ids, sampling) -> _Decode:
+def _draw_and_record(policy, params, carry: _Decode, hidden, eos_ids, stop_table, sampling) -> _Decode:
     """Draws token `carry.step` of every running row from hidden [b,D] and writes it into the carry."""
     logits = policy.unembed(params, hidden)
     rows, t = carry.rows, carry.step
@@ -89,9 +90,13 @@ def _draw_and_record(policy, params, carry: _Decode, hidden, eos_ids, sampling) 
     dropped = jnp.where(processed == -jnp.inf, jnp.exp(scaled - log_normalizer[:, None]), 0)
     kept_mass = jnp.clip(1.0 - jnp.sum(dropped, axis=-1), 0, 1)
     done = rows.done | jnp.any(tokens[:, None] == eos_ids, axis=1)
+    stop_state = rows.stop_state
+    if stop_table is not None:
+        stop_state = stop_table[stop_state, tokens]
+        done |= stop_state < 0  # a match; what a finished row looks up from then on means nothing
     return carry.replace(
         step=t + 1,
-        rows=rows.replace(last=tokens, done=done),
+        rows=rows.replace(stop_state=stop_state, last=tokens, done=done),
         tokens=carry.tokens.at[rows.row, t].set(tokens),
         mask=carry.mask.at[rows.row, t].set(live),
         log_probs=carry.log_probs.at[rows.row, t].set(jnp.where(live, log_probs, 0)),
@@ -136,6 +141,7 @@ def generate(
     group_size: int,
     max_new_tokens: int,
     eos_ids: Array,
+    stop_table: Array | None = None,
     temperature: float | Array = 1.0,
     top_k: int | Array = 0,
     top_p: float | Array = 1.0,
@@ -152,7 +158,9 @@ def generate(
             completion g of prompt n is the same in whatever batch it is generated.
         group_size: G.
         max_new_tokens: T.
-        eos_ids: int32 [E], ids that end a completion; traced. Empty: every completion has T tokens.
+        eos_ids: int32 [E], ids that end a completion; traced. Empty: none does.
+        stop_table: int16 [states,V], what each token does to the search for stop strings, see
+            `grpo_jax.stops.stop_table`; traced. None: there are none.
         temperature: see `process_logits`; traced, as are the next three. 0 is greedy.
         top_k: see `process_logits`.
         top_p: see `process_logits`.
@@ -162,7 +170,8 @@ def generate(
     Returns:
         A Rollout of B = N*G rows, prompt-major. Its log-probs are those of the temperature-scaled
         *full* distribution (at temperature 0, of the unscaled one), whatever the truncation. The first
-        eos is part of the completion; tokens after it are 0.
+        eos, or the first token that completes a stop string, is part of the completion, which is then
+        `finished`; tokens after it are 0.
     """
     chex.assert_rank([prompts.tokens, prompts.mask], 2)
     num_prompts, prompt_length = prompts.tokens.shape
@@ -177,13 +186,16 @@ def generate(
         cache=policy.fork_cache(cache, group_size),
         cache_mask=jnp.concatenate([prompt_mask, jnp.ones((batch, max_new_tokens), bool)], axis=1),
         prompt_size=jnp.sum(prompt_mask, axis=1, dtype=jnp.int32),
+        stop_state=None if stop_table is None else jnp.zeros(batch, stop_table.dtype),
         key=row_keys(key, first_row + jnp.arange(batch)),
         last=jnp.zeros(batch, jnp.int32),
         done=jnp.zeros(batch, bool),
     )
     stages = decode_stages(batch, max_new_tokens)
     params = decoding_params(policy, params, stages)
-    sample = functools.partial(_draw_and_record, policy, params, eos_ids=eos_ids, sampling=sampling)
+    sample = functools.partial(
+        _draw_and_record, policy, params, eos_ids=eos_ids, stop_table=stop_table, sampling=sampling
+    )
 
     def step(carry: _Decode, slots: int) -> _Decode:
         rows = carry.rows

@@ -4,6 +4,10 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import jax.numpy as jnp
+
+from grpo_jax.stops import Stops
+
 _GIVEN = "sampling.eos_token_ids"
 
 
@@ -13,6 +17,7 @@ class Ending(Protocol):
     tokenizer: Any
     eos_ids: tuple[int, ...]
     eos_origins: tuple[str, ...]
+    stops: Stops | None
 
 
 def find_eos(
@@ -22,6 +27,7 @@ def find_eos(
     *,
     vocab_size: int,
     source: str,
+    required: bool = True,
 ) -> dict[int, str]:
     """Finds all tokens that a model or its tokenizer names as the end of a completion.
 
@@ -34,9 +40,10 @@ def find_eos(
         tokenizer: its `eos_token` counts, and an `eot_token` (end of turn), which some have.
         vocab_size: V.
         source: what messages call the model.
+        required: whether there has to be one.
 
     Returns:
-        id -> the places that name it, in the order above; at least one.
+        id -> the places that name it, in the order above.
 
     Raises:
         ValueError: an entry is no id of the vocabulary, there is none, or none can be drawn.
@@ -57,10 +64,10 @@ def find_eos(
                 )
             if place not in found.setdefault(token, []):
                 found[token].append(place)
-    if not found:
+    if not found and required:
         raise ValueError(
             f"{source}: no end-of-sequence token: neither generation_config.json, config.json nor the "
-            f"tokenizer names one. Give {_GIVEN}"
+            f"tokenizer names one. Give {_GIVEN}, or texts as sampling.stop"
         )
     return _drawable({token: ", ".join(places) for token, places in found.items()}, tokenizer, source)
 
@@ -71,7 +78,7 @@ def choose_eos(
     """Turns the tokens that a user gives into ids.
 
     Args:
-        tokens: ids, or the texts of tokens; at least one.
+        tokens: ids, or the texts of tokens; none if nothing but stop strings should end a completion.
         tokenizer: of the model.
         vocab_size: V.
         source: what messages call the model.
@@ -117,7 +124,7 @@ def _turn_end(tokenizer: Any) -> int | None:
 
 def _drawable(found: dict[int, str], tokenizer: Any, source: str) -> dict[int, str]:
     largest = max(tokenizer.get_vocab().values())
-    if min(found) > largest:
+    if found and min(found) > largest:
         raise ValueError(
             f"{source}: eos_token_id {min(found)} is beyond the tokenizer, whose ids go up to {largest}: no "
             f"completion could end. Give {_GIVEN}"
@@ -142,12 +149,42 @@ def tokenizer_to_save(model: Ending) -> Any:
 
 
 def describe_endings(model: Ending) -> str:
-    """Says in one line what ends a completion: each token's text, its id, and who names it."""
+    """Says in one line what ends a completion: each token's text, its id, and who names it; stop strings."""
     tokens = [
         f"{_text_of(model.tokenizer, token)} (id {token}: {origin})"
         for token, origin in zip(model.eos_ids, model.eos_origins, strict=True)
     ]
-    return "a completion ends with " + " or ".join(tokens)
+    if model.stops is None:
+        return "a completion ends with " + " or ".join(tokens)
+    place = "right behind" if model.stops.included else "right before"
+    texts = f"{place} the text " + " or ".join(map(repr, model.stops.strings))
+    return "a completion ends " + (f"with {' or '.join(tokens)}, or {texts}" if tokens else texts)
+
+
+def end_arguments(model: Ending) -> dict[str, Any]:
+    """Returns what ends a completion as the arguments of `generate`."""
+    stops = model.stops
+    return {
+        "eos_ids": jnp.asarray(model.eos_ids, jnp.int32),
+        "stop_table": None if stops is None else stops.table,
+    }
+
+
+def stop_notes(model: Ending) -> list[str]:
+    """Returns a line for each stop string that stops nothing, or that a reward may look for."""
+    if model.stops is None:
+        return []
+    notes = [
+        f"the stop string {string!r} stops nothing: no tokens of this model spell it"
+        for string in model.stops.unspellable
+    ]
+    tags = [string for string in model.stops.strings if string.strip().startswith("</")]
+    if tags and not model.stops.included:
+        notes.append(
+            f"the text that rewards read ends before the stop string {tags[0]!r}. If a reward looks for that "
+            "closing tag, set sampling.include_stop: true"
+        )
+    return notes
 
 
 def _text_of(tokenizer: Any, token: int) -> str:

@@ -155,7 +155,7 @@ def _parts_of(name: str, config: Config) -> Parts:
         name,
         dtype=named.dtype,
         chat_template=named.chat_template,
-        eos_token_ids=config.sampling.eos_tokens,
+        **config.sampling.endings,
     )
     parts = build(config, model=model)
     if not parts.task.evaluation:

@@ -7,14 +7,14 @@ import sys
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.cli import enable_compilation_cache, parse_record, run_command
 from grpo_jax.decoding import generate
+from grpo_jax.endings import end_arguments, stop_notes
 from grpo_jax.models import decode, encode, pad_prompts
 from grpo_jax.runs import load_model_or_run
-from grpo_jax.sampling_config import as_list, check_drawing, check_endings
+from grpo_jax.sampling_config import check_drawing, check_endings, endings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,8 @@ class GenerateArguments:
         top_p: keep the smallest set of tokens with at least this probability; 1 keeps all.
         min_p: drop tokens below this fraction of the most likely one; 0 keeps all.
         eos_token_ids: the tokens that end a completion, as ids or texts; None: those of the model or run.
+        stop: texts that end a completion, which is printed up to there; None: those of a run.
+        include_stop: print the text that ended a completion as well.
         seed: of the sampling noise.
         dtype: compute dtype of a model; `float32` or `bfloat16`.
     """
@@ -48,6 +50,8 @@ class GenerateArguments:
     top_p: float = 1.0
     min_p: float = 0.0
     eos_token_ids: list[int | str] | int | str | None = None
+    stop: list[str] | str | None = None
+    include_stop: bool = False
     seed: int = 0
     dtype: str = "float32"
 
@@ -66,7 +70,7 @@ class GenerateArguments:
             top_p=self.top_p,
             min_p=self.min_p,
         )
-        check_endings("", eos_token_ids=self.eos_token_ids)
+        check_endings("", eos_token_ids=self.eos_token_ids, stop=self.stop, include_stop=self.include_stop)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -78,13 +82,16 @@ def main(argv: list[str] | None = None) -> int:
         description="Complete a prompt with a model or a run.",
     )
     enable_compilation_cache()
-    eos = arguments.eos_token_ids
     model = load_model_or_run(
         arguments.model,
         dtype=arguments.dtype,
         chat_template=arguments.chat_template,
-        eos_token_ids=None if eos is None else tuple(as_list(eos)),
+        **endings(
+            eos_token_ids=arguments.eos_token_ids, stop=arguments.stop, include_stop=arguments.include_stop
+        ),
     )
+    for note in stop_notes(model):
+        print(f"note: {note}", file=sys.stderr)
     prompt = [{"role": "user", "content": arguments.prompt}] if arguments.chat else arguments.prompt
     sequences = encode(model, [prompt])
     length = len(sequences[0])
@@ -100,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
         jax.random.key(arguments.seed),
         group_size=arguments.num_samples,
         max_new_tokens=arguments.max_new_tokens,
-        eos_ids=jnp.asarray(model.eos_ids, jnp.int32),
+        **end_arguments(model),
         temperature=arguments.temperature,
         top_k=arguments.top_k,
         top_p=arguments.top_p,

@@ -46,7 +46,7 @@ reward functions gave, plus the overlong penalty, without any KL; valid where `m
     completions/mean_length     mean over the B completions of their tokens, the eos included
     completions/min_length      the shortest
     completions/max_length      the longest
-    completions/clipped_ratio   share of the B completions that hit the limit without an eos
+    completions/clipped_ratio   share of the B completions that hit the limit without an end
     completions/mean_terminated_length  mean length of the others; 0 if there are none
     sampling/logp_difference_max  max_it |sampler's - scorer's log-prob| of the sampled tokens, nats; where
                                 one update is made from a rollout, that is the scorer, of what it trains on
@@ -78,7 +78,7 @@ Evaluation, in rows of its own; evaluation.correct says when a completion is cor
     eval/rewards/<name>/mean    as above, of the samples; functions of evaluation.rewards included
     eval/rewards/<name>/missing  share of the samples for which it gave none, where that is above 0
     eval/mean_length            mean tokens of the samples, the eos included
-    eval/clipped_ratio          share of the samples that hit the limit without an eos
+    eval/clipped_ratio          share of the samples that hit the limit without an end
     eval/<category>/greedy_accuracy  with evaluation.category: the same of the prompts of that category
     eval/<category>/mean@k      likewise
     eval/<category>/pass@k      likewise

@@ -24,6 +24,7 @@ from grpo_jax.endings import choose_eos, find_eos, tokenizer_to_save
 from grpo_jax.implementations import IMPLEMENTATIONS, choose_implementation
 from grpo_jax.sampling_config import as_list
 from grpo_jax.sources import find_directory, read_json
+from grpo_jax.stops import Stops, make_stops
 from grpo_jax.text import decode, encode, pad_prompts
 from grpo_jax.tokenizer_files import load_tokenizer
 from grpo_jax.types import Params, Policy
@@ -55,6 +56,7 @@ class Model:
         config: the transformers configuration object.
         eos_ids: the tokens that end a completion, see `find_eos`.
         eos_origins: who names each of them.
+        stops: the texts that end a completion; None: none do.
         max_positions: longest prompt (padding included) + completion in tokens; None: no limit.
         source: the name it was loaded by.
         generation_config: the contents of generation_config.json; empty without one.
@@ -71,6 +73,7 @@ class Model:
     source: str
     generation_config: dict[str, Any]
     implementation: str
+    stops: Stops | None = None
 
 
 def load_model(
@@ -83,6 +86,8 @@ def load_model(
     attention: str = "shared",
     chat_template: str = "auto",
     eos_token_ids: Sequence[int | str] | None = None,
+    stop: Sequence[str] | None = None,
+    include_stop: bool = False,
 ) -> Model:
     """Loads a model from a directory, the Hugging Face hub, or the package.
 
@@ -99,6 +104,8 @@ def load_model(
         chat_template: how messages become text: `auto` (the tokenizer's own template), `plain` (a line
             `role: content` each, then `assistant:`), or the path of a Jinja file. It is exported, too.
         eos_token_ids: the tokens that end a completion, as ids or texts; None: all that the model names.
+        stop: texts that end a completion; None: none. With them, a model may name no eos token.
+        include_stop: whether texts keep the one that ended them; see `make_stops`.
     Returns: the model. Ids that its tokenizer does not have are never sampled, see `limit_vocabulary`.
     Raises: FileNotFoundError for what is not there, ValueError for what is not supported.
     """
@@ -123,9 +130,10 @@ def load_model(
     generation_config = read_json(directory / "generation_config.json") or {}
     place = {"vocab_size": config.vocab_size, "source": hf_model_name}
     if eos_token_ids is None:
-        eos = find_eos(generation_config, raw, tokenizer, **place)
+        eos = find_eos(generation_config, raw, tokenizer, required=not stop, **place)
     else:
         eos = choose_eos(eos_token_ids, tokenizer, **place)
+    stops = make_stops(stop or (), tokenizer, included=include_stop, **place)
 
     chosen = IMPLEMENTATIONS[implementation]
     params = weights.read_params(
@@ -148,23 +156,37 @@ def load_model(
         source=hf_model_name,
         generation_config=generation_config,
         implementation=implementation,
+        stops=stops,
     )
 
 
-def set_endings(model: Model, *, eos_token_ids: Sequence[int | str] | None) -> Model:
-    """Returns a model whose completions end with other tokens.
+def set_endings(
+    model: Model,
+    *,
+    eos_token_ids: Sequence[int | str] | None = None,
+    stop: Sequence[str] | None = None,
+    include_stop: bool = False,
+) -> Model:
+    """Returns a model whose completions end otherwise.
 
     Args:
         model: a loaded model.
         eos_token_ids: ids or texts of tokens; None: as they are.
+        stop: texts that end a completion, empty for none; None: as they are.
+        include_stop: whether texts keep the one that ended them.
 
     Raises:
         ValueError: something is no token of the model.
     """
-    if eos_token_ids is None:
-        return model
-    eos = choose_eos(eos_token_ids, model.tokenizer, vocab_size=model.config.vocab_size, source=model.source)
-    return replace(model, eos_ids=tuple(eos), eos_origins=tuple(eos.values()))
+    place = {"vocab_size": model.config.vocab_size, "source": model.source}
+    if eos_token_ids is not None:
+        eos = choose_eos(eos_token_ids, model.tokenizer, **place)
+        model = replace(model, eos_ids=tuple(eos), eos_origins=tuple(eos.values()))
+    now = None if model.stops is None else (model.stops.strings, model.stops.included)
+    if stop is not None and (tuple(stop), include_stop) != now:
+        stops = make_stops(stop, model.tokenizer, included=include_stop, **place)
+        model = replace(model, stops=stops)
+    return model
 
 
 def save_model(
@@ -209,9 +231,10 @@ def save_model(
         "torch_dtype": "float32",
     }
     eos_ids = list(model.eos_ids)
-    generation_config = model.generation_config | {"eos_token_id": eos_ids}
+    generation_config = model.generation_config | ({"eos_token_id": eos_ids} if eos_ids else {})
     if not set(as_list(config.get("eos_token_id"))) <= set(eos_ids):
-        config["eos_token_id"] = eos_ids[0] if len(eos_ids) == 1 else eos_ids
+        # Without any, null: a default of the configuration's class may be no token of the model.
+        config["eos_token_id"] = eos_ids if len(eos_ids) > 1 else next(iter(eos_ids), None)
     for name, content in (("config.json", config), ("generation_config.json", generation_config)):
         # Notes of the library to itself, and a second name of torch_dtype.
         for key in ("dtype", "_from_model_config", *families.HARMLESS_KEYS):

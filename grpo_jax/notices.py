@@ -98,13 +98,15 @@ _NOTICES = (
     _Notice(
         _nothing_but_truncated,
         "every completion was cut off at max_new_tokens and none has a reward above 0: the model never ends "
-        "its answers. Raise sampling.max_new_tokens, or check the model's eos id and prompt format",
+        "its answers. Raise sampling.max_new_tokens, check the prompt format, or say what ends a completion "
+        "(the plan says what does now) with sampling.eos_token_ids (tokens) or sampling.stop (texts)",
     ),
     _Notice(
         lambda m: m["completions/clipped_ratio"] >= 0.5 and not _nothing_but_truncated(m),
         "{completions/clipped_ratio:.0%} of the completions were cut off at max_new_tokens and are judged by "
-        "what they had said until then. Raise sampling.max_new_tokens; or leave them out with "
-        "algorithm.mask_truncated, or let length cost with algorithm.overlong_buffer",
+        "what they had said until then. Raise sampling.max_new_tokens; end them with sampling.stop or "
+        "sampling.eos_token_ids; leave them out with algorithm.mask_truncated; or let length cost with "
+        "algorithm.overlong_buffer",
     ),
     _Notice(
         lambda m: m.get("dynamic_sampling/missing_groups", 0) > 0,

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.actor import judge
 from grpo_jax.data import Example
 from grpo_jax.decoding import generate
+from grpo_jax.endings import end_arguments
 from grpo_jax.estimates import doublings, paired_bootstrap, pass_at_k
 from grpo_jax.experience import combine
 from grpo_jax.models import Model, decode, encode, pad_prompts
@@ -55,7 +55,7 @@ def sample_texts(
             key,
             group_size=group_size,
             max_new_tokens=max_new_tokens,
-            eos_ids=jnp.asarray(model.eos_ids, jnp.int32),
+            **end_arguments(model),
             first_row=start * group_size,
             **sampling,
         )

@@ -13,7 +13,7 @@ from grpo_jax.bad_rows import BadRow, settle
 from grpo_jax.categories import rows_by_category
 from grpo_jax.config import Config, RewardConfig
 from grpo_jax.data import Task, load_data
-from grpo_jax.endings import turn_end_note
+from grpo_jax.endings import stop_notes, turn_end_note
 from grpo_jax.held_out import note_on_overlap, sample_held_out
 from grpo_jax.learner import TrainState, init_train_state
 from grpo_jax.lora import Lora, init_adapters
@@ -129,10 +129,7 @@ def build(config: Config, *, model: Model | None = None) -> Parts:
     task, about_rows = _without_bad_rows(config, task, rewards, eval_rewards)
     notes += about_rows
     correct = _choose_correct(config, task, rewards, eval_rewards, notes)
-    if model is None:
-        model = _load_named_model(config)
-    else:
-        model = set_endings(model, eos_token_ids=config.sampling.eos_tokens)
+    model = _load_named_model(config) if model is None else set_endings(model, **config.sampling.endings)
     lora = _make_lora(config, model)
     limit = prompt_limit(model, config.data.max_prompt_length, config.sampling.max_new_tokens)
     over_length = config.data.over_length
@@ -143,6 +140,7 @@ def build(config: Config, *, model: Model | None = None) -> Parts:
         )
     if any(not isinstance(example.prompt, str) for example in train.examples):
         notes += filter(None, [turn_end_note(model)])
+    notes += stop_notes(model)
     sample = sample_held_out(task.evaluation, config.evaluation.num_prompts)
     notes += filter(None, [note_on_overlap(task.train, task.evaluation, sample)])
     held_out = fit_prompts(sample, model, limit, over_length, "evaluation")
@@ -255,7 +253,7 @@ def _load_named_model(config: Config) -> Model:
         remat=named.remat,
         attention=named.attention,
         chat_template=named.chat_template,
-        eos_token_ids=config.sampling.eos_tokens,
+        **config.sampling.endings,
     )
 
 

@@ -1,7 +1,6 @@
 """The directory of a run: its config, what a continued run may change, the model of a checkpoint."""
 
 import os
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -89,7 +88,7 @@ def load_model_or_run(
     *,
     dtype: str = "float32",
     chat_template: str = "auto",
-    eos_token_ids: Sequence[int | str] | None = None,
+    **endings: Any,
 ) -> Model:
     """Loads a model, or the newest checkpoint of a run.
 
@@ -97,11 +96,11 @@ def load_model_or_run(
         name: a model as in `load_model`, or a run directory.
         dtype: compute dtype of a model; a run has its own.
         chat_template: of a model, as in `load_model`; a run has its own.
-        eos_token_ids: the tokens that end a completion; None: those of the model, or of the run.
+        **endings: what ends a completion, as in `set_endings`; None: what ends those of the model or run.
     """
     if not (Path(name) / "config.yaml").is_file():
-        return load_model(name, dtype=dtype, chat_template=chat_template, eos_token_ids=eos_token_ids)
-    return set_endings(load_run(name)[0], eos_token_ids=eos_token_ids)
+        return load_model(name, dtype=dtype, chat_template=chat_template, **endings)
+    return set_endings(load_run(name)[0], **endings)
 
 
 def load_run(run_dir: str | Path, *, step: int | None = None) -> tuple[Model, int]:

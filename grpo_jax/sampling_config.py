@@ -23,12 +23,19 @@ def check_drawing(section: str, *, max_new_tokens: int, top_k: int, top_p: float
     require(0 <= min_p < 1, f"{section}min_p: {min_p}; in [0, 1), 0 is off")
 
 
-def check_endings(section: str, *, eos_token_ids: Any) -> None:
+_MAX_STOP_BYTES = 1000  # the table of `stops` has about one row per byte, of V entries each
+
+
+def check_endings(
+    section: str, *, eos_token_ids: Any = None, stop: Any = None, include_stop: bool = False
+) -> None:
     """Checks what training and the generate command both say about how completions end.
 
     Args:
         section: prefix of the names in the messages, such as `sampling.`.
-        eos_token_ids: as in `SamplingConfig`.
+        eos_token_ids: as in `SamplingConfig`, as are the next two.
+        stop: stop strings.
+        include_stop: whether texts keep them.
 
     Raises:
         ValueError: names the value and what is right.
@@ -41,9 +48,33 @@ def check_endings(section: str, *, eos_token_ids: Any) -> None:
         require(token != "", f"{name}: it has an empty text; give ids or the texts of tokens")
         require(isinstance(token, str) or token >= 0, f"{name}: {token}; an id is 0 or more")
     require(
-        eos_token_ids is None or bool(as_list(eos_token_ids)),
+        eos_token_ids is None or bool(as_list(eos_token_ids)) or bool(as_list(stop)),
         f"{name}: the list is empty, so no token would end a completion; leave it out for the model's own",
     )
+    check_stop_strings(f"{section}stop", as_list(stop))
+    require(
+        not include_stop or bool(as_list(stop)),
+        f"{section}include_stop: there is nothing to include; give {section}stop",
+    )
+
+
+def check_stop_strings(name: str, strings: Sequence[Any]) -> None:
+    """Checks stop strings.
+
+    Args:
+        name: what the messages call them.
+        strings: the stop strings; may be empty.
+
+    Raises:
+        ValueError: one is no text, is empty, or can never be in a text; or they are too long.
+    """
+    for string in strings:
+        require(isinstance(string, str), f"{name}: {string!r} is no text; give strings, such as [</answer>]")
+        require(string != "", f"{name}: an empty string would end every completion at once; leave it out")
+        broken = any(character == "\ufffd" or "\ud800" <= character <= "\udfff" for character in string)
+        require(not broken, f"{name}: {string!r} has a character that no text of a model has; leave it out")
+    size = sum(len(string.encode()) for string in strings)
+    require(size <= _MAX_STOP_BYTES, f"{name}: {size:,} bytes in all; at most {_MAX_STOP_BYTES:,}")
 
 
 def as_list(value: Any) -> list:
@@ -51,6 +82,13 @@ def as_list(value: Any) -> list:
     if value is None:
         return []
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+
+
+def endings(*, eos_token_ids: Any, stop: Any, include_stop: bool) -> dict[str, Any]:
+    """Returns these settings as `load_model` and `set_endings` take them; a value alone is a tuple of one."""
+    given = {"eos_token_ids": eos_token_ids, "stop": stop}
+    tuples = {name: None if value is None else tuple(as_list(value)) for name, value in given.items()}
+    return {**tuples, "include_stop": include_stop}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +103,10 @@ class SamplingConfig:
         min_p: drop tokens below this fraction of the most likely one; 0 keeps all.
         eos_token_ids: the tokens that end a completion, as ids or texts (`[2, "<|im_end|>"]`). None: all that
             the model's generation_config.json, its config.json and its tokenizer name.
+        stop: texts that end a completion where it first contains one of them (`["\\nQuestion:"]`, or a single
+            text). What they end counts as finished and is trained up to there. None: none.
+        include_stop: whether the text that rewards read keeps the stop text. By default it ends right before,
+            as with `stop` in vLLM and the OpenAI API.
     """
 
     max_new_tokens: int = 64
@@ -73,11 +115,13 @@ class SamplingConfig:
     top_p: float = 1.0
     min_p: float = 0.0
     eos_token_ids: list[int | str] | int | str | None = None
+    stop: list[str] | str | None = None
+    include_stop: bool = False
 
     @property
-    def eos_tokens(self) -> tuple[int | str, ...] | None:
-        """The given eos tokens, one alone or several alike; None: none are given."""
-        return None if self.eos_token_ids is None else tuple(as_list(self.eos_token_ids))
+    def endings(self) -> dict[str, Any]:
+        """What ends a completion, as `load_model` and `set_endings` take it."""
+        return endings(eos_token_ids=self.eos_token_ids, stop=self.stop, include_stop=self.include_stop)
 
     def __post_init__(self):
         check_drawing(
@@ -87,7 +131,7 @@ class SamplingConfig:
             top_p=self.top_p,
             min_p=self.min_p,
         )
-        check_endings("sampling.", eos_token_ids=self.eos_token_ids)
+        check_endings("sampling.", **self.endings)
         require(
             0 < self.temperature < math.inf,
             f"sampling.temperature: {self.temperature}; training needs a temperature above 0: greedy "

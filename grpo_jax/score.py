@@ -246,7 +246,8 @@ def advice(figures: dict[str, Any], *, group_size: int) -> list[str]:
     if figures["clipped_ratio"] >= 0.5:
         lines.append(
             f"{figures['clipped_ratio']:.0%} of the completions are cut off at max_new_tokens: raise "
-            "sampling.max_new_tokens, or check the model's eos id and prompt format"
+            "sampling.max_new_tokens, check the prompt format, or say what ends a completion with "
+            "sampling.eos_token_ids (tokens) or sampling.stop (texts)"
         )
     # The share at the run's G, or at the largest size that the samples allow.
     size = str(group_size) if str(group_size) in figures["dead_groups"] else list(figures["dead_groups"])[-1]

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from grpo_jax.chat_templates import Rendering, render
+from grpo_jax.endings import Ending
 from grpo_jax.types import Prompts
 
 
@@ -60,8 +61,8 @@ def pad_prompts(sequences: Sequence[Sequence[int]], length: int) -> Prompts:
     return Prompts(tokens=tokens, mask=mask)
 
 
-def decode(model: Rendering, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
-    """Turns completions into text, special tokens left out.
+def decode(model: Ending, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
+    """Turns completions into text, special tokens left out, cut at the stop string that ended it.
 
     Args:
         model: a loaded model.
@@ -71,7 +72,8 @@ def decode(model: Rendering, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
     """
     lengths = np.asarray(mask).sum(axis=1)
     rows = [row[:length].tolist() for row, length in zip(np.asarray(tokens), lengths, strict=True)]
-    return model.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    texts = model.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return texts if model.stops is None else [model.stops.cut(text) for text in texts]
 
 
 def _encode_texts(model: Rendering, indices: list[int], texts: list[str]) -> list[list[int]]:

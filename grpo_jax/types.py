@@ -92,10 +92,10 @@ class Rollout:
     prompt_tokens: Array  # [B,S] int32
     prompt_mask: Array  # [B,S] bool
     tokens: Array  # [B,T] int32, 0 after the completion's end
-    mask: Array  # [B,T] bool, True up to and including the first eos
+    mask: Array  # [B,T] bool, True up to and including the first eos or the end of a stop string
     log_probs: Array  # [B,T] float32, of the temperature-scaled full distribution; 0 where masked
     kept_mass: Array  # [B,T] float32, probability left by top-k/top-p/min-p, 1 without them; 0 where masked
-    finished: Array  # [B] bool, the sampler drew an eos (False: cut off at the limit)
+    finished: Array  # [B] bool, an eos or a stop string ended it (False: cut off at the limit)
 
 
 @flax.struct.dataclass(kw_only=True)

@@ -25,12 +25,12 @@ FLOORS = {
         "vocabulary"),
     # the outside world
     3: ("adapters", "answer_rewards", "architectures", "bad_rows", "categories", "chat_templates",
-        "checkpoints", "columns", "completions", "csv_rows", "data", "endings", "estimates", "expressions",
-        "families", "flax_models", "gold_answers", "held_out", "http_scores", "hub_data", "implementations",
-        "json_rows", "models", "notices", "prompt_lengths", "prompts", "reward_calls", "reward_functions",
-        "reward_models", "reward_pool", "reward_sources", "reward_worker", "rewards", "row_files",
-        "sources", "stored_leaves", "tasks", "text", "tokenizer_files", "trackers", "verdicts", "verifiers",
-        "verl_scores", "weights"),
+        "checkpoints", "columns", "completions", "csv_rows", "data", "endings", "estimates",
+        "expressions", "families", "flax_models", "gold_answers", "held_out", "http_scores", "hub_data",
+        "implementations", "json_rows", "models", "notices", "prompt_lengths", "prompts", "reward_calls",
+        "reward_functions", "reward_models", "reward_pool", "reward_sources", "reward_worker", "rewards",
+        "row_files", "sources", "stops", "stored_leaves", "tasks", "text", "token_texts",
+        "tokenizer_files", "trackers", "verdicts", "verifiers", "verl_scores", "weights"),
     # the two halves
     4: ("actor", "experience", "groups", "learner", "outcomes", "standstill"),
     # the commands, and what they share

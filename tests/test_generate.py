@@ -38,6 +38,9 @@ GOOD = {
     "bfloat16": [*GREEDY, "--dtype=bfloat16"],
     "plain chat": [*GREEDY, "--chat", "--chat_template=plain", "--max_new_tokens=1", "--temperature=1"],
     "whole": [*GREEDY, "--max_new_tokens=26"],
+    "stop": [*GREEDY, "--stop=6"],
+    "stop included": [*GREEDY, '--stop=["6", "7"]', "--include_stop"],
+    "eos": [*GREEDY, "--eos_token_ids=4"],
 }
 BAD = {
     "empty": ([MODEL, "--prompt="], "prompt: it is empty; give at least one character"),
@@ -62,13 +65,19 @@ BAD = {
         "FileNotFoundError: packaged:none: no such packaged model",
     ),
     "typo": ([*GREEDY, "--temprature=1"], "unknown key 'temprature'; did you mean 'temperature'?"),
+    "stop": ([*GREEDY, "--stop="], "stop: an empty string would end every completion at once; leave it out"),
+    "include": ([*GREEDY, "--include_stop"], "include_stop: there is nothing to include; give stop"),
+    "eos": (
+        [*GREEDY, "--eos_token_ids=17"],
+        "17 is not an id of the vocabulary of packaged:arithmetic, 0 to",
+    ),
     "missing": ([MODEL], "the following arguments are required: prompt"),
 }
 
 
 @pytest.fixture(scope="module")
 def results():
-    calls = GOOD | {name: argv for name, (argv, _) in BAD.items()}
+    calls = GOOD | {f"bad {name}": argv for name, (argv, _) in BAD.items()}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], input=json.dumps(calls), capture_output=True, text=True,
         env=small_run.environment(), timeout=300, check=True,
@@ -85,6 +94,11 @@ def texts(results, name) -> list[str]:
 def test_greedy(results):
     assert texts(results, "greedy") == ["46"] == texts(results, "whole") == texts(results, "bfloat16")
     assert texts(results, "one token") == ["4"]
+
+
+def test_what_ends_a_completion(results):
+    assert texts(results, "stop") == ["4"] == texts(results, "eos")
+    assert texts(results, "stop included") == ["46"]
 
 
 def test_samples_follow_the_seed(results):
@@ -104,7 +118,7 @@ def test_a_message_through_the_plain_template(results):
 
 @pytest.mark.parametrize("name", BAD)
 def test_errors(name, results):
-    code, out, err = results[name]
+    code, out, err = results[f"bad {name}"]
     assert code == 2 and out == "" and err.count("\n") == 1 and err.startswith("error: ")
     assert BAD[name][1] in err
 
