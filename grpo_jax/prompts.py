@@ -4,10 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-Prompt = str | list[dict[str, str]]
+from grpo_jax.chat_rows import Prompt, check_text, read_prompt
+from grpo_jax.row_templates import Template, compile_template, render
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +19,7 @@ class PromptForm:
         separator: stands after each example of a plain-text prompt.
     """
 
-    template: jinja2.Template | None = None
+    template: Template | None = None
     system_prompt: str | None = None
     shots: tuple[tuple[str, str], ...] = field(default=())
     separator: str = "\n\n"
@@ -45,7 +43,7 @@ def make_prompt_form(
     Raises:
         ValueError: a broken template, or an example that lacks one of its columns.
     """
-    template = None if prompt_template is None else _compile(prompt_template)
+    template = None if prompt_template is None else compile_template(prompt_template)
     form = PromptForm(template=template, system_prompt=system_prompt, separator=few_shot_separator)
     shots = []
     for i, shot in enumerate(few_shot):
@@ -57,15 +55,6 @@ def make_prompt_form(
     return PromptForm(
         template=template, system_prompt=system_prompt, shots=tuple(shots), separator=few_shot_separator
     )
-
-
-def _compile(source: str) -> jinja2.Template:
-    # The sandbox keeps a template found on the internet from reaching Python; an unknown name is an error.
-    environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"data.prompt_template, line {error.lineno}: {error.message}") from None
 
 
 def row_prompt(form: PromptForm, row: Mapping[str, Any]) -> Prompt:
@@ -82,40 +71,22 @@ def row_prompt(form: PromptForm, row: Mapping[str, Any]) -> Prompt:
         if "prompt" not in row:
             raise ValueError(
                 f"`prompt` is missing; the keys are: {', '.join(row) or 'none'} (data.columns names one of "
-                "them, data.prompt_template makes it from them)"
+                f"them{_likely_column(row)}, data.prompt_template makes it from them)"
             )
-        prompt = row["prompt"]
+        prompt = read_prompt(row["prompt"])
     else:
-        try:
-            prompt = form.template.render(row)
-        except jinja2.UndefinedError as error:
-            raise ValueError(
-                f"data.prompt_template: {error.message}; the columns are: {', '.join(row) or 'none'}"
-            ) from None
-        except Exception as error:  # whatever its expressions raise
-            raise ValueError(f"data.prompt_template: {type(error).__name__}: {error}") from None
+        prompt = render(form.template, row)
         if not prompt.strip():
             raise ValueError("data.prompt_template makes an empty prompt of this row")
-    check_prompt(prompt)
+        check_text(prompt)
     return prompt
 
 
-def check_prompt(prompt: Any) -> None:
-    """Raises unless the prompt is a non-empty string or a non-empty list of chat messages."""
-    if isinstance(prompt, str):
-        if not prompt:
-            raise ValueError("`prompt` is empty")
-        return
-    if not isinstance(prompt, list):
-        raise ValueError(f"`prompt` must be a string or a list of messages, not {type(prompt).__name__}")
-    if not prompt:
-        raise ValueError("`prompt` is an empty list of messages")
-    for i, message in enumerate(prompt):
-        if not isinstance(message, dict):
-            raise ValueError(f"`prompt[{i}]` must be an object with role and content, not {message!r}")
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                raise ValueError(f"`prompt[{i}]` needs a string `{key}`, got {message.get(key)!r}")
+def _likely_column(row: Mapping[str, Any]) -> str:
+    """Returns how to name the column of a row that is probably its prompt; else an empty string."""
+    names = ("question", "problem", "messages", "conversations", "instruction", "query", "input")
+    found = [name for name in names if name in row]
+    return f", such as {{prompt: {found[0]}}}" if len(found) == 1 else ""
 
 
 def complete_prompt(form: PromptForm, prompt: Prompt) -> Prompt:
