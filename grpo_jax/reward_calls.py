@@ -5,26 +5,34 @@ list[float | None]``. Everything is passed by keyword as a list with one entry p
 function's own: it may change what it gets. A function without ``**columns`` gets only what it names.
 Completions are strings where the prompt is a string, and ``[{"role": "assistant", "content": text}]`` where
 the prompt is a list of messages. None means that there is no reward for that completion, which is not the
-same as 0.
+same as 0. The function may be async; the async ones of a batch wait at the same time.
 """
 
+import contextlib
 import copy
 import inspect
 import math
 import numbers
+import os
+import signal
+import threading
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from grpo_jax.awaiting import end_fork, is_async, start
 from grpo_jax.http_scores import EndpointError
 from grpo_jax.reward_functions import REWARDS, Completion, completion_text
 from grpo_jax.reward_pool import RewardPool, WorkerError
 
 Prompt = str | list[dict[str, Any]]
+Batch = Mapping[str, Sequence[Any]]  # prompts, completions and the columns, by the names they are passed by
 _IMMUTABLE = frozenset((str, int, float, bool, type(None)))  # the types that need no copy
 
 
@@ -72,19 +80,36 @@ def parameters_of(reward: Reward) -> tuple[dict[str, inspect.Parameter], bool]:
     )
 
 
-def call_reward(
-    reward: Reward,
-    prompts: Sequence[Prompt],
-    completions: Sequence[Completion],
-    columns: Mapping[str, Sequence[Any]],
-) -> list[float]:
-    """Calls one reward function on a batch.
+class _Failed(Exception):
+    """A call that raised; `error` is what it raised, SystemExit and its like included."""
+
+    def __init__(self, error: BaseException):
+        super().__init__(repr(error))
+        self.error = error
+
+
+def begin_call(reward: Reward, batch: Batch) -> Future | None:
+    """Starts the call of an async function, so that several of them wait at the same time.
 
     Args:
         reward: the reward function.
-        prompts: B strings or lists of messages.
-        completions: B completions, messages where the prompt is messages.
-        columns: the data's other columns, each with B entries.
+        batch: `prompts`, `completions` and the data's columns, each with B entries.
+
+    Returns:
+        what `finish_call` needs to have; None for a function that is not async, or has a process of its own.
+    """
+    if reward.pool is not None or not is_async(reward.function):
+        return None
+    return start(partial(_call, reward, batch))
+
+
+def finish_call(reward: Reward, batch: Batch, begun: Future | None) -> list[float]:
+    """Calls one reward function on a batch, or waits for the call that has begun.
+
+    Args:
+        reward: the reward function.
+        batch: `prompts`, `completions` and the data's columns, each with B entries.
+        begun: of `begin_call`.
 
     Returns:
         B floats, NaN where the function returned None.
@@ -92,19 +117,78 @@ def call_reward(
     Raises:
         RewardError: as `rewards.score`.
     """
-    batch = {**columns, "prompts": prompts, "completions": completions}
     try:
         if reward.pool is not None:
+            columns = {
+                name: values for name, values in batch.items() if name not in ("prompts", "completions")
+            }
             wanted = {name: values for name, values in columns.items() if takes(reward, name)}
-            return reward.pool.score(prompts, completions, wanted)
-        values = _call(reward, batch)
+            return reward.pool.score(batch["prompts"], batch["completions"], wanted)
+        values = _finish(begun or partial(_call, reward, batch))
     except WorkerError as error:  # the worker has explained it
         raise RewardError(str(error)) from None
-    except EndpointError as error:  # no row is to blame
-        raise RewardError(f"{named(reward)}: {error}") from None
-    except Exception as error:
-        raise _explain(reward, batch, len(prompts), error) from error
-    return _checked(reward, values, completions)
+    except _Failed as failed:
+        if isinstance(failed.error, EndpointError):  # no row is to blame
+            raise RewardError(f"{named(reward)}: {failed.error}") from None
+        raise _explain(reward, batch, failed.error) from failed.error
+    return _checked(reward, values, batch["completions"])
+
+
+def _finish(call: Future | Callable[[], Any]) -> Any:
+    """Makes a call, or waits for it.
+
+    Raises:
+        KeyboardInterrupt: the user pressed Ctrl-C.
+        _Failed: the function raised whatever else, also SystemExit or a KeyboardInterrupt of its own.
+    """
+    process, signals = os.getpid(), []
+    try:
+        with _noted(signals):
+            value = call if isinstance(call, Future) else call()
+            if inspect.isawaitable(value):
+                value = start(partial(_itself, value))
+            if not isinstance(value, Future):
+                return value
+            value, error = value.result()
+    except BaseException as raised:
+        if isinstance(raised, KeyboardInterrupt) and signals:
+            raise
+        raise _Failed(raised) from None
+    finally:
+        end_fork(process)
+    if error is not None:
+        raise _Failed(error)
+    return value
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+@contextlib.contextmanager
+def _noted(signals: list[int]) -> Iterator[None]:
+    """Notes the signals that ask the run to end, and leaves what they do to their handlers."""
+    ours, theirs = {}, {}
+    if threading.current_thread() is threading.main_thread():  # no other thread ever gets a signal
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(signum)
+            if callable(handler):
+                ours[signum], theirs[signum] = _noting(handler, signals), handler
+                signal.signal(signum, ours[signum])
+    try:
+        yield
+    finally:
+        for signum, handler in ours.items():
+            if signal.getsignal(signum) is handler:  # else the function has set one of its own
+                signal.signal(signum, theirs[signum])
+
+
+def _noting(handler: Callable[..., Any], signals: list[int]) -> Callable[..., Any]:
+    def note(signum, frame):
+        signals.append(signum)
+        return handler(signum, frame)
+
+    return note
 
 
 def takes(reward: Reward, name: str) -> bool:
@@ -116,7 +200,7 @@ def takes(reward: Reward, name: str) -> bool:
     return not (is_argument and reward.function in REWARDS.values())
 
 
-def _call(reward: Reward, batch: Mapping[str, Sequence[Any]]) -> Any:
+def _call(reward: Reward, batch: Batch) -> Any:
     # Everything is the function's own, row by row. One that sorts, pops or appends changes neither the data,
     # nor a sibling's row, nor what the next function gets.
     passed = {name: own_copy(list(values)) for name, values in batch.items() if takes(reward, name)}
@@ -142,21 +226,26 @@ def own_copy(value: Any) -> Any:
         return value
 
 
-def _explain(reward: Reward, batch: Mapping[str, Sequence[Any]], size: int, error: Exception) -> RewardError:
+def _explain(reward: Reward, batch: Batch, error: BaseException) -> RewardError:
     """Finds the first row that makes a function raise, by calling it on single rows."""
-    told = f"{named(reward)} raised {error!r}{_place(error)} on a batch of {size} rows"
-    for row in range(size):
+    completions = batch["completions"]
+    told = f"{named(reward)} raised {_raised(error)} on a batch of {len(completions)} rows"
+    for row, completion in enumerate(completions):
+        alone = {name: values[row : row + 1] for name, values in batch.items()}
         try:
-            _call(reward, {name: values[row : row + 1] for name, values in batch.items()})
-        except Exception as alone:
-            again = "" if repr(alone) == repr(error) else f" alone raises {alone!r}{_place(alone)};"
-            return RewardError(f"{told}; row {row}{again} {_shown(batch['completions'][row])}")
+            _finish(partial(_call, reward, alone))
+        except _Failed as failed:
+            same = repr(failed.error) == repr(error)
+            again = "" if same else f" alone raises {_raised(failed.error)};"
+            return RewardError(f"{told}; row {row}{again} {_shown(completion)}")
     return RewardError(f"{told}; no single row does so alone")
 
 
-def _place(error: Exception) -> str:
-    frames = traceback.extract_tb(error.__traceback__)[2:]  # beyond `call_reward` (or `_explain`) and `_call`
-    return f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+def _raised(error: BaseException) -> str:
+    """Shows an error and where it was raised, unless that was at the call itself."""
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    places = [f" at {Path(f.filename).name}:{f.lineno}" for f in last if f.filename != __file__]
+    return f"{error!r}{''.join(places)}"
 
 
 def _shown(completion: Completion) -> str:

@@ -79,7 +79,7 @@ def _load_file(path: Path) -> ModuleType:
 def _import(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and (name + ".").startswith(f"{error.name}."):
             raise ValueError(
                 f"reward module {name!r}: no module named {error.name!r}; install it, run where it lies, "

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from grpo_jax.reward_calls import Prompt, Reward, RewardError, call_reward, named, parameters_of
+from grpo_jax.reward_calls import Prompt, Reward, RewardError, begin_call, finish_call, named, parameters_of
 from grpo_jax.reward_functions import REWARDS, ROW_CHECKS, Completion
 from grpo_jax.reward_pool import RewardPool
 from grpo_jax.reward_sources import find_function
@@ -112,8 +112,6 @@ def _check_reward(reward: Reward) -> None:
         parameters, takes_any = parameters_of(reward)
     except (ValueError, TypeError):
         raise ValueError(f"{who}: its signature cannot be read; wrap it in a Python function") from None
-    if inspect.iscoroutinefunction(reward.function):
-        raise ValueError(f"{who} is async; a reward function is called, not awaited")
     if "completions" not in parameters and not takes_any:
         raise ValueError(
             f"{who} has no parameter `completions`; the signature is f(prompts, completions, **columns)"
@@ -237,9 +235,15 @@ def score(
         else completion
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
+    batch = {**columns, "prompts": prompts, "completions": completions}
     scores = np.full((size, len(rewards)), np.nan, np.float32)
-    for r, reward in enumerate(rewards):
-        scores[:, r] = call_reward(reward, prompts, completions, columns)
+    begun = [begin_call(reward, batch) for reward in rewards]
+    try:
+        for r in sorted(range(len(rewards)), key=lambda r: begun[r] is not None):  # while the async ones wait
+            scores[:, r] = finish_call(rewards[r], batch, begun[r])
+    finally:  # after an error nobody waits for the others
+        for call in filter(None, begun):
+            call.cancel()
     return scores
 
 

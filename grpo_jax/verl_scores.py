@@ -4,11 +4,14 @@ Named as `verl:path/file.py:compute_score`. It is called for one completion at a
 datasets have as columns: `data_source`, `extra_info`, and the truth in `reward_model: {ground_truth: ...}`.
 """
 
+import asyncio
 import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+from grpo_jax.awaiting import is_async
 from grpo_jax.reward_calls import own_copy
 from grpo_jax.reward_functions import Completion, completion_text
 
@@ -27,7 +30,8 @@ def adapt_compute_score(function: Callable[..., Any], arguments: Mapping[str, An
 
     Returns:
         f(completions, ...) with the columns `ground_truth`, `reward_model` or `answer`, and, if there are
-        any, `data_source` (else "") and `extra_info` (else {}).
+        any, `data_source` and `extra_info`. Where these are missing or null, it gets "" and {}. An async
+        compute_score is awaited, all rows of a batch at the same time.
 
     Raises:
         ValueError: the function does not take what verl gives, or not these arguments.
@@ -41,23 +45,31 @@ def adapt_compute_score(function: Callable[..., Any], arguments: Mapping[str, An
         answer: Sequence[Any] | None = None,
         data_source: Sequence[Any] | None = None,
         extra_info: Sequence[Any] | None = None,
-    ) -> list[Any]:
+    ) -> Any:
         nested = None if reward_model is None else [row["ground_truth"] for row in reward_model]
         truths = next(column for column in (ground_truth, nested, answer) if column is not None)
-        return [
-            _number(
-                function(
-                    data_source="" if data_source is None else data_source[i],
-                    solution_str=completion_text(completion),
-                    ground_truth=truths[i],
-                    extra_info={} if extra_info is None else extra_info[i],
-                    **own_copy(dict(arguments)),
-                )
+        size = len(completions)
+        rows = zip(
+            completions, truths, data_source or [None] * size, extra_info or [None] * size, strict=True
+        )
+        calls = [
+            partial(
+                function,
+                data_source="" if source is None else source,
+                solution_str=completion_text(completion),
+                ground_truth=truth,
+                extra_info={} if info is None else info,
+                **own_copy(dict(arguments)),
             )
-            for i, completion in enumerate(completions)
+            for completion, truth, source, info in rows
         ]
+        return _all_at_once(calls) if is_async(function) else [_number(call()) for call in calls]
 
     return verl_score
+
+
+async def _all_at_once(calls: Sequence[Callable[[], Any]]) -> list[Any]:
+    return [_number(value) for value in await asyncio.gather(*(call() for call in calls))]
 
 
 def _number(returned: Any) -> Any:
@@ -69,8 +81,6 @@ def _number(returned: Any) -> Any:
 
 
 def _check(function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
-    if inspect.iscoroutinefunction(function):
-        raise ValueError("it is async; a reward function is called, not awaited")
     parameters = inspect.signature(function).parameters.values()
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]

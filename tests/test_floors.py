@@ -24,7 +24,7 @@ FLOORS = {
         "log_probs", "lora", "meshes", "optimizers", "packing", "reference", "rotary", "sampling_config",
         "vocabulary"),
     # the outside world
-    3: ("adapters", "answer_rewards", "architectures", "bad_rows", "categories", "chat_rows",
+    3: ("adapters", "answer_rewards", "architectures", "awaiting", "bad_rows", "categories", "chat_rows",
         "chat_templates", "checkpoints", "columns", "completions", "csv_rows", "data", "endings",
         "estimates", "expressions", "families", "flax_models", "gold_answers", "held_out", "http_scores",
         "hub_data", "implementations", "json_rows", "models", "notices", "prompt_lengths", "prompts",

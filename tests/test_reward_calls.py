@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import signal
 import threading
 
 import numpy as np
@@ -12,7 +14,7 @@ from grpo_jax.actor import judge
 from grpo_jax.config import RewardConfig
 from grpo_jax.data import Example
 from grpo_jax.reward_calls import own_copy
-from grpo_jax.rewards import RewardError, close_rewards, load_rewards, score
+from grpo_jax.rewards import Reward, RewardError, close_rewards, load_rewards, score
 from grpo_jax.train import train
 
 # Rewards as people write them: they change what they are handed, and still count right on their own copies.
@@ -184,3 +186,108 @@ def test_training_rows_are_the_same_in_every_epoch(tmp_path, monkeypatch):
     run("vandal", "uses_up", 1)
     assert run("vandal", "uses_up", 3) == honest
     assert honest[0][-1]["eval/rewards/it/mean"] > 0
+
+
+# What ends the process must not end a run as if it had succeeded (case trust-14).
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["sys.exit(0)", "sys.exit('no')", "exit()", "raise KeyboardInterrupt", "raise SystemExit", "raise Panic"],
+)
+def test_a_reward_that_exits_is_named(tmp_path, line):
+    (tmp_path / "exits.py").write_text(
+        "import sys\nclass Panic(BaseException): ...\ndef f(completions, answer):\n"
+        f"    if 'bad' in completions:\n        {line}\n    return [0.0] * len(completions)\n"
+    )
+    (reward,) = load_rewards([RewardConfig(function=f"{tmp_path}/exits.py:f")])
+    match = r"`f` \(.*exits.py:3\) raised .* at .*:\d+ on a batch of 3 rows; row 1 \(completion 'bad'\)"
+    with pytest.raises(RewardError, match=match):
+        score([reward], ["p"] * 3, ["a", "bad", "b"], {"answer": [1] * 3})
+
+
+def test_an_exit_after_some_batches_ends_a_run_with_an_error(tmp_path):
+    (tmp_path / "exits.py").write_text(
+        "import sys\ncalls = []\ndef exits(completions, answer):\n    calls.append(1)\n"
+        "    if len(calls) == 2:\n        sys.exit(0)\n    return [0.0] * len(completions)\n"
+    )
+    (reward,) = load_rewards([RewardConfig(function=f"{tmp_path}/exits.py:exits")])
+    example = Example("p", {"answer": 1})
+    judge([reward], [example], ["a"])
+    with pytest.raises(
+        RewardError, match=r"SystemExit\(0\) at exits.py:6 on .*; no single row does so alone"
+    ):
+        judge([reward], [example], ["a"])
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_inside_a_reward_goes_through(signum):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    def f(completions):
+        os.kill(os.getpid(), signum)
+        for _ in range(10_000_000):  # until it arrives
+            pass
+        return [0.0]
+
+    handler = signal.signal(signum, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            score([Reward(name="f", function=f)], ["p"], ["a"], {})
+        assert signal.getsignal(signum) is interrupt
+    finally:
+        signal.signal(signum, handler)
+
+
+def test_a_handler_that_a_reward_sets_stays(monkeypatch):
+    handler = signal.getsignal(signal.SIGINT)
+
+    def own(*_): ...
+
+    def f(completions):
+        signal.signal(signal.SIGINT, own)
+        return [0.0]
+
+    try:
+        score([Reward(name="f", function=f)], ["p"], ["a"], {})
+        assert signal.getsignal(signal.SIGINT) is own
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def test_in_another_thread():
+    def f(completions):
+        raise KeyboardInterrupt
+
+    def call():
+        with pytest.raises(RewardError, match="KeyboardInterrupt"):
+            score([Reward(name="f", function=f)], ["p"], ["a"], {})
+        done.append(True)
+
+    done = []
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    assert done
+
+
+def test_a_fork_does_not_come_back_twice(tmp_path):
+    notes = tmp_path / "notes"
+
+    def f(completions):
+        os.fork()
+        return [0.0]
+
+    score([Reward(name="f", function=f)], ["p"], ["a"], {})
+    with notes.open("a") as file:  # the child would write as well
+        file.write(f"{os.getpid()}\n")
+    os.wait()
+    assert notes.read_text() == f"{os.getpid()}\n"
+
+
+def test_an_exit_at_the_import_of_a_module(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "exits_at_import.py").write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(ValueError, match=r"exits_at_import.py:2: importing it raised SystemExit\(0\)"):
+        load_rewards([RewardConfig(function="exits_at_import:f")])

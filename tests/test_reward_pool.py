@@ -16,7 +16,7 @@ from grpo_jax.config import RewardConfig
 from grpo_jax.rewards import RewardError, close_rewards, load_rewards, reward_means, score
 
 FILE = """\
-import os, signal, subprocess, sys, time
+import asyncio, os, signal, subprocess, sys, time
 
 def length(completions):
     return [float(len(c)) for c in completions]
@@ -47,6 +47,15 @@ def command(completions, pids=None):
             os.kill(os.getppid(), signal.SIGINT)
             time.sleep(1000)
     return [1.0] * len(completions)
+
+def forks(completions):
+    if completions[0] == "fork":
+        os.fork()
+    return [float(len(c)) for c in completions]
+
+async def later(completions):
+    await asyncio.sleep(1000 if completions[0] == "sleep" else 0)
+    return [float(len(c)) for c in completions]
 
 def jax(completions):
     from grpo_jax.verifiers import last_boxed
@@ -210,7 +219,7 @@ def test_a_call_over_its_time_costs_its_rows(load, tmp_path):
     assert reward_means([reward], np.ones((4, 1)))["rewards/command/timeouts"] == 0  # counted once
 
 
-@pytest.mark.parametrize("how", ["exit", "die", "sys.exit"])
+@pytest.mark.parametrize("how", ["exit", "die"])
 def test_a_worker_that_dies_costs_its_rows(load, how):
     reward = load("command", rows_per_call=2)
     values = scored(reward, ["a", how, "b", "c"])
@@ -225,6 +234,18 @@ def test_a_worker_killed_between_batches_costs_one_call(load):
     time.sleep(0.1)
     assert np.isnan(scored(reward, ["a", "b"])).tolist() == [True, False]
     assert scored(reward, ["a", "b"]) == [1, 1]
+
+
+def test_a_function_that_forks(load):
+    # case trust-13: the answer of the child must not be taken for that to the next batch
+    reward = load("forks")
+    assert [scored(reward, texts) for texts in (["a"], ["fork"], ["abc"], ["ab"])] == [[1], [4], [3], [2]]
+
+
+def test_an_async_function(load):
+    reward = load("later", timeout=1.0, rows_per_call=1)
+    values = scored(reward, ["ab", "sleep", "abc"])
+    assert values[::2] == [2, 3] and np.isnan(values[1]) and reward.pool.take_lost() == 1
 
 
 # What is wrong with a function
@@ -245,6 +266,7 @@ def test_a_worker_killed_between_batches_costs_one_call(load):
         ),
         ("text", ["bad", "b"], "'1' of type str for row 0.*'bad'\\)$"),
         ("short", ["a", "b"], "`short` .*returned 1 values for 2 completions"),
+        ("command", ["a", "sys.exit"], r"`command` .*raised SystemExit\(\) at mine.py:\d+ .*'sys.exit'\)$"),
         ("odd", ["a"], "returned function, not a list"),
     ],
 )

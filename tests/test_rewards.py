@@ -304,7 +304,6 @@ def test_what_cannot_be_loaded_is_said_in_one_line(file, function, match):
         ("\n\nx = 1 / 0\n", r"bad\.py:3: importing it raised ZeroDivisionError"),
         ("import sys\nsys.exit(1)\n", r"bad\.py:2: importing it raised SystemExit"),
         ("\nimport no_such_package\n", r"bad\.py:2: importing it raised ModuleNotFoundError"),
-        ("async def f(completions): ...", "`f` .*is async"),
         ("def f(texts): ...", "no parameter `completions`"),
         ("def f(prompts, completions, /): ...", "no parameter `completions`"),
     ],
@@ -451,14 +450,6 @@ def test_an_exception_that_no_single_row_causes():
 def test_a_built_in_names_the_row_of_a_bad_answer():
     with pytest.raises(RewardError, match=r"numeric_answer.*'many' has no number.*row 1"):
         scored(load("numeric_answer"), ["1", "2"], answer=["1", "many"])
-
-
-def test_ctrl_c_inside_a_reward_goes_through():
-    def f(completions):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        scored(Reward(name="f", function=f), ["a"])
 
 
 def test_lengths_must_agree():

@@ -7,6 +7,8 @@ from grpo_jax.rewards import RewardError, check_columns, load_rewards, score
 from grpo_jax.verl_scores import adapt_compute_score
 
 FILE = """\
+import asyncio
+
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, scale=1.0):
     return scale * (solution_str == ground_truth)
 
@@ -32,7 +34,11 @@ def two(solution_str, ground_truth):
     return 0
 
 async def later(data_source, solution_str, ground_truth, extra_info):
-    return 0
+    await asyncio.sleep(0)
+    return {"score": float(solution_str == ground_truth)}
+
+def reads_index(data_source, solution_str, ground_truth, extra_info):
+    return float(extra_info.get("index", -1)) + len(data_source)
 """
 
 
@@ -85,6 +91,16 @@ def test_as_a_reward(load):
     assert value != value
 
 
+def test_an_async_compute_score(load):
+    assert scored(load("later"), ["7", "8"], answer=["7", "7"]) == [1, 0]
+
+
+def test_null_in_optional_columns(load):
+    # case data-25: extra_info is an empty mapping where it is null
+    columns = {"extra_info": [None, {"index": 2}], "data_source": ["abc", None]}
+    assert scored(load("reads_index"), ["7", "7"], answer=["7", "7"], **columns) == [2, 2]
+
+
 def test_the_data_must_have_a_truth(load):
     reward = load("compute_score")
     check_columns([reward], ["answer"])
@@ -97,7 +113,6 @@ def test_the_data_must_have_a_truth(load):
     "name, arguments, match",
     [
         ("two", {}, "`two` .*has no parameter `data_source`; verl calls compute_score"),
-        ("later", {}, "`later` .*async"),
         ("compute_score", {"scal": 1}, "takes no argument `scal`; did you mean `scale`"),
         ("detailed", {"scale": 1}, "takes no argument `scale`; it takes none"),
         ("compute_score", {"ground_truth": 1}, "`ground_truth` cannot be given"),
@@ -115,7 +130,7 @@ def test_wrong_turns_are_found_at_load_time(load, name, arguments, match):
     [
         ("no_score", "mapping without `score`: it has acc, pred.*row 0"),
         ("text", "returned '1' of type str for row 0"),
-        ("broken", r"raised ZeroDivisionError.* at judge.py:20 on a batch of 2 rows; row 1"),
+        ("broken", r"raised ZeroDivisionError.* at judge.py:22 on a batch of 2 rows; row 1"),
     ],
 )
 def test_wrong_values_are_named(load, name, match):
