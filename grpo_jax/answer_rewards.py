@@ -1,22 +1,26 @@
 """The built-in rewards that compare a completion with the column `answer`."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from grpo_jax.answer_equality import answers_equal, compare_answers, numbers_equal, texts_equal
+from grpo_jax.answer_text import for_math, stated_answer, without_lead
 from grpo_jax.completions import Completion, completion_text
 from grpo_jax.gold_answers import MissingAnswerError, accepted_answers
+from grpo_jax.math_equality import load_math_verify, math_equal
 from grpo_jax.verifiers import (
     PLACES,
     Where,
-    answers_equal,
     as_number,
     extract_answer,
     extract_number,
-    load_math_verify,
-    math_equal,
-    numbers_equal,
-    texts_equal,
+    find_numbers,
+    has_open_mark,
+    marked_answer,
 )
+
+_HEDGES = re.compile(r"\b(?:or|maybe|perhaps|possibly|either|could|might)\b", re.I)
 
 
 def exact_match(completions: Sequence[Completion], answer: Sequence[Any]) -> list[float]:
@@ -63,17 +67,19 @@ def numeric_answer(
 ) -> list[float]:
     r"""Rewards 1 if the completion's number equals the answer's, else 0 (also without a number).
 
-    A number marked by ``\boxed{}`` or ``####`` counts, else the last or first of the text; commas,
-    decimals, exponents and fractions are understood, and |a - b| <= tolerance * max(1, |b|) is equal.
+    What a ``\boxed{}`` or ``####`` marks has to be one number, with or without a unit. Without a mark the
+    last or first number of the text counts. Whole numbers are compared exactly, others by
+    |a - b| <= tolerance * |b|. The unit is not compared: answer_match does that.
 
     Args:
         completions: B completions.
-        answer: column of numbers, or of texts with one (`42`, `1,250.5`, `3/4`, `... #### 18`).
+        answer: column of numbers, of texts that are one number (`42`, `1,250.5`, `3/4`, `18 dollars`) or that
+            mark one (`... #### 18`), or of lists of these, of which any is right.
         which: `last` or `first` number of a text without a mark.
-        tolerance: 0 means exactly equal.
+        tolerance: relative, in [0, 1), for numbers that are not whole; 0 means exactly equal.
 
     Raises:
-        ValueError: an answer without a number.
+        ValueError: an answer that is no number, or more than a number, such as `\sqrt{2}` or `17 or 18`.
     """
     if which not in ("last", "first"):
         raise ValueError(f"which={which!r}: choose 'last' or 'first'")
@@ -104,11 +110,18 @@ def _check_place(where: str | None) -> None:
 
 
 def _expected_answer(text: str, *, where: Where | None, tag: str = "answer") -> str:
-    """Returns a column's answer: what is behind GSM8K's `####`, else at the place, else all of the text."""
-    for place in () if where == "text" else filter(None, ("hashes", where)):
+    """Returns what a gold text gives as its answer.
+
+    That is what is behind GSM8K's `####`, else in the tag or box, else what a solution states at its end,
+    else all of the text.
+    """
+    if where == "text":
+        return text
+    for place in ("hashes", "tag" if where == "tag" else "boxed", "boxed"):
         if (found := extract_answer(text, where=place, tag=tag)) is not None:
             return found
-    return text
+    stated = stated_answer(text) if len(text.split()) > 3 else None
+    return without_lead(text) if stated is None else stated
 
 
 def answer_match(
@@ -121,15 +134,19 @@ def answer_match(
 ) -> list[float]:
     r"""Rewards 1 if the answer stands where it has to and equals the expected one, else 0.
 
-    Two numbers are compared as numbers (`1,250` is `1250.0`), anything else as text.
+    Formatting does not count (``\text{}``, ``$``, ``**``, thin spaces). Numbers are compared as numbers, and
+    a unit only where both answers have one. Lists, intervals, simple expressions and words are understood.
+    `docs/rewards.md` has the rules. math_answer knows more mathematics: use it where its extra is installed.
 
     Args:
         completions: B completions.
-        answer: column; a text may hold it at the same place, or behind `####` (GSM8K's `... #### 18`).
-        where: `boxed` (the last ``\boxed{}``), `hashes` (behind the last ``####``), `tag` (in the last
-            ``<answer>...</answer>``), `last_number`, `first_number`, or `text`, the whole completion.
+        answer: column of texts, numbers, or lists of these, of which any is right. A text may mark its answer
+            by ``####`` (GSM8K), by a box, or by the tag. A row without an answer pays nobody.
+        where: `boxed` (the last complete ``\boxed{}``), `hashes` (the line behind the last ``####``), `tag`
+            (the last complete ``<answer>...</answer>``), `last_number`, `first_number`, or `text`, the whole
+            completion.
         tag: name of the tag for `tag`.
-        tolerance: |a - b| <= tolerance * max(1, |b|) is equal; 0 means exactly.
+        tolerance: relative, in [0, 1), for numbers that are not whole; 0 means exactly equal.
     """
     _check_place(where)
     if not 0 <= tolerance < 1:
@@ -149,7 +166,13 @@ def check_match(columns: Mapping[str, Any], arguments: Mapping[str, Any]) -> Non
     Raises:
         ValueError: there is no answer, or one that cannot stand where the reward looks.
     """
-    accepted_answers(columns.get("answer"))
+    where, tag = arguments["where"], arguments.get("tag", "answer")
+    for accepted in accepted_answers(columns.get("answer")):
+        target = _expected_answer(accepted, where=where, tag=tag)
+        if where in ("last_number", "first_number"):
+            as_number(target)
+        elif not target.strip():
+            raise MissingAnswerError("the expected answer has an empty mark")
 
 
 def math_answer(
@@ -161,14 +184,16 @@ def math_answer(
 ) -> list[float | None]:
     r"""Rewards 1 if the completion's answer equals the expected one as mathematics, else 0.
 
-    Decided by math-verify (extra `math`), which knows LaTeX, fractions, sets, intervals and equations. Needs
-    seconds now and then: give the reward a `timeout`.
+    The rules of answer_match decide first. What they leave open, such as `(x^2-1)/(x+1)` against `x-1`, is
+    decided by math-verify (extra `math`). It needs seconds now and then: give the reward a `timeout`.
 
     Args:
         completions: B completions.
-        answer: column; plain, in ``$...$``, in ``\boxed{}``, or behind ``####``. Without mathematics: None.
-        where: takes the answer from this place first, see answer_match; None: math-verify looks for it.
-        tag: name of the tag for `tag`.
+        answer: column as in answer_match. The reward is None where it has no answer, or no mathematics.
+        where: the place of the completion's answer, see answer_match. None means the last mark of any kind
+            (box, tag or ``####``), or what math-verify finds in a completion without a mark. An open mark is
+            no answer, nor is a last sentence that offers several numbers (`17 or 18`).
+        tag: name of the tag.
 
     Raises:
         ImportError: math-verify is not installed.
@@ -178,12 +203,29 @@ def math_answer(
     rewards: list[float | None] = []
     for completion, expected in zip(completions, answer, strict=True):
         text = completion_text(completion)
-        if where is not None:
-            text = extract_answer(text, where=where, tag=tag)
-            text = None if text is None else f"\\boxed{{{text}}}"
-        targets = [_expected_answer(accepted, where=None) for accepted in _accepted(expected)]
-        rewards.append(_best([False if text is None else math_equal(text, target) for target in targets]))
+        found = marked_answer(text, tag=tag) if where is None else extract_answer(text, where=where, tag=tag)
+        targets = [_expected_answer(accepted, where=where, tag=tag) for accepted in _accepted(expected)]
+        if found is None and (where is not None or has_open_mark(text, tag=tag) or _is_hedged(text)):
+            rewards.append(_best([False for _ in targets]))
+        else:
+            rewards.append(_best([_same_mathematics(text, found, target) for target in targets]))
     return rewards
+
+
+def _same_mathematics(text: str, found: str | None, target: str) -> bool | None:
+    """Compares the answer found with the expected one, by math-verify where our own rules do not decide."""
+    if found is None:  # no mark: the whole text, or what math-verify finds in it
+        return True if compare_answers(text, target) else math_equal(text, target)
+    decided = compare_answers(found, target)
+    return math_equal(f"\\boxed{{{for_math(found)}}}", target) if decided is None else decided
+
+
+def _is_hedged(text: str) -> bool:
+    """Tells whether the last sentence with a number gives several as possible answers."""
+    sentences = [part for part in re.split(r"[.!?]\s|\n", text) if find_numbers(part)]
+    if not sentences:
+        return False
+    return len(find_numbers(sentences[-1])) > 1 and _HEDGES.search(sentences[-1]) is not None
 
 
 def _best(verdicts: Sequence[bool | None]) -> float | None:

@@ -24,10 +24,11 @@ FLOORS = {
         "log_probs", "lora", "meshes", "optimizers", "packing", "reference", "rotary", "sampling_config",
         "vocabulary"),
     # the outside world
-    3: ("adapters", "answer_rewards", "architectures", "awaiting", "bad_rows", "categories", "chat_rows",
-        "chat_templates", "checkpoints", "columns", "completions", "csv_rows", "data", "endings",
-        "estimates", "expressions", "families", "flax_models", "gold_answers", "held_out", "http_scores",
-        "hub_data", "implementations", "json_rows", "models", "notices", "prompt_lengths", "prompts",
+    3: ("adapters", "answer_equality", "answer_rewards", "answer_text", "architectures", "awaiting",
+        "bad_rows", "categories", "chat_rows", "chat_templates", "checkpoints", "columns", "completions",
+        "csv_rows", "data", "endings", "estimates", "expressions", "families", "flax_models",
+        "gold_answers", "held_out", "http_scores", "hub_data", "implementations", "json_rows",
+        "math_equality", "models", "notices", "polynomials", "prompt_lengths", "prompts", "quantities",
         "reward_calls", "reward_functions", "reward_models", "reward_pool", "reward_sources",
         "reward_worker", "rewards", "row_files", "row_templates", "sources", "stops", "stored_leaves",
         "tasks", "text", "token_texts", "tokenizer_files", "trackers", "verdicts", "verifiers",
@@ -57,7 +58,7 @@ DOORS = {
     "pyarrow": {"row_files"},
     "jinja2": {"row_templates"},
     "reasoning_gym": {"tasks"},
-    "math_verify": {"verifiers"},
+    "math_verify": {"math_equality"},
     "torch": set(),
 }
 ALGEBRA = (
