@@ -108,6 +108,10 @@ _PLAIN = (
         r"\1: expected ids or texts of tokens, such as [2, </s>]. Got value: \2",
     ),
     (
+        r"^(\w*\.?stop): Does not validate .* Given value: (.*)",
+        r"\1: expected a text or a list of texts, such as [</answer>]. Got value: \2",
+    ),
+    (
         r"Does not validate against any of the Union subtypes Subtypes: .* Errors: - (.*?) "
         r"- Expected a <class 'NoneType'> Given value type: .* Given value: (.*)",
         r"\1 or null. Got value: \2",

@@ -10,6 +10,7 @@ import yaml
 
 from grpo_jax.config import Config
 from grpo_jax.recipes import RECIPES
+from grpo_jax.sampling_config import as_list
 
 Row = Mapping[str, Any]  # of metrics.jsonl
 
@@ -67,6 +68,7 @@ def model_card(
         "Reward functions: " + (_rewards(config) or f"those of the task `{config.data.task}`") + ".",
         "Settings that differ from the defaults of grpo_jax:",
         f"```yaml\n{_settings(config)}```",
+        *_stops(config),
         "## Commands",
         "Evaluate it as it was evaluated in training; complete a prompt; go on training, if the run is there "
         "(`--training.num_steps` makes it longer):",
@@ -127,6 +129,20 @@ def _number(value: Any) -> str:
 def _rewards(config: Config) -> str:
     # Their arguments are left out: what a judge is called with need not be published.
     return ", ".join(f"`{reward.function}` (weight {reward.weight:g})" for reward in config.rewards)
+
+
+def _stops(config: Config) -> list[str]:
+    """Returns what whoever samples from the model has to know of stop strings; [] if there are none."""
+    strings = as_list(config.sampling.stop)
+    if not strings:
+        return []
+    return [
+        "## Stop strings",
+        "In training a completion ended where its text first contained one of these. The files of the model "
+        "have no place for them, so give them to whatever samples from it (`stop` in vLLM, `stop_strings` in "
+        "transformers):",
+        f"```python\nstop = {strings!r}\n```",
+    ]
 
 
 def _settings(config: Config) -> str:

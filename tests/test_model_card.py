@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from grpo_jax.config import AlgorithmConfig, Config, ModelConfig, RewardConfig, TrainingConfig
+from grpo_jax.config import AlgorithmConfig, Config, ModelConfig, RewardConfig, SamplingConfig, TrainingConfig
 from grpo_jax.model_card import model_card, write_card
 
 ROWS = [
@@ -84,6 +84,13 @@ def test_commands():
     assert "python -m grpo_jax.train --config runs/mine/config.yaml\n" in text
     moved = "python -m grpo_jax.train --config runs/theirs/config.yaml --run_dir runs/theirs\n"
     assert moved in card(run_dir="runs/theirs")
+
+
+def test_stop_strings_are_named_for_whoever_samples():
+    text = card(Config(sampling=SamplingConfig(stop=["\nQ:", "</answer>"])))
+    assert "## Stop strings" in text and "```python\nstop = ['\\nQ:', '</answer>']\n```" in text
+    assert "stop = ['x']" in card(Config(sampling=SamplingConfig(stop="x")))
+    assert "## Stop strings" not in card()
 
 
 def test_written_from_the_metrics_of_a_run_cut_off_in_a_line(tmp_path):

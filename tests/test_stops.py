@@ -246,13 +246,28 @@ def test_wrong_stop_strings_are_refused_before_anything_loads(wrong, reason):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("wrong", [5, [5], [["a"]], {"a": "b"}, True, [None]])
+def test_wrong_types_in_a_file_are_one_line(tmp_path, wrong):
+    file = small_run.write_yaml(tmp_path / "run.yaml", {"sampling": {"stop": wrong}})
+    with pytest.raises(ValueError) as error:
+        small_run.config(tmp_path, config=file)
+    wanted = "sampling.stop: expected a text or a list of texts, such as [</answer>]. Got value: "
+    assert str(error.value) == f"{wanted}{wrong}"
+
+
 def test_an_option_that_would_do_nothing_is_refused():
     with pytest.raises(ValueError, match=r"^sampling\.include_stop: there is nothing to include"):
         SamplingConfig(include_stop=True)
 
 
 def test_a_config_has_one_string_or_several(tmp_path):
-    for given, strings in (("a", ("a",)), (["\n\n", "Q:"], ("\n\n", "Q:")), ([], ()), (None, None)):
+    for given, strings in (
+        ("a", ("a",)),
+        (["\n\n", "Q:"], ("\n\n", "Q:")),
+        (["[END]", "5"], ("[END]", "5")),
+        ([], ()),
+        (None, None),
+    ):
         file = small_run.write_yaml(tmp_path / "run.yaml", {"sampling": {"stop": given}})
         assert small_run.config(tmp_path, config=file).sampling.endings["stop"] == strings
     assert small_run.config(tmp_path, sampling__stop='["a", "\\n"]').sampling.stop == ["a", "\n"]
