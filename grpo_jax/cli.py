@@ -1,11 +1,15 @@
 """What the commands share: typed command lines from records, one-line errors, the compilation cache."""
 
+import atexit
+import contextlib
+import ctypes
 import difflib
+import json
 import os
 import re
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -159,6 +163,54 @@ def enable_compilation_cache() -> Path:
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return directory
+
+
+@contextlib.contextmanager
+def json_alone(wanted: bool) -> Iterator[Callable[[Any], None]]:
+    """Keeps standard output for one JSON document; whatever else is printed goes to standard error.
+
+    Reward functions print: in a call, when their file is imported, from C, from processes that they start,
+    and when the process ends.
+
+    Args:
+        wanted: False leaves standard output as it is.
+
+    Yields:
+        a function that takes the document, which is printed at the end.
+    """
+    documents: list[Any] = []
+    if not wanted:
+        yield documents.append
+        return
+    stream = sys.stdout
+    stream.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield documents.append
+    finally:
+        stream.flush()
+        _flush_c()
+        os.dup2(kept, 1)
+        os.close(kept)
+    for document in documents:
+        print(json.dumps(document), file=stream, flush=True)
+    atexit.unregister(_end_of_output)
+    atexit.register(_end_of_output)  # before the functions that reward files have registered
+
+
+def _flush_c() -> None:
+    """Flushes what C code has printed and the C library still holds."""
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # where there is no such library
+        ctypes.CDLL(None).fflush(None)
+
+
+def _end_of_output() -> None:
+    with contextlib.suppress(OSError, ValueError):  # a stream that is closed
+        sys.stdout.flush()
+        _flush_c()
+        os.dup2(2, 1)
 
 
 def run_command(main: Callable[[], int | None]) -> None:

@@ -5,14 +5,13 @@ python -m grpo_jax.evaluate --model packaged:arithmetic --config configs/grpo_co
 python -m grpo_jax.evaluate --model runs/arithmetic --baseline packaged:arithmetic
 """
 
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.cli import enable_compilation_cache, parse_record, run_command
+from grpo_jax.cli import enable_compilation_cache, json_alone, parse_record, run_command
 from grpo_jax.config import Config
 from grpo_jax.data import Example
 from grpo_jax.models import Model
@@ -163,13 +162,13 @@ def _parts_of(name: str, config: Config) -> Parts:
     return parts
 
 
-def _print_results(arguments: EvaluateArguments, parts: Parts) -> None:
+def _print_results(arguments: EvaluateArguments, parts: Parts, show: Callable[[Any], None]) -> None:
     notes: list[str] = []
     results = evaluate_parts(parts, parts.model.params, notes.append)
     count = len(parts.task.evaluation)
     if arguments.json:
         found = {"notes": notes} if notes else {}
-        print(json.dumps({"model": arguments.model, "num_prompts": count, **results, **found}))
+        show({"model": arguments.model, "num_prompts": count, **results, **found})
         return
     print(f"{arguments.model} on {count} held-out prompts")
     for name, value in results.items():
@@ -178,7 +177,9 @@ def _print_results(arguments: EvaluateArguments, parts: Parts) -> None:
         print(f"note: {note}")
 
 
-def _print_comparison(arguments: EvaluateArguments, parts: Parts, others: Parts) -> None:
+def _print_comparison(
+    arguments: EvaluateArguments, parts: Parts, others: Parts, show: Callable[[Any], None]
+) -> None:
     if others.task.evaluation != parts.task.evaluation:
         raise ValueError(
             f"{arguments.model} and {arguments.baseline} drop different prompts as too long, so they "
@@ -198,7 +199,7 @@ def _print_comparison(arguments: EvaluateArguments, parts: Parts, others: Parts)
                 name: dict(zip(keys, figures, strict=True)) for name, figures in differences.items()
             },
         }
-        print(json.dumps(document))
+        show(document)
         return
     print(f"{arguments.model} minus {arguments.baseline} on {count} held-out prompts, with 95 % intervals")
     for name, (value, low, high) in differences.items():
@@ -219,11 +220,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     enable_compilation_cache()
     config = _resolve(arguments)
-    parts = _parts_of(arguments.model, config)
-    if arguments.baseline is None:
-        _print_results(arguments, parts)
-    else:
-        _print_comparison(arguments, parts, _parts_of(arguments.baseline, config))
+    with json_alone(arguments.json) as show:
+        parts = _parts_of(arguments.model, config)
+        if arguments.baseline is None:
+            _print_results(arguments, parts, show)
+        else:
+            _print_comparison(arguments, parts, _parts_of(arguments.baseline, config), show)
     return 0
 
 

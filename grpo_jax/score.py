@@ -3,7 +3,6 @@
 python -m grpo_jax.score --config configs/grpo_config.yaml
 """
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from grpo_jax.actor import judge
-from grpo_jax.cli import enable_compilation_cache, parse_record, run_command
+from grpo_jax.cli import enable_compilation_cache, json_alone, parse_record, run_command
 from grpo_jax.config import Config
 from grpo_jax.data import Example, batch
 from grpo_jax.estimates import dead_group_share, doublings, pass_at_k
@@ -340,15 +339,16 @@ def main(argv: list[str] | None = None) -> int:
     )
     enable_compilation_cache()
     config = arguments.config()
-    parts = build(config)
-    rehearsal = rehearse(parts, num_prompts=arguments.num_prompts, num_samples=arguments.num_samples)
-    figures = report(parts, rehearsal)
-    lines = [*parts.notes, *advice(figures, group_size=config.algorithm.group_size)]
-    samples = shown_samples(parts, rehearsal, arguments.num_shown)
-    if arguments.json:
-        print(json.dumps({**figures, "advice": lines, "samples": samples}))
-    else:
-        _print(figures, samples, lines)
+    with json_alone(arguments.json) as show:
+        parts = build(config)
+        rehearsal = rehearse(parts, num_prompts=arguments.num_prompts, num_samples=arguments.num_samples)
+        figures = report(parts, rehearsal)
+        lines = [*parts.notes, *advice(figures, group_size=config.algorithm.group_size)]
+        samples = shown_samples(parts, rehearsal, arguments.num_shown)
+        if arguments.json:
+            show({**figures, "advice": lines, "samples": samples})
+        else:
+            _print(figures, samples, lines)
     return 0
 
 
