@@ -40,7 +40,8 @@ def parse_record(
         argv: arguments; None: those of the process.
         command: shown in --help, such as `python -m grpo_jax.train`.
         description: shown in --help.
-        config_option: whether --config reads YAML files of the same keys.
+        config_option: whether --config reads YAML files of the same keys. A directory stands for its
+            config.yaml, so that a run directory may be given.
         positional: the field that is given without its name, if any.
 
     Raises:
@@ -54,7 +55,8 @@ def parse_record(
     parser.add_class_arguments(record, skip={positional} - {None})
     keys = [action.dest for action in parser._actions]
     try:
-        parsed = parser.parse_args(_spell_out_flags(record, sys.argv[1:] if argv is None else argv))
+        argv = _spell_out_flags(record, sys.argv[1:] if argv is None else argv)
+        parsed = parser.parse_args(_name_files(argv) if config_option else argv)
     except (jsonargparse.ArgumentError, TypeError, OSError) as error:
         raise ValueError(_explain(str(error), keys, record)) from error
     _check_sections(record, parsed)
@@ -67,6 +69,17 @@ def parse_record(
 def _documentation(record: type) -> dict[str, str]:
     """Returns what a record's docstring says about each field."""
     return {p.arg_name: p.description or "" for p in docstring_parser.parse(record.__doc__ or "").params}
+
+
+def _name_files(argv: list[str]) -> list[str]:
+    """Puts the config.yaml of a run directory in the place of the directory, in `--config` alone."""
+    named = []
+    for before, argument in zip([None, *argv], argv, strict=False):
+        option, equals, path = ("", "", argument) if before == "--config" else argument.partition("=")
+        if (before == "--config" or option == "--config") and (Path(path) / "config.yaml").is_file():
+            argument = f"{option}{equals}{Path(path) / 'config.yaml'}"
+        named.append(argument)
+    return named
 
 
 def _spell_out_flags(record: type, argv: list[str]) -> list[str]:

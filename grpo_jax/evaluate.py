@@ -8,7 +8,6 @@ python -m grpo_jax.evaluate --model runs/arithmetic --baseline packaged:arithmet
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from grpo_jax.cli import enable_compilation_cache, json_alone, parse_record, run_command
@@ -18,7 +17,7 @@ from grpo_jax.models import Model
 from grpo_jax.outcomes import Outcome, compare, observe, summarize
 from grpo_jax.parts import Parts, build
 from grpo_jax.rewards import Reward
-from grpo_jax.runs import load_model_or_run, read_config
+from grpo_jax.runs import load_model_or_run, read_config, run_of
 from grpo_jax.standstill import remarks
 from grpo_jax.types import Params
 
@@ -31,7 +30,8 @@ class EvaluateArguments:
         model: a local directory, a hub id, `packaged:<name>`, or a run directory.
         baseline: another one, compared with it on the same prompts and with the same noise: differences with
             95 % intervals. None: nothing is compared.
-        config: YAML config that names data and rewards; None: the run's own, or the defaults.
+        config: YAML config that names data and rewards, or a run directory. None: that of the run, also for
+            its `hf` and `best`, or else the defaults.
         num_prompts: held-out prompts; None: as in the config.
         num_samples: k; None: as in the config.
         max_new_tokens: completion tokens at most; None: as in the config.
@@ -131,8 +131,8 @@ def _resolve(arguments: EvaluateArguments) -> Config:
     """Returns the config that says what to evaluate on."""
     if arguments.config is not None:
         config = parse_record(Config, ["--config", arguments.config], command="", description="")
-    elif (Path(arguments.model) / "config.yaml").is_file():
-        config = read_config(arguments.model)
+    elif (run := run_of(arguments.model)) is not None:
+        config = read_config(run)
     else:
         config = Config()
     evaluation = {"num_prompts": arguments.num_prompts, "num_samples": arguments.num_samples}

@@ -5,6 +5,7 @@ python -m grpo_jax.generate --model runs/arithmetic --prompt "12+34=" --num_samp
 
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,9 +13,9 @@ import numpy as np
 from grpo_jax.cli import enable_compilation_cache, parse_record, run_command
 from grpo_jax.decoding import generate
 from grpo_jax.endings import end_arguments, stop_notes
-from grpo_jax.models import decode, encode, pad_prompts
-from grpo_jax.runs import load_model_or_run
-from grpo_jax.sampling_config import check_drawing, check_endings, endings
+from grpo_jax.models import Model, decode, encode, pad_prompts
+from grpo_jax.runs import load_model_or_run, read_config, run_of
+from grpo_jax.sampling_config import SamplingConfig, check_drawing, check_endings, endings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +28,14 @@ class GenerateArguments:
         chat: send the prompt as a user message through the model's chat template.
         chat_template: of a model, see --help of train: `auto`, `plain` or a Jinja file; a run has its own.
         num_samples: completions.
-        max_new_tokens: tokens at most.
-        temperature: 0 is greedy.
-        top_k: keep the k most likely tokens; 0 keeps all.
-        top_p: keep the smallest set of tokens with at least this probability; 1 keeps all.
-        min_p: drop tokens below this fraction of the most likely one; 0 keeps all.
+        max_new_tokens: completion tokens at most. null: as many as the run trained with, 64 for a model, or
+            fewer where the positions of the model end earlier.
+        temperature: 0 is greedy. null: that of the run, 1 for a model.
+        top_k: keep the k most likely tokens; 0 keeps all. null: that of the run, 0 for a model.
+        top_p: keep the smallest set of tokens with at least this probability; 1 keeps all. null: that of the
+            run, 1 for a model.
+        min_p: drop tokens below this fraction of the most likely one; 0 keeps all. null: that of the run, 0
+            for a model.
         eos_token_ids: the tokens that end a completion, as ids or texts; None: those of the model or run.
         stop: texts that end a completion, which is printed up to there; None: those of a run.
         include_stop: print the text that ended a completion as well.
@@ -44,11 +48,11 @@ class GenerateArguments:
     chat: bool = False
     chat_template: str = "auto"
     num_samples: int = 1
-    max_new_tokens: int = 64
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
     eos_token_ids: list[int | str] | int | str | None = None
     stop: list[str] | str | None = None
     include_stop: bool = False
@@ -59,18 +63,51 @@ class GenerateArguments:
         for ok, message in (
             (self.prompt != "", "prompt: it is empty; give at least one character"),
             (self.num_samples >= 1, f"num_samples: {self.num_samples}; at least 1"),
-            (self.temperature >= 0, f"temperature: {self.temperature}; 0 (greedy) or above"),
+            (
+                self.temperature is None or self.temperature >= 0,
+                f"temperature: {self.temperature}; 0 (greedy) or above",
+            ),
         ):
             if not ok:
                 raise ValueError(message)
-        check_drawing(
-            "",
-            max_new_tokens=self.max_new_tokens,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-        )
+        drawn = with_defaults(self, SamplingConfig())
+        check_drawing("", **{name: drawn[name] for name in ("max_new_tokens", "top_k", "top_p", "min_p")})
         check_endings("", eos_token_ids=self.eos_token_ids, stop=self.stop, include_stop=self.include_stop)
+
+
+def with_defaults(arguments: GenerateArguments, sampling: SamplingConfig) -> dict[str, Any]:
+    """Returns how to draw: what the arguments say, and where they are silent what a config says."""
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
+    given = {name: getattr(arguments, name) for name in names}
+    return {name: getattr(sampling, name) if value is None else value for name, value in given.items()}
+
+
+def fit_positions(wanted: int, length: int, model: Model, *, exact: bool) -> int:
+    """Returns how many tokens to complete a prompt with.
+
+    Args:
+        wanted: completion tokens.
+        length: tokens of the prompt.
+        model: whose positions limit the sum.
+        exact: the user has named that number, so fewer are an error.
+
+    Raises:
+        ValueError: prompt and completion do not fit.
+    """
+    if model.max_positions is None or length + wanted <= model.max_positions:
+        return wanted
+    room = model.max_positions - length
+    if room < 1:
+        raise ValueError(
+            f"prompt of {length} tokens: the {model.max_positions} positions of {model.source} leave none "
+            "for a completion; give a shorter prompt"
+        )
+    if exact:
+        raise ValueError(
+            f"prompt of {length} tokens + max_new_tokens {wanted} exceed the {model.max_positions} positions "
+            f"of {model.source}; lower one of them"
+        )
+    return room
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -82,6 +119,8 @@ def main(argv: list[str] | None = None) -> int:
         description="Complete a prompt with a model or a run.",
     )
     enable_compilation_cache()
+    run = run_of(arguments.model)
+    drawn = with_defaults(arguments, SamplingConfig() if run is None else read_config(run).sampling)
     model = load_model_or_run(
         arguments.model,
         dtype=arguments.dtype,
@@ -95,23 +134,16 @@ def main(argv: list[str] | None = None) -> int:
     prompt = [{"role": "user", "content": arguments.prompt}] if arguments.chat else arguments.prompt
     sequences = encode(model, [prompt])
     length = len(sequences[0])
-    if model.max_positions is not None and length + arguments.max_new_tokens > model.max_positions:
-        raise ValueError(
-            f"prompt of {length} tokens + max_new_tokens {arguments.max_new_tokens} exceed the "
-            f"{model.max_positions} positions of {model.source}; lower one of them"
-        )
+    exact = arguments.max_new_tokens is not None
+    drawn["max_new_tokens"] = fit_positions(drawn["max_new_tokens"], length, model, exact=exact)
     rollout = generate(
         model.policy,
         model.params,
         pad_prompts(sequences, length),
         jax.random.key(arguments.seed),
         group_size=arguments.num_samples,
-        max_new_tokens=arguments.max_new_tokens,
         **end_arguments(model),
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        min_p=arguments.min_p,
+        **drawn,
     )
     for text in decode(model, np.asarray(rollout.tokens), np.asarray(rollout.mask)):
         print(text)

@@ -36,9 +36,12 @@ def prompt_limit(model: Model, max_prompt_length: int | None, max_new_tokens: in
         return limit
     room = model.max_positions - max_new_tokens
     if room < (limit or 1):
+        prompt, advice = "a prompt of 1 token", "lower sampling.max_new_tokens"
+        if limit is not None:
+            prompt, advice = f"data.max_prompt_length {limit}", "lower one of them"
         raise ValueError(
-            f"data.max_prompt_length {limit or 1} + sampling.max_new_tokens {max_new_tokens} exceed the "
-            f"{model.max_positions} positions of {model.source}; lower one of them"
+            f"{prompt} + sampling.max_new_tokens {max_new_tokens} exceed the {model.max_positions} positions "
+            f"of {model.source}; {advice}"
         )
     return room if limit is None else limit
 

@@ -46,6 +46,13 @@ def read_config(run_dir: str | Path) -> Config:
     return parse_record(Config, ["--config", str(path)], command="grpo_jax", description="")
 
 
+def run_of(name: str) -> Path | None:
+    """Returns the run that a model is of: a run directory itself, or the one whose `hf` or `best` it is."""
+    path = Path(name)
+    holders = (path, path.parent) if path.name in ("hf", "best") else (path,)
+    return next((holder for holder in holders if (holder / "config.yaml").is_file()), None)
+
+
 def write_config(config: Config) -> None:
     """Writes the resolved config into the run directory."""
     directory = Path(config.run_dir)
