@@ -25,6 +25,10 @@ _RELATION = re.compile(r"(<|>|\\le(?![a-z])|\\ge(?![a-z]))")
 _OPENERS, _CLOSERS = "([{", ")]}"
 _SEPARATOR = re.compile(r"(?:,|;)?(?:^| )(?:and|or)(?: |$)|,|;|\\cup(?![A-Za-z])")
 _CLOCK = re.compile(r"([0-9]{1,2} ?: ?[0-9]{2})(?: ?([AaPp])\.? ?[Mm]\.?)?", re.ASCII)
+# `1 2` is not 12, `10:30` is no number, `101_2` is not 101, and `2024-01-05` is no difference.
+_NO_MATHEMATICS = re.compile(
+    r"[0-9] [0-9]|[0-9] ?[:_] ?\{?[0-9]|(?<![0-9])[0-9]{1,4}([-/])[0-9]{1,2}\1[0-9]{1,4}(?![0-9])"
+)
 _CHOICE = re.compile(r"(?:(?:option|choice|answer) )?\(? ?([A-Za-z]) ?[).:]*", re.I)
 
 
@@ -103,8 +107,8 @@ def _compare(a: str, b: str, tolerance: float, depth: int) -> bool | None:
         if other is not None and form == other and not is_rational(form):
             return True
     for text in (a, b):
-        if re.search(r"[0-9] [0-9]|[0-9] ?[:_] ?\{?[0-9]", text):
-            return False  # `1 2` is not 12, `10:30` is no number, and `101_2` is not 101
+        if _NO_MATHEMATICS.search(text):
+            return False
     return None
 
 

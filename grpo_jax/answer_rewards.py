@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from grpo_jax.answer_equality import answers_equal, compare_answers, numbers_equal, texts_equal
-from grpo_jax.answer_text import for_math, stated_answer, without_lead
+from grpo_jax.answer_text import clean_answer, for_math, stated_answer, without_lead
 from grpo_jax.completions import Completion, completion_text
 from grpo_jax.gold_answers import MissingAnswerError, accepted_answers
 from grpo_jax.math_equality import load_math_verify, math_equal
+from grpo_jax.quantities import read_quantity
 from grpo_jax.verifiers import (
     PLACES,
     Where,
@@ -21,6 +22,7 @@ from grpo_jax.verifiers import (
 )
 
 _HEDGES = re.compile(r"\b(?:or|maybe|perhaps|possibly|either|could|might)\b", re.I)
+_LIST_AT_END = re.compile(r"[0-9], (?:and )?[-+$]{0,2}[0-9][0-9.,]*\W*$")
 
 
 def exact_match(completions: Sequence[Completion], answer: Sequence[Any]) -> list[float]:
@@ -205,7 +207,7 @@ def math_answer(
         text = completion_text(completion)
         found = marked_answer(text, tag=tag) if where is None else extract_answer(text, where=where, tag=tag)
         targets = [_expected_answer(accepted, where=where, tag=tag) for accepted in _accepted(expected)]
-        if found is None and (where is not None or has_open_mark(text, tag=tag) or _is_hedged(text)):
+        if found is None and (where is not None or has_open_mark(text, tag=tag)):
             rewards.append(_best([False for _ in targets]))
         else:
             rewards.append(_best([_same_mathematics(text, found, target) for target in targets]))
@@ -215,7 +217,10 @@ def math_answer(
 def _same_mathematics(text: str, found: str | None, target: str) -> bool | None:
     """Compares the answer found with the expected one, by math-verify where our own rules do not decide."""
     if found is None:  # no mark: the whole text, or what math-verify finds in it
-        return True if compare_answers(text, target) else math_equal(text, target)
+        if compare_answers(text, target):
+            return True
+        is_number = read_quantity(clean_answer(target)) is not None
+        return False if is_number and _is_hedged(text) else math_equal(text, target)
     decided = compare_answers(found, target)
     return math_equal(f"\\boxed{{{for_math(found)}}}", target) if decided is None else decided
 
@@ -225,7 +230,8 @@ def _is_hedged(text: str) -> bool:
     sentences = [part for part in re.split(r"[.!?]\s|\n", text) if find_numbers(part)]
     if not sentences:
         return False
-    return len(find_numbers(sentences[-1])) > 1 and _HEDGES.search(sentences[-1]) is not None
+    last = sentences[-1]
+    return len(find_numbers(last)) > 1 and (_HEDGES.search(last) or _LIST_AT_END.search(last)) is not None
 
 
 def _best(verdicts: Sequence[bool | None]) -> float | None:

@@ -78,6 +78,7 @@ def clean_answer(text: str) -> str:
     """
     if len(text) > MAX_CHARACTERS:
         return text.strip()
+    text = re.sub(r"\\+$", "", text.strip())  # what is left of a space `\ ` at the end
     text = _RAISED.sub(lambda match: "^{" + match[0].translate(_SUPERSCRIPTS) + "}", text)
     text = text.translate(_CHARACTERS).replace("{,}", ",")
     for _ in range(4):  # words inside words

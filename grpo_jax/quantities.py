@@ -194,7 +194,7 @@ def _unit(text: str, money: str | None = None) -> tuple[int, tuple[str, ...]] | 
         attached = False
     words = re.findall(r"[A-Za-z'.]+(?: ?\^ ?\{? ?-?[1-3] ?\}?)?|[%€£¢" + CURRENCY + "]|[^ ]", text)
     canonical = _canonical(words if money is None or words[:1] == [money] else [money, *words])
-    if canonical is None or len(canonical) > 8:
+    if canonical is None or len(canonical) > 8 or (words and not canonical):
         return None
     # Without a space between them, `2m` is two times m and `2xyz` is a product; `2kg` is a weight.
     first = canonical[0].split("^")[0] if canonical else ""
@@ -209,7 +209,7 @@ def _canonical(words: list[str]) -> tuple[str, ...] | None:
         name, raised, exponent = word.partition("^")
         name = name.strip().strip(".")
         lower = name.lower()
-        if name in "/*" or (canonical and lower in _FILLERS):
+        if name in "/*" or lower in _FILLERS:
             continue
         if lower in ("square", "sq", "cubic", "cu"):
             power = "2" if lower.startswith("s") else "3"

@@ -32,6 +32,7 @@ _BOX_OR_BRACE = re.compile(
     r"|\\(?:boxed|fbox)\s*(?P<word>[-+.0-9][^\s{}$\\]*|\\[dt]?frac\{[^{}]*\}\{[^{}]*\}|(?<=\s)[A-Za-z](?![A-Za-z]))"
     r"|\\\\(?!boxed|fbox|framebox)|\\[{}]|[{}]"
 )
+_FIRST_WORDS = re.compile(r"^\\(?:text|textbf|mathrm)\{([^{}]{1,60}[:=] ?)\}")
 _REST_OF_LINE = re.compile(r"\s*([^\n]*)")
 _MAX_CHARACTERS = 400  # of one number; a longer digit string is noise, and slow to turn into an integer
 
@@ -143,7 +144,8 @@ def has_open_mark(text: str, *, tag: str = "answer") -> bool:
 def _inner(answer: str) -> str:
     """Returns a marked answer without a further box and without words such as `The answer is`."""
     boxed = last_boxed(answer)
-    return without_lead(answer if boxed is None else boxed)
+    answer = (answer if boxed is None else boxed).strip()
+    return without_lead(_FIRST_WORDS.sub(r"\1 ", answer))
 
 
 def extract_answer(text: str, *, where: Where, tag: str = "answer") -> str | None:

@@ -259,6 +259,26 @@ def test_what_only_mathematics_can_tell():
         assert answer_match([rf"\boxed{{{said}}}"], [gold], where="boxed") == [0.0]
 
 
+@pytest.mark.parametrize(
+    "text, gold, reward",
+    [
+        ("so she has 18 left.", "18", 1),
+        ("3 + 4 = 7, and 7 + 11 is 18.", "18", 1),
+        ("The answer is 18. I hope this helps!", "18", 1),
+        ("It could be 16, or 17, or 18", "18", 0),
+        ("It is 17 or 18.", "18", 0),
+        ("The answer is 16, 17, 18.", "18", 0),
+        ("It is 1,250.", "1250", 1),
+        ("<answer> 18", "18", 0),
+        (r"18 \boxed{18", "18", 0),
+        (r"$\frac{36}{2}$", "18", 1),
+    ],
+)
+def test_math_answer_on_completions_without_a_mark(text, gold, reward):
+    pytest.importorskip("math_verify")
+    assert math_answer([text], [gold]) == [reward]
+
+
 def test_mathematics_outside_the_main_thread():
     """math-verify measures time with signals, which only a main thread may set."""
     pytest.importorskip("math_verify")
