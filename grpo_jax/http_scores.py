@@ -4,11 +4,14 @@ The request is a POST of one JSON object, a list per key with one entry per comp
 
     {"prompts": [...], "completions": [...], "<column of the data>": [...], ...}
 
-and the answer is `{"scores": [...]}` with as many numbers; null: no reward for that completion.
+and the answer is `{"scores": [...]}` with as many numbers; null: no reward for that completion. The argument
+`columns` names the columns to send. Without it every column is sent that JSON has a form for. In these, NaN
+and infinity are null.
 """
 
 import http.client
 import json
+import math
 import os
 import time
 import urllib.error
@@ -48,7 +51,8 @@ def http_score(
     max_concurrency: int = 4,
     batch_size: int = 32,
     headers: Mapping[str, str] | None = None,
-    **columns: Sequence[Any],
+    columns: Sequence[str] | None = None,
+    **data: Sequence[Any],
 ) -> list[float | None]:
     """Asks an HTTP endpoint for the rewards; `grpo_jax/http_scores.py` has the protocol.
 
@@ -63,29 +67,31 @@ def http_score(
         batch_size: completions in a request.
         headers: header -> environment variable with its value, such as {Authorization: REWARD_AUTHORIZATION};
             so no secret stands in a config.
-        columns: all columns of the data.
+        columns: columns of the data to send; every value must have a form in JSON, which the start of a run
+            checks. None: all columns, but for those that hold something else, such as a date or bytes.
+        data: all columns of the data.
 
     Returns:
         B numbers, None where the endpoint had null.
 
     Raises:
-        EndpointError: no answer after the retries, or one that is no list of scores; or a column that JSON
-            has no form for.
+        EndpointError: no answer after the retries, or one that is no list of scores; or a value in one of
+            `columns` that JSON has no form for.
         ValueError: an argument; without completions also a server that is not there.
     """
     _check(url, timeout, retries, backoff, max_concurrency, batch_size)
+    _check_names(columns)
     fixed = {"Content-Type": "application/json", "Accept": "application/json", **_from_environment(headers)}
     if not completions:
         _check_there(url)
         return []
-    everything = {**columns, "prompts": prompts, "completions": completions}
+    everything = {**_sent(data, columns), "prompts": prompts, "completions": completions}
     starts = range(0, len(completions), batch_size)
     batches = [{name: list(x[i : i + batch_size]) for name, x in everything.items()} for i in starts]
-
     try:
         bodies = [json.dumps(batch, allow_nan=False).encode() for batch in batches]
     except (TypeError, ValueError) as error:
-        raise EndpointError(f"the data has a column that cannot be sent as JSON: {error}") from None
+        raise EndpointError(f"the prompts cannot be sent as JSON: {error}") from None
 
     def ask(body, batch):
         request = urllib.request.Request(url, data=body, headers=fixed, method="POST")
@@ -98,6 +104,60 @@ def http_score(
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     return [score for part in parts for score in part]
+
+
+def check_sent(columns: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+    """Checks that the columns of one row that the arguments ask for can be sent.
+
+    Raises:
+        ValueError: names the column and what JSON has no form for.
+    """
+    for name in arguments.get("columns") or ():
+        try:
+            _json_form(columns[name], strict=True)
+        except _NoForm as found:
+            raise ValueError(
+                f"column `{name}` cannot be sent as JSON: it has {found}. Leave it out of `columns`, or "
+                "change the data"
+            ) from None
+
+
+class _NoForm(Exception):
+    """A value that JSON has no form for; the text names it."""
+
+
+def _sent(data: Mapping[str, Sequence[Any]], wanted: Sequence[str] | None) -> dict[str, list[Any]]:
+    """Returns the columns to send: those wanted, or else those that JSON has a form for."""
+    sent = {}
+    for name in data if wanted is None else wanted:
+        try:
+            sent[name] = [_json_form(value, strict=wanted is not None) for value in data[name]]
+        except _NoForm as found:
+            if wanted is not None:
+                raise EndpointError(f"column `{name}` cannot be sent as JSON: it has {found}") from None
+    return sent
+
+
+def _json_form(value: Any, *, strict: bool) -> Any:
+    """Returns what stands for a value in JSON. For NaN and infinity that is null, or an error if strict."""
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        if strict and not math.isfinite(value):
+            raise _NoForm(str(value))
+        return value if math.isfinite(value) else None
+    if isinstance(value, list | tuple):
+        return [_json_form(each, strict=strict) for each in value]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _json_form(each, strict=strict) for key, each in value.items()}
+    raise _NoForm(f"{value!r:.60} of type {type(value).__name__}")
+
+
+def _check_names(columns: Sequence[str] | None) -> None:
+    if columns is not None and (
+        isinstance(columns, str) or not all(isinstance(name, str) for name in columns)
+    ):
+        raise ValueError(f"columns={columns!r}: give a list of names of columns, such as [answer]")
 
 
 def _check(url, timeout, retries, backoff, max_concurrency, batch_size) -> None:

@@ -16,7 +16,7 @@ from grpo_jax.answer_rewards import (
 from grpo_jax.completions import Completion, completion_text
 from grpo_jax.expressions import reaches_target
 from grpo_jax.gold_answers import whole_number, whole_numbers
-from grpo_jax.http_scores import http_score
+from grpo_jax.http_scores import check_sent, http_score
 from grpo_jax.tasks.reasoning_gym import check_entry, read_entry, score_entry
 
 
@@ -245,4 +245,5 @@ ROW_CHECKS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], None]] = 
     "math_answer": check_answer,
     "countdown": _check_countdown,
     "reasoning_gym": _check_reasoning_gym,
+    "http_score": check_sent,
 }

@@ -17,7 +17,7 @@ from grpo_jax.reward_calls import Prompt, Reward, RewardError, begin_call, finis
 from grpo_jax.reward_functions import REWARDS, ROW_CHECKS, Completion
 from grpo_jax.reward_pool import RewardPool
 from grpo_jax.reward_sources import find_function
-from grpo_jax.verl_scores import PREFIX, TRUTHS, adapt_compute_score
+from grpo_jax.verl_scores import PREFIX, TRUTHS, adapt_compute_score, check_truth
 
 if TYPE_CHECKING:
     from grpo_jax.config import RewardConfig
@@ -79,7 +79,9 @@ def _load(spec: "RewardConfig") -> Reward:
         adapted = adapt_compute_score(function, arguments)
     except ValueError as error:
         raise ValueError(f"reward `{name}` ({source}): {error}") from None
-    return Reward(name=name, function=adapted, weight=weight, source=source, one_of=TRUTHS)
+    return Reward(
+        name=name, function=adapted, weight=weight, source=source, one_of=TRUTHS, check_row=check_truth
+    )
 
 
 def _make_pool(reward: Reward, spec: "RewardConfig") -> RewardPool | None:
@@ -165,6 +167,9 @@ def check_columns(rewards: Sequence[Reward], columns: Iterable[str]) -> None:
         if reward.one_of and not set(reward.one_of) & {*columns}:
             wanted = ", ".join(f"`{column}`" for column in reward.one_of)
             raise ValueError(f"{named(reward)} needs one of the columns {wanted}; columns: {there}")
+        for name in _named_columns(reward):
+            if name not in columns:
+                raise ValueError(f"{named(reward)}: its argument `columns` names `{name}`; columns: {there}")
         for name, parameter in parameters.items():
             given = name in ("prompts", "completions") or name in columns or name in reward.arguments
             if parameter.default is inspect.Parameter.empty and not given:
@@ -177,6 +182,11 @@ def check_columns(rewards: Sequence[Reward], columns: Iterable[str]) -> None:
                 raise ValueError(
                     f"{named(reward)}: its argument `{name}` hides the column `{name}`; drop one"
                 )
+
+
+def _named_columns(reward: Reward) -> Sequence[str]:
+    """Returns the columns that the arguments of a reward name."""
+    return reward.arguments.get("columns") or () if reward.function is REWARDS["http_score"] else ()
 
 
 def check_rows(rewards: Sequence[Reward], examples: Iterable["Example"]) -> list[tuple[int, str]]:

@@ -68,6 +68,25 @@ def adapt_compute_score(function: Callable[..., Any], arguments: Mapping[str, An
     return verl_score
 
 
+def check_truth(columns: Mapping[str, Any]) -> None:
+    """Checks that one row has a ground truth.
+
+    Args:
+        columns: the columns of the row; one of TRUTHS is there.
+
+    Raises:
+        ValueError: the truth, or what should hold it, is null or no mapping.
+    """
+    name = next(name for name in TRUTHS if name in columns)
+    truth = columns[name]
+    if name == "reward_model":
+        if not isinstance(truth, Mapping) or "ground_truth" not in truth:
+            raise ValueError(f"column `reward_model` is {truth!r:.60}, not a mapping with `ground_truth`")
+        name, truth = "reward_model.ground_truth", truth["ground_truth"]
+    if truth is None:
+        raise ValueError(f"`{name}` is null; write an empty text if compute_score needs no truth")
+
+
 async def _all_at_once(calls: Sequence[Callable[[], Any]]) -> list[Any]:
     return [_number(value) for value in await asyncio.gather(*(call() for call in calls))]
 

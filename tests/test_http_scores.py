@@ -1,16 +1,19 @@
 """Rewards from an HTTP endpoint, against a server in a thread."""
 
+import datetime
 import json
 import socket
 import threading
 import time
+from decimal import Decimal
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 
 from grpo_jax.config import RewardConfig
-from grpo_jax.rewards import RewardError, check_columns, load_rewards, score
+from grpo_jax.data import Example
+from grpo_jax.rewards import RewardError, check_columns, check_rows, load_rewards, score
 
 
 class Endpoint:
@@ -197,9 +200,49 @@ def test_a_wrong_answer(endpoint, answer, match):
     assert match in failure(load(endpoint.url, retries=0))
 
 
-def test_a_column_that_json_does_not_know(endpoint):
-    assert "cannot be sent as JSON" in failure(load(endpoint.url), answer=[1, {1, 2}])
-    assert not endpoint.requests
+ODD = [datetime.date(2026, 1, 1), b"\x00", {1, 2}, Decimal("1.5"), [b"x"], {"a": {2: 3}}]  # unknown to JSON
+
+
+@pytest.mark.parametrize("value", ODD, ids=str)
+def test_a_column_that_json_does_not_know(endpoint, value):
+    # case data-21: nobody asked for it, so it is left out
+    reward = load(endpoint.url)
+    check_columns([reward], ["answer", "made"])
+    examples = [Example("p", {"answer": 1, "made": None}), Example("p", {"answer": 2, "made": value})]
+    assert check_rows([reward], examples) == []
+    assert scored(reward, ["a", "b"], answer=[1, 2], made=[None, value]) == [1, 1]
+    assert endpoint.requests[-1] == {"prompts": ["p", "p"], "completions": ["a", "b"], "answer": [1, 2]}
+    # asked for, it is found at the start, with its column and row
+    reward = load(endpoint.url, columns=["made"])
+    ((row, reason),) = check_rows([reward], examples)
+    assert row == 1 and reason.startswith(
+        "reward `http_score`: column `made` cannot be sent as JSON: it has "
+    )
+    assert "column `made` cannot be sent as JSON" in failure(reward, made=[None, value])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_number_that_json_does_not_know(endpoint, value):
+    level = [0.5, value]
+    assert scored(load(endpoint.url), ["a", "b"], level=level, info=[{"a": [value]}] * 2) == [1, 1]
+    assert endpoint.requests[-1]["level"] == [0.5, None]
+    assert endpoint.requests[-1]["info"] == [{"a": [None]}] * 2
+    reward = load(endpoint.url, columns=["level"])
+    ((row, reason),) = check_rows([reward], [Example("p", {"level": each}) for each in level])
+    assert row == 1 and f"column `level` cannot be sent as JSON: it has {value}" in reason
+
+
+def test_only_the_columns_asked_for_are_sent(endpoint):
+    reward = load(endpoint.url, columns=["level"])
+    assert scored(reward, ["a"], answer=[1], level=[(2, True)]) == [1]
+    assert endpoint.requests[-1] == {"prompts": ["p"], "completions": ["a"], "level": [[2, True]]}
+    scored(load(endpoint.url, columns=[]), ["a"], answer=[1])
+    assert endpoint.requests[-1] == {"prompts": ["p"], "completions": ["a"]}
+    with pytest.raises(ValueError, match="its argument `columns` names `level`; columns: `answer`"):
+        check_columns([reward], ["answer"])
+    for wrong in ("answer", [1]):
+        with pytest.raises(ValueError, match="give a list of names of columns"):
+            load(endpoint.url, columns=wrong)
 
 
 def test_headers_come_from_the_environment(endpoint, monkeypatch):

@@ -3,7 +3,8 @@
 import pytest
 
 from grpo_jax.config import RewardConfig
-from grpo_jax.rewards import RewardError, check_columns, load_rewards, score
+from grpo_jax.data import Example
+from grpo_jax.rewards import RewardError, check_columns, check_rows, load_rewards, score
 from grpo_jax.verl_scores import adapt_compute_score
 
 FILE = """\
@@ -107,6 +108,25 @@ def test_the_data_must_have_a_truth(load):
     check_columns([reward], ["reward_model", "data_source"])
     with pytest.raises(ValueError, match="needs one of the columns `ground_truth`, `reward_model`, `answer`"):
         check_columns([reward], ["data_source"])
+
+
+@pytest.mark.parametrize(
+    "column, value, match",
+    [
+        ("reward_model", None, "column `reward_model` is None, not a mapping with `ground_truth`"),
+        ("reward_model", "{'ground_truth': 7}", "is \"{'ground_truth': 7}\", not a mapping"),
+        ("reward_model", {"style": "rule"}, "is {'style': 'rule'}, not a mapping"),
+        ("reward_model", {"ground_truth": None}, "`reward_model.ground_truth` is null"),
+        ("ground_truth", None, "`ground_truth` is null"),
+        ("answer", None, "`answer` is null"),
+    ],
+)
+def test_a_row_without_a_truth_is_found_at_the_start(load, column, value, match):
+    # case data-25
+    good = {"ground_truth": "7"} if column == "reward_model" else "7"
+    examples = [Example("p", {column: each}) for each in (good, value, good)]
+    ((row, reason),) = check_rows([load("compute_score")], examples)
+    assert row == 1 and reason.startswith("reward `compute_score`: ") and match in reason
 
 
 @pytest.mark.parametrize(
