@@ -1,6 +1,7 @@
 """What ends a completion: the eos tokens that a model names, or those that the user gives."""
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -48,10 +49,10 @@ def find_eos(
     Raises:
         ValueError: an entry is no id of the vocabulary, there is none, or none can be drawn.
     """
-    text_config = config.get("text_config") or {}
     named = {
         "generation_config.json": generation_config.get("eos_token_id"),
-        "config.json": config.get("eos_token_id", text_config.get("eos_token_id")),
+        "config.json": config.get("eos_token_id"),
+        "text_config of config.json": (config.get("text_config") or {}).get("eos_token_id"),
         "tokenizer": [i for i in (tokenizer.eos_token_id, _turn_end(tokenizer)) if i is not None],
     }
     found: dict[int, list[str]] = {}
@@ -178,6 +179,13 @@ def stop_notes(model: Ending) -> list[str]:
         f"the stop string {string!r} stops nothing: no tokens of this model spell it"
         for string in model.stops.unspellable
     ]
+    # Before a small letter it may be LaTeX, such as \neq.
+    notes += [
+        f"the stop string {string!r} has a backslash and an n, which is no line break. In YAML that is "
+        r'"\n" in double quotes, on the command line the list ["\n"] in single quotes'
+        for string in model.stops.strings
+        if re.search(r"\\n(?![a-z])", string)
+    ]
     tags = [string for string in model.stops.strings if string.strip().startswith("</")]
     if tags and not model.stops.included:
         notes.append(
@@ -196,7 +204,7 @@ def turn_end_note(model: Ending) -> str | None:
 
     The turn's end is the first control token that the chat template puts behind an assistant's message.
     """
-    tokenizer, answer = model.tokenizer, "answer"
+    tokenizer, answer = model.tokenizer, "The answer is 42."
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from grpo_jax import plan
 from grpo_jax.cli import parse_record
 from grpo_jax.config import Config, SamplingConfig
 from grpo_jax.decoding import generate
-from grpo_jax.endings import describe_endings
+from grpo_jax.endings import describe_endings, find_eos
 from grpo_jax.models import encode, load_model, pad_prompts, save_model, set_endings
 from grpo_jax.parts import build
 from grpo_jax.runs import load_model_or_run
@@ -67,6 +68,15 @@ def test_every_token_that_is_named_ends_a_completion(directory, named, ids):
     """Was: the first file that named one counted alone, without a word (model-06, data-34)."""
     name_eos(directory, **named)
     assert load_model(str(directory)).eos_ids == ids
+
+
+def test_the_configuration_of_the_text_part_of_a_model_counts():
+    tokenizer = SimpleNamespace(
+        eos_token_id=None, special_tokens_map={}, init_kwargs={}, get_vocab=lambda: {"a": 0, "b": 1, "c": 2}
+    )
+    raw = {"eos_token_id": None, "text_config": {"eos_token_id": [1, 2]}}
+    found = find_eos({}, raw, tokenizer, vocab_size=3, source="m")
+    assert found == dict.fromkeys((1, 2), "text_config of config.json")
 
 
 def test_the_end_of_a_turn_counts_where_the_tokenizer_names_it(directory):

@@ -150,7 +150,7 @@ def test_decoding_ends_each_row_there_and_changes_nothing_before(gpt2):
     assert len(decode_stages(ROWS, LIMIT)) > 2
     _, free = draw(None)
     texts = [text_of(gpt2.tokenizer, row) for row in free.tokens]
-    rng, shares, shapes = np.random.default_rng(0), [], set()
+    rng, shares, shapes, programs = np.random.default_rng(0), [], set(), 0
     for count in (1, 2, 3):
         strings = strings_from(rng, texts, count)
         stops = make_stops(strings, gpt2.tokenizer, vocab_size=VOCAB, source="gpt2")
@@ -164,7 +164,9 @@ def test_decoding_ends_each_row_there_and_changes_nothing_before(gpt2):
         np.testing.assert_array_equal(rollout.tokens, np.where(mask, free.tokens, 0))
         np.testing.assert_array_equal(rollout.log_probs, np.where(mask, free.log_probs, 0))
         shares.append(rollout.finished.mean())
-    assert len(shapes) == 1 and 0 < min(shares) < max(shares)
+        programs = programs or generate._cache_size()
+    assert programs == generate._cache_size() and len(shapes) == 1  # other strings need no other program
+    assert 0 < min(shares) < max(shares)
     forced, _ = completion_log_probs(POLICY, logits, rollout, temperature=1.0)
     np.testing.assert_allclose(np.where(mask, forced, 0), rollout.log_probs, atol=1e-5)
 
@@ -302,6 +304,10 @@ def test_what_is_said_of_stop_strings():
     gpt2 = load_model(str(FIXTURES / "gpt2"), stop=["</answer>"])
     assert len(stop_notes(gpt2)) == 1 and "sampling.include_stop: true" in stop_notes(gpt2)[0]
     assert stop_notes(set_endings(gpt2, stop=["</answer>"], include_stop=True)) == []
+    assert stop_notes(set_endings(gpt2, stop=["\n", r"\neq"])) == []
+    for string in (r"\n", r"\n\n", r"\nQ:"):
+        (note,) = stop_notes(set_endings(gpt2, stop=[string]))
+        assert note.startswith(f"the stop string {string!r} has a backslash and an n") and r'["\n"]' in note
     behind = set_endings(gpt2, eos_token_ids=[], stop=["</answer>"], include_stop=True)
     assert describe_endings(behind) == "a completion ends right behind the text '</answer>'"
 
