@@ -1,5 +1,6 @@
 """Stop strings: a completion ends with the token by which its text first contains one, in any tokenizer."""
 
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -115,6 +116,31 @@ def test_the_search_stops_where_the_decoded_text_first_contains_a_stop_string(na
             assert walk(table, tokens) == expected, (strings, tokens.tolist(), text)
             found.append(expected is not None)
     assert 0.15 < np.mean(found) < 0.95 and len(found) > 200
+
+
+@pytest.mark.parametrize("name", ["llama", "two stripped", "gemma"])
+def test_broken_characters_and_leading_spaces_case_by_case(name):
+    """Byte tokens up to every border of UTF-8, then a line break; and all short beginnings with spaces."""
+    tokenizer = tokenizer_of(name)
+    vocabulary = tokenizer.get_vocab()
+    texts = token_texts(tokenizer, vocab_size=len(vocabulary), source=name)
+    leads = (0xC1, 0xC2, 0xDF, 0xE0, 0xE1, 0xED, 0xEF, 0xF0, 0xF1, 0xF4, 0xF5)
+    seconds = (0x41, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC2)
+    runs = [
+        [*(lead, second, 0x80, 0x80)[:n], 0x0A] for lead in leads for second in seconds for n in range(1, 5)
+    ]
+    spaced = itertools.chain(
+        *(itertools.product(("<0x20>", "▁", "▁▁", "", "b", "<s>"), repeat=n) for n in (3, 4))
+    )
+    cases = {
+        ("\n", "\u0800"): [[vocabulary[f"<0x{byte:02X}>"] for byte in run] for run in runs],
+        (" ",): [[vocabulary[piece] for piece in pieces] for pieces in spaced],
+    }
+    for strings, sequences in cases.items():
+        table = stop_table(strings, texts)
+        expected = [first_prefix(tokenizer, tokens, strings) for tokens in sequences]
+        assert [walk(table, tokens) for tokens in sequences] == expected
+        assert len({end is None for end in expected}) == 2
 
 
 def markov_policy(vocab: int) -> Policy:
