@@ -5,6 +5,8 @@ Nothing below floor 3 ever sees one of these records.
 """
 
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -30,6 +32,9 @@ class ModelConfig:
             attention on an NVIDIA GPU, with bfloat16; memory then grows linearly with the length of a row.
         chat_template: how chat messages become text: `auto` (the tokenizer's own template), `plain` (lines
             `role: content`, then `assistant:`; for models without one), or the path of a Jinja file.
+        chat_template_arguments: variables of the chat template by name, such as `enable_thinking: false`.
+        chat_template_date: date, or date and time, that a chat template may print, such as `2026-11-28`;
+            None: that of the run's first start, also when it is continued.
     """
 
     type: Literal["policy"] = "policy"
@@ -40,6 +45,26 @@ class ModelConfig:
     remat: Literal["none", "dots", "full"] = "none"
     attention: Literal["shared", "cudnn"] = "shared"
     chat_template: str = "auto"
+    # Not dict[str, Any]: the parser would read `"a: b"`, a text, as a dict.
+    chat_template_arguments: dict = field(default_factory=dict)
+    chat_template_date: str | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "chat_template_arguments", spelled_values(self.chat_template_arguments))
+
+
+def spelled_values(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns arguments with texts such as `false` read as the values that they spell."""
+    return {name: _scalar(value) for name, value in arguments.items()}
+
+
+def _scalar(value: Any) -> Any:
+    """Reads `false` or `3`, texts from a command line, as the values that they spell; "007" stays a text."""
+    if not isinstance(value, str):
+        return value
+    if value in ("true", "false", "null"):
+        return {"true": True, "false": False, "null": None}[value]
+    return int(value) if re.fullmatch(r"0|-?[1-9]\d{0,18}", value) else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,7 +317,7 @@ class Config:
     """
 
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
-    model: ModelConfig = ModelConfig()
+    model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rewards: list[RewardConfig] = field(default_factory=list)

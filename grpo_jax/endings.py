@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import jax.numpy as jnp
 
+from grpo_jax.chat_templates import ChatSettings, apply_template
 from grpo_jax.stops import Stops
 
 _GIVEN = "sampling.eos_token_ids"
@@ -19,6 +20,7 @@ class Ending(Protocol):
     eos_ids: tuple[int, ...]
     eos_origins: tuple[str, ...]
     stops: Stops | None
+    chat: ChatSettings
 
 
 def find_eos(
@@ -207,7 +209,7 @@ def turn_end_note(model: Ending) -> str | None:
     tokenizer, answer = model.tokenizer, "The answer is 42."
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        text = apply_template(tokenizer, messages, model.chat, add_generation_prompt=False)
     except Exception:  # whatever a template raises; encoding the prompts says what is wrong
         return None
     rest = text[text.rfind(answer) + len(answer) :] if answer in text else ""

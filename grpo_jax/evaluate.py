@@ -154,6 +154,8 @@ def _parts_of(name: str, config: Config) -> Parts:
         name,
         dtype=named.dtype,
         chat_template=named.chat_template,
+        chat_template_arguments=named.chat_template_arguments,
+        chat_template_date=named.chat_template_date,
         **config.sampling.endings,
     )
     parts = build(config, model=model)

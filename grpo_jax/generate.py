@@ -4,13 +4,14 @@ python -m grpo_jax.generate --model runs/arithmetic --prompt "12+34=" --num_samp
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import numpy as np
 
 from grpo_jax.cli import enable_compilation_cache, parse_record, run_command
+from grpo_jax.config import spelled_values
 from grpo_jax.decoding import generate
 from grpo_jax.endings import end_arguments, stop_notes
 from grpo_jax.models import Model, decode, encode, pad_prompts
@@ -27,6 +28,8 @@ class GenerateArguments:
         prompt: the text to complete.
         chat: send the prompt as a user message through the model's chat template.
         chat_template: of a model, see --help of train: `auto`, `plain` or a Jinja file; a run has its own.
+        chat_template_arguments: variables of the model's chat template, such as `enable_thinking: false`;
+            a run has its own.
         num_samples: completions.
         max_new_tokens: completion tokens at most. null: as many as the run trained with, 64 for a model, or
             fewer where the positions of the model end earlier.
@@ -47,6 +50,7 @@ class GenerateArguments:
     prompt: str
     chat: bool = False
     chat_template: str = "auto"
+    chat_template_arguments: dict = field(default_factory=dict)
     num_samples: int = 1
     max_new_tokens: int | None = None
     temperature: float | None = None
@@ -125,6 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments.model,
         dtype=arguments.dtype,
         chat_template=arguments.chat_template,
+        chat_template_arguments=spelled_values(arguments.chat_template_arguments),
         **endings(
             eos_token_ids=arguments.eos_token_ids, stop=arguments.stop, include_stop=arguments.include_stop
         ),

@@ -7,8 +7,8 @@ both.
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from grpo_jax import families, weights
 from grpo_jax.attention import check_attention
-from grpo_jax.chat_templates import set_chat_template
+from grpo_jax.chat_templates import ChatSettings, check_arguments, read_date, set_chat_template, start_of_run
 from grpo_jax.decoder import REMAT
 from grpo_jax.endings import choose_eos, find_eos, tokenizer_to_save
 from grpo_jax.implementations import IMPLEMENTATIONS, choose_implementation
@@ -61,6 +61,7 @@ class Model:
         source: the name it was loaded by.
         generation_config: the contents of generation_config.json; empty without one.
         implementation: what computes it, a key of IMPLEMENTATIONS.
+        chat: what the chat template is given besides the messages.
     """
 
     policy: Policy
@@ -74,6 +75,7 @@ class Model:
     generation_config: dict[str, Any]
     implementation: str
     stops: Stops | None = None
+    chat: ChatSettings = field(default_factory=ChatSettings)
 
 
 def load_model(
@@ -88,6 +90,8 @@ def load_model(
     eos_token_ids: Sequence[int | str] | None = None,
     stop: Sequence[str] | None = None,
     include_stop: bool = False,
+    chat_template_arguments: Mapping[str, Any] | None = None,
+    chat_template_date: str | None = None,
 ) -> Model:
     """Loads a model from a directory, the Hugging Face hub, or the package.
 
@@ -106,6 +110,8 @@ def load_model(
         eos_token_ids: the tokens that end a completion, as ids or texts; None: all that the model names.
         stop: texts that end a completion; None: none. With them, a model may name no eos token.
         include_stop: whether texts keep the one that ended them; see `make_stops`.
+        chat_template_arguments: variables of the chat template by name, such as `enable_thinking`.
+        chat_template_date: date (and time) that a chat template may print, as ISO 8601; None: now.
     Returns: the model. Ids that its tokenizer does not have are never sampled, see `limit_vocabulary`.
     Raises: FileNotFoundError for what is not there, ValueError for what is not supported.
     """
@@ -122,6 +128,8 @@ def load_model(
     implementation = choose_implementation(config, implementation, source=hf_model_name)
     tokenizer = load_tokenizer(directory, hf_model_name)
     set_chat_template(tokenizer, chat_template)
+    check_arguments(tokenizer, chat_template_arguments or {}, hf_model_name)
+    now = start_of_run() if chat_template_date is None else read_date(chat_template_date)
     if (largest := max(tokenizer.get_vocab().values(), default=-1)) >= config.vocab_size:
         raise ValueError(
             f"{hf_model_name}: the tokenizer has {len(tokenizer)} tokens with ids up to {largest}, the "
@@ -157,6 +165,7 @@ def load_model(
         generation_config=generation_config,
         implementation=implementation,
         stops=stops,
+        chat=ChatSettings(arguments=dict(chat_template_arguments or {}), now=now),
     )
 
 

@@ -7,7 +7,7 @@ padding token, as in PyTorch.
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax import architectures, families, weights
+from grpo_jax.chat_templates import ChatSettings, apply_template
 from grpo_jax.decoding import positions_from_mask
 from grpo_jax.models import DTYPES, load_tokenizer
 from grpo_jax.prompt_lengths import bucket_length
@@ -38,6 +39,7 @@ class Classifier:
         max_positions: tokens of the longest text.
         source: the name it was loaded by.
         dtype: compute dtype.
+        chat: what the chat template is given; a date that it prints is that of the loading.
     """
 
     policy: Policy
@@ -48,6 +50,7 @@ class Classifier:
     max_positions: int
     source: str
     dtype: Any
+    chat: ChatSettings = field(default_factory=ChatSettings)
 
 
 @functools.lru_cache(maxsize=4)  # one copy per run, however many rewards and calls use it
@@ -162,7 +165,10 @@ def encode_texts(
                 raise ValueError(
                     f"prompts are messages, but the tokenizer of {classifier.source} has no chat template"
                 )
-            text, plain = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False), False
+            text = apply_template(
+                tokenizer, [*prompt, *completion], classifier.chat, add_generation_prompt=False
+            )
+            plain = False
         encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=plain, verbose=False)
         sequences.append(encoded["input_ids"])
     return sequences

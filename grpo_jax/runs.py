@@ -1,6 +1,7 @@
 """The directory of a run: its config, what a continued run may change, the model of a checkpoint."""
 
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ _MAY_DIFFER = (
     "checkpoints",
     "tracking",
 )
+_DATE = "model.chat_template_date"  # noted at the first start, and kept unless another one is given
 
 
 def config_dict(config: Config) -> dict[str, Any]:
@@ -81,7 +83,9 @@ def check_same_run(config: Config, other: Config) -> None:
     different = [
         f"{key} is {theirs.get(key)!r} there and {mine.get(key)!r} here"
         for key in {**mine, **theirs}
-        if mine.get(key) != theirs.get(key) and not key.startswith(_MAY_DIFFER)
+        if mine.get(key) != theirs.get(key)
+        and not key.startswith(_MAY_DIFFER)
+        and not (key == _DATE and mine.get(key) is None)
     ]
     if different:
         raise ValueError(
@@ -90,11 +94,29 @@ def check_same_run(config: Config, other: Config) -> None:
         )
 
 
+def keep_first_date(config: Config, run_dirs: Iterable[Path]) -> Config:
+    """Returns the config with the date that a chat template printed when the run was first started.
+
+    Args:
+        config: of the run.
+        run_dirs: of the runs that it continues, the first choice first.
+    """
+    if config.model.chat_template_date is not None:
+        return config
+    dates = (
+        read_config(path).model.chat_template_date for path in run_dirs if (path / "config.yaml").is_file()
+    )
+    date = next((date for date in dates if date is not None), None)
+    return replace(config, model=replace(config.model, chat_template_date=date))
+
+
 def load_model_or_run(
     name: str,
     *,
     dtype: str = "float32",
     chat_template: str = "auto",
+    chat_template_arguments: Mapping[str, Any] | None = None,
+    chat_template_date: str | None = None,
     **endings: Any,
 ) -> Model:
     """Loads a model, or the newest checkpoint of a run.
@@ -103,10 +125,19 @@ def load_model_or_run(
         name: a model as in `load_model`, or a run directory.
         dtype: compute dtype of a model; a run has its own.
         chat_template: of a model, as in `load_model`; a run has its own.
+        chat_template_arguments: of a model, as in `load_model`; a run has its own.
+        chat_template_date: of a model, as in `load_model`; a run has its own.
         **endings: what ends a completion, as in `set_endings`; None: what ends those of the model or run.
     """
     if not (Path(name) / "config.yaml").is_file():
-        return load_model(name, dtype=dtype, chat_template=chat_template, **endings)
+        return load_model(
+            name,
+            dtype=dtype,
+            chat_template=chat_template,
+            chat_template_arguments=chat_template_arguments,
+            chat_template_date=chat_template_date,
+            **endings,
+        )
     return set_endings(load_run(name)[0], **endings)
 
 

@@ -33,7 +33,7 @@ from grpo_jax.plan import make_plan
 from grpo_jax.progress import Progress, restore, resume_sources, save, start
 from grpo_jax.reference import is_reference, mix_params
 from grpo_jax.rewards import close_rewards
-from grpo_jax.runs import config_dict, write_config
+from grpo_jax.runs import config_dict, keep_first_date, write_config
 from grpo_jax.trackers import Trackers, make_trackers
 from grpo_jax.trackers.console import spread
 
@@ -227,7 +227,9 @@ def train(config: Config) -> int:
         RewardError: a reward function failed. RuntimeError: training broke down.
     """
     sources = resume_sources(config)
+    config = keep_first_date(config, [source.parent for source in sources])
     parts = build(config)
+    config = parts.config
     check_best_metric(parts)
     directory = Path(config.run_dir) / "checkpoints"
     progress = restore(parts, sources)
