@@ -11,9 +11,11 @@ from grpo_jax.actor import Actor
 from grpo_jax.adapters import make_lora
 from grpo_jax.bad_rows import BadRow, settle
 from grpo_jax.categories import rows_by_category
+from grpo_jax.chat_templates import asks_for_time
 from grpo_jax.config import Config, RewardConfig
 from grpo_jax.data import Task, load_data
 from grpo_jax.endings import stop_notes, turn_end_note
+from grpo_jax.first_look import notes_about_prompts, show_first_prompt
 from grpo_jax.held_out import note_on_overlap, sample_held_out
 from grpo_jax.learner import TrainState, init_train_state
 from grpo_jax.lora import Lora, init_adapters
@@ -47,6 +49,7 @@ class Parts:
     correct: Correct  # what counts as correct
     eval_rewards: tuple[Reward, ...] = ()  # logged in evaluation, never trained on
     categories: Mapping[str, Sequence[int]] = field(default_factory=dict)  # category -> held-out rows
+    first_prompt: tuple[str, ...] = ()  # lines that show it as tokens
     notes: tuple[str, ...] = ()  # what the user should know before the first step, a line each
 
     @property
@@ -130,6 +133,8 @@ def build(config: Config, *, model: Model | None = None) -> Parts:
     notes += about_rows
     correct = _choose_correct(config, task, rewards, eval_rewards, notes)
     model = _load_named_model(config) if model is None else set_endings(model, **config.sampling.endings)
+    config, about_date = _with_date(config, model)
+    notes += about_date
     lora = _make_lora(config, model)
     limit = prompt_limit(model, config.data.max_prompt_length, config.sampling.max_new_tokens)
     over_length = config.data.over_length
@@ -141,6 +146,8 @@ def build(config: Config, *, model: Model | None = None) -> Parts:
     if any(not isinstance(example.prompt, str) for example in train.examples):
         notes += filter(None, [turn_end_note(model)])
     notes += stop_notes(model)
+    formats = [spec.arguments for spec in config.rewards if spec.function == "think_format"]
+    notes += notes_about_prompts(model, train.examples, formats)
     sample = sample_held_out(task.evaluation, config.evaluation.num_prompts)
     notes += filter(None, [note_on_overlap(task.train, task.evaluation, sample)])
     held_out = fit_prompts(sample, model, limit, over_length, "evaluation")
@@ -172,6 +179,7 @@ def build(config: Config, *, model: Model | None = None) -> Parts:
         correct=correct,
         eval_rewards=eval_rewards,
         categories=rows_by_category(held_out.examples, config.evaluation.category),
+        first_prompt=tuple(show_first_prompt(model, train.examples)),
         notes=tuple(notes),
     )
 
@@ -253,8 +261,20 @@ def _load_named_model(config: Config) -> Model:
         remat=named.remat,
         attention=named.attention,
         chat_template=named.chat_template,
+        chat_template_arguments=named.chat_template_arguments or None,
+        chat_template_date=named.chat_template_date,
         **config.sampling.endings,
     )
+
+
+def _with_date(config: Config, model: Model) -> tuple[Config, list[str]]:
+    """Returns the config with the date that the chat template may print, if it asks for one, and notes."""
+    given = config.model.chat_template_date
+    if asks_for_time(model.tokenizer, model.chat):
+        date = model.chat.now.isoformat()
+        return replace(config, model=replace(config.model, chat_template_date=date)), []
+    unused = "model.chat_template_date changes nothing: the chat template does not print a date"
+    return config, [] if given is None else [unused]
 
 
 def _make_lora(config: Config, model: Model) -> Lora | None:

@@ -45,6 +45,7 @@ class Plan:
     num_evaluation_compilations: int
     memory: dict[str, int]  # bytes by purpose
     endings: str = ""  # what ends a completion
+    first_prompt: tuple[str, ...] = ()  # lines that show it as tokens
     notes: tuple[str, ...] = ()  # of the parts
 
     @property
@@ -82,6 +83,7 @@ class Plan:
                 f"about {_megabytes(self.total_memory)} MB ({parts})",
                 f"  a checkpoint is {_megabytes(self.checkpoint_size)} MB on disk, and twice that in memory "
                 "while it is written",
+                *(f"  {line}" for line in self.first_prompt),
                 *([f"  {self.endings}"] if self.endings else []),
                 *(f"  note: {note}" for note in self.notes),
             ]
@@ -209,6 +211,7 @@ def make_plan(parts: Parts) -> Plan:
         num_evaluation_compilations=2,
         memory=_memory(parts),
         endings=describe_endings(parts.model),
+        first_prompt=parts.first_prompt,
         notes=parts.notes,
     )
 
