@@ -120,7 +120,6 @@ def collect(
     experience = make_experience(
         batch.judged,
         actor.recipe,
-        group_size=actor.group_size,
         prompt_length=actor.prompt_length,
         num_live=num_live,
         num_minibatches=actor.num_minibatches,
@@ -166,7 +165,7 @@ def _informative_batch(actor, params, ref_params, draw, leftovers, rounds: list[
     while len(rounds) < actor.max_rounds and (count is None or found < count):
         one = _sample_round(actor, params, ref_params, *draw(len(rounds)))
         rounds.append(one)
-        signal = has_signal(one.groups.judged, actor.recipe, group_size=actor.group_size, **_settings(actor))
+        signal = has_signal(one.groups.judged, actor.recipe, **_settings(actor))
         count = len(signal)
         if signal.any():
             informative.append(take_groups(one.groups, np.flatnonzero(signal), actor.group_size))
@@ -182,6 +181,7 @@ def _settings(actor: Actor) -> dict[str, Any]:
     return {
         "reward_weights": [reward.weight for reward in actor.rewards],
         "max_length": actor.max_new_tokens,
+        "group_size": actor.group_size,
     }
 
 
@@ -225,10 +225,8 @@ def _measure(actor: Actor, judged: Judged) -> dict[str, Any]:
         **reward_metrics(rewards.reshape(groups), valid.reshape(groups)),
         **rollout_metrics(judged.rollout, judged.old_log_probs, importance_cap=actor.recipe.importance_cap),
     }
-    if actor.recipe.aggregation != "sum_then_normalize":
-        signal = has_signal(judged, actor.recipe, group_size=actor.group_size, **_settings(actor))
-        measured["frac_reward_zero_std"] = 1.0 - signal.mean()
-    return measured
+    signal = has_signal(judged, actor.recipe, **_settings(actor))
+    return {**measured, "frac_reward_zero_std": 1.0 - signal.mean()}
 
 
 def _rollout(actor: Actor, params: Params, examples: Sequence[Example], key: Array) -> Rollout:

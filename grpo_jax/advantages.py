@@ -9,15 +9,15 @@ import jax.numpy as jnp
 from jax import Array
 
 SCALES = ("std", "batch", "none")
-MISSING = ("skip", "renormalize", "drop")
+MISSING = ("drop", "skip", "renormalize")
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum", "gdpo")
 
 
 def _prepare(rewards: Array, valid: Array | None) -> tuple[Array, Array, Array]:
     """Returns (rewards with 0 where invalid, valid [...,G], number of valid ones [...,1])."""
     rewards = jnp.asarray(rewards)
-    if not jnp.issubdtype(rewards.dtype, jnp.floating):
-        rewards = rewards.astype(jnp.float32)
+    # Integers, and types so short that a square of 300 is infinite.
+    rewards = rewards.astype(jnp.promote_types(rewards.dtype, jnp.float32))
     valid = jnp.ones(rewards.shape, bool) if valid is None else jnp.asarray(valid, bool)
     chex.assert_equal_shape([rewards, valid])
     # An invalid reward is often NaN: select before any arithmetic, or 0 * NaN comes back.
@@ -26,11 +26,41 @@ def _prepare(rewards: Array, valid: Array | None) -> tuple[Array, Array, Array]:
     return rewards, valid, count
 
 
+def shrink_factor(rewards: Array, axis: int | None) -> Array:
+    """Returns the power of two that keeps squares of rewards finite when multiplied with them; mostly 1."""
+    return jnp.where(jnp.max(jnp.abs(rewards), axis=axis, keepdims=True) > 1e15, 2.0**-80, 1.0)
+
+
+def grow(advantages: Array, shrink: Array) -> Array:
+    """Undoes `shrink_factor`. What no float holds becomes the largest that there is."""
+    largest = jnp.finfo(advantages.dtype).max
+    return jnp.clip(advantages / shrink, -largest, largest)
+
+
+def _from_lowest(rewards: Array, valid: Array, axis: int | None) -> Array:
+    """Returns rewards minus the lowest valid one, 0 where invalid.
+
+    No mean or standard deviation around a mean depends on it, but their rounding does: the mean of 10000001
+    and three times 10000000 is no float32.
+    """
+    lowest = jnp.min(jnp.where(valid, rewards, jnp.inf), axis=axis, keepdims=True)
+    return jnp.where(valid, rewards - jax.lax.stop_gradient(jnp.where(lowest < jnp.inf, lowest, 0)), 0)
+
+
 def _centered(rewards: Array, valid: Array, count: Array) -> Array:
     """Returns rewards minus their group's mean; 0 where invalid or where all of the group are equal."""
-    mean = jnp.sum(rewards, axis=-1, keepdims=True) / jnp.maximum(count, 1)
     alive = informative_groups(rewards, valid=valid)[..., None]
+    rewards = _from_lowest(rewards, valid, axis=-1)
+    mean = jnp.sum(rewards, axis=-1, keepdims=True) / jnp.maximum(count, 1)
     return jnp.where(valid & alive, rewards - mean, 0)
+
+
+def _batch_std(values: Array, valid: Array, ddof: int) -> Array:
+    """Returns the standard deviation of all valid values of the array around their common mean."""
+    total = jnp.sum(valid).astype(values.dtype)
+    values = _from_lowest(values, valid, axis=None)
+    mean = jnp.sum(values) / jnp.maximum(total, 1)
+    return _std(jnp.where(valid, values - mean, 0), total, ddof, axis=None)
 
 
 def _std(centered: Array, count: Array, ddof: int, axis: int | None) -> Array:
@@ -77,7 +107,8 @@ def group_advantages(
 
     Returns:
         [..., G]. Exactly 0 in a group whose valid rewards are all equal, in a group with fewer than
-        two of them, and at invalid entries. Gradients are finite everywhere.
+        two of them, and at invalid entries. Centred and finite for any finite rewards, whatever offset or
+        scale they have. Gradients are finite everywhere.
 
     Raises:
         ValueError: unknown scale.
@@ -88,18 +119,31 @@ def group_advantages(
     if scale not in SCALES:
         raise ValueError(f"scale: {scale!r}; choose 'std', 'batch' or 'none'")
     rewards, valid, count = _prepare(rewards, valid)
+    shrink = shrink_factor(rewards, axis=None if scale == "batch" else -1)
+    rewards = rewards * shrink
     centered = _centered(rewards, valid, count)
     if scale == "none":
-        return centered
-    if scale == "std":
-        std = _std(centered, count, ddof, axis=-1)
-    else:
-        total = jnp.sum(count)
-        mean = jnp.sum(rewards) / jnp.maximum(total, 1)
-        std = _std(jnp.where(valid, rewards - mean, 0), total, ddof, axis=None)
-    divisor = std + epsilon
+        return grow(centered, shrink)
+    std = _std(centered, count, ddof, axis=-1) if scale == "std" else _batch_std(rewards, valid, ddof)
+    divisor = std + epsilon * shrink
     # Without epsilon the std of a dead group is 0, and its zeros must not become 0 / 0.
     return centered / jnp.where(divisor > 0, divisor, 1)
+
+
+def group_stds(rewards: Array, *, valid: Array | None = None) -> Array:
+    """Computes the standard deviation (ddof 1) of each group.
+
+    Args:
+        rewards: [..., G], any real numbers.
+        valid: [..., G] bool; None: all are there.
+
+    Returns:
+        [...]; 0 in a group without two valid rewards that differ.
+    """
+    rewards, valid, count = _prepare(rewards, valid)
+    shrink = shrink_factor(rewards, axis=-1)
+    centered = _centered(rewards * shrink, valid, count)
+    return grow(_std(centered, count, 1, axis=-1), shrink)[..., 0]
 
 
 def leave_one_out_advantages(rewards: Array, *, valid: Array | None = None) -> Array:
@@ -118,8 +162,9 @@ def leave_one_out_advantages(rewards: Array, *, valid: Array | None = None) -> A
     [-1.5, 0.0, 1.5]
     """
     rewards, valid, count = _prepare(rewards, valid)
+    shrink = shrink_factor(rewards, axis=-1)
     # r_i - (sum - r_i) / (n - 1)  =  (r_i - mean) * n / (n - 1)
-    return _centered(rewards, valid, count) * count / jnp.maximum(count - 1, 1)
+    return grow(_centered(rewards * shrink, valid, count) * count / jnp.maximum(count - 1, 1), shrink)
 
 
 # The choices of the advantage axis: f(rewards [...,G], *, valid=None) -> [...,G].
@@ -131,20 +176,24 @@ ADVANTAGES: dict[str, Callable[..., Array]] = {
 }
 
 
-def reward_weights(valid, weights, *, missing: str = "skip"):
+def reward_weights(valid, weights, *, missing: str = "drop"):
     """Decides what each of several reward functions counts in each row, some being missing.
 
-        skip         a missing term is left out of the sum; the others keep their weights
+        drop         a row that misses any reward which a sibling got counts nothing; a function that gave
+                     nothing to any row of a group does not apply to that group, and the others decide
+        skip         a missing term is left out of the sum, as if it were 0; the others keep their weights
         renormalize  the others are scaled up so that the absolute weights still sum to the same
-        drop         a row that misses any of them counts nothing
+
+    Only with `drop` does a missing reward have no influence. With the other two, rows of one group are
+    compared by different sums.
 
     Args:
-        valid: [..., R] bool, False where a function gave no value.
+        valid: [..., G, R] bool, False where a function gave no value.
         weights: [R]; a function of weight 0 decides nothing.
         missing: one of `MISSING`.
 
     Returns:
-        (row_weights [..., R], 0 at missing entries; row_valid [...], False where nothing counts). NumPy
+        (row_weights [..., G, R], 0 at missing entries; row_valid [..., G], False where nothing counts). NumPy
         arrays in, NumPy arrays out; so with jax arrays.
 
     Raises:
@@ -159,7 +208,8 @@ def reward_weights(valid, weights, *, missing: str = "skip"):
         there = abs(row_weights).sum(axis=-1, keepdims=True)
         row_weights = row_weights * (abs(weights).sum() / (there + (there == 0)))
     if missing == "drop":
-        row_valid = row_valid & (valid | (weights == 0)).all(axis=-1)
+        applies = counts.any(axis=-2, keepdims=True)
+        row_valid = row_valid & (valid | ~applies).all(axis=-1)
         row_weights = row_weights * row_valid[..., None]
     return row_weights, row_valid
 
@@ -170,7 +220,7 @@ def normalize_then_sum(
     *,
     valid: Array | None = None,
     advantage_fn: Callable[..., Array] = group_advantages,
-    missing: str = "skip",
+    missing: str = "drop",
 ) -> Array:
     """Computes advantages per reward function and adds them up with weights, as GDPO does.
 
@@ -214,8 +264,8 @@ def scale_by_batch(advantages: Array, *, valid: Array | None = None, epsilon: fl
     Returns:
         [..., G]; zeros stay exactly 0.
     """
-    advantages, valid, count = _prepare(advantages, valid)
-    total = jnp.sum(count)
-    mean = jnp.sum(advantages) / jnp.maximum(total, 1)
-    divisor = _std(jnp.where(valid, advantages - mean, 0), total, 1, axis=None) + epsilon
+    advantages, valid, _ = _prepare(advantages, valid)
+    shrink = shrink_factor(advantages, axis=None)
+    advantages = advantages * shrink
+    divisor = _batch_std(advantages, valid, 1) + epsilon * shrink
     return advantages / jnp.where(divisor > 0, divisor, 1)

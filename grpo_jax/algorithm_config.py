@@ -24,8 +24,9 @@ class AlgorithmConfig:
             `batch`, `none`; or `leave_one_out`: the mean of the others is subtracted.
         aggregation: several reward functions: `sum_then_normalize`, `normalize_then_sum`, or `gdpo`: the
             latter, divided by the standard deviation over the batch.
-        missing: a completion without some of its rewards: `skip` the terms, `renormalize` the weights of the
-            others, or `drop` the completion.
+        missing: a completion without some of its rewards: `drop` it (a function that gave nothing to a whole
+            group is left out there instead), `skip` the terms as if they were 0, or `renormalize` the weights
+            of the others.
         ratio_level: Level of the importance ratio: one per token, one per sequence, or the value of the
             sequence with the gradient of the token.
         surrogate: Policy loss of a token, see `grpo_jax.surrogates`.
@@ -53,7 +54,8 @@ class AlgorithmConfig:
         max_staleness: nats by which the mean log-prob of a completion with a negative advantage may have
             fallen since it was sampled; beyond, it does not train the policy.
         importance_cap: largest truncated importance weight between sampler and scorer; at least 1.
-        mask_truncated: completions cut off at max_new_tokens do not train.
+        mask_truncated: completions cut off at max_new_tokens do not train, nor do they count in the mean and
+            standard deviation of their group.
         overlong_buffer: tokens before max_new_tokens over which a penalty on the reward grows to 1; 0: off
             (None with `dapo`: a fifth of max_new_tokens).
         dynamic_sampling: train only on groups whose rewards differ, and sample more until there are enough.

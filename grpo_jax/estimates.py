@@ -1,5 +1,6 @@
-"""What n samples per prompt say: pass@k and dead groups for other sizes, and differences with their noise."""
+"""What n samples per prompt say: pass@k, groups of other sizes, and differences with their noise."""
 
+import itertools
 import math
 
 import numpy as np
@@ -37,33 +38,28 @@ def pass_at_k(correct: np.ndarray, k: int) -> float:
     return float(np.mean(1.0 - np.prod(factors, axis=0)))
 
 
-def dead_group_share(values: np.ndarray, group_size: int, *, valid: np.ndarray | None = None) -> float:
-    """Estimates the share of groups of G completions whose rewards are all equal, without bias.
+def subsets(n: int, size: int, *, limit: int = 13_000, seed: int = 0) -> np.ndarray:
+    """Returns ways to choose `size` of n samples, each a group that might have been sampled.
 
-    Of a prompt's n samples, of which m are invalid and c_v have the value v, G drawn without replacement
-    teach nothing if the valid ones among them have one value at most. The chance of it, averaged over
-    prompts, is ``(C(m, G) + sum_v (C(m + c_v, G) - C(m, G))) / C(n, G)``.
+    Averaged over them, any figure of a group is an unbiased estimate of what groups of that size have.
 
     Args:
-        values: [N, n], compared by equality: rewards, or codes of what makes them equal.
-        group_size: G, 1 to n.
-        valid: bool [N, n], False where the reward is missing; None: all are there.
+        n: samples.
+        size: 1 to n.
+        limit: with at most so many subsets all are returned, else that many random ones.
+        seed: seed of those.
+
+    Returns:
+        int [K, size], distinct within each row.
 
     Raises:
-        ValueError: G is larger than n.
+        ValueError: size is not in 1 to n.
     """
-    n = values.shape[1]
-    if not 1 <= group_size <= n:
-        raise ValueError(f"groups of {group_size} need at least {group_size} samples per prompt, not {n}")
-    valid = np.ones(values.shape, bool) if valid is None else valid
-    shares = []
-    for row, there in zip(values, valid, strict=True):
-        counts = np.unique(row[there], return_counts=True)[1].tolist()
-        missing = n - sum(counts)
-        silent = math.comb(missing, group_size)  # draws without any value
-        dead = silent + sum(math.comb(missing + count, group_size) - silent for count in counts)
-        shares.append(dead / math.comb(n, group_size))  # of integers: exact up to the division
-    return float(np.mean(shares))
+    if not 1 <= size <= n:
+        raise ValueError(f"groups of {size} need at least {size} samples per prompt, not {n}")
+    if math.comb(n, size) <= limit:
+        return np.array(list(itertools.combinations(range(n), size)))
+    return np.argsort(np.random.default_rng(seed).random((limit, n)), axis=1)[:, :size]
 
 
 def paired_bootstrap(

@@ -10,9 +10,11 @@ from grpo_jax.recipes import Recipe
 from grpo_jax.shaping import importance_weights, kl_penalty, overlong_penalty, top_entropy_mask
 from grpo_jax.types import Array, Experience, Judged
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 
 def combine(
-    scores: np.ndarray, weights: Sequence[float], *, missing: str = "skip"
+    scores: np.ndarray, weights: Sequence[float], *, missing: str = "drop", group_size: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Adds up the rewards of every completion.
 
@@ -20,56 +22,101 @@ def combine(
         scores: [B, R], NaN where a function gave none.
         weights: R factors.
         missing: what becomes of a completion that misses some rewards, see `reward_weights`.
+        group_size: G, a divisor of B: that many consecutive rows are a group. None: all of them are one.
 
     Returns:
-        (rewards [B] float32, the weighted sum over the functions that gave a value; valid [B] bool, False
-        with reward 0 where nothing counts).
+        (rewards [B] float32, the weighted sum over the functions that gave a value, within what float32
+        holds; valid [B] bool, False with reward 0 where nothing counts).
     """
     scores, weights = np.asarray(scores, np.float64), np.asarray(weights, np.float64)
     if scores.ndim != 2 or scores.shape[1] != len(weights):
         raise ValueError(f"scores have the shape {scores.shape}, weights are {len(weights)}")
-    factors, valid = reward_weights(~np.isnan(scores), weights, missing=missing)
+    groups = scores.reshape(-1, group_size or len(scores) or 1, len(weights))
+    factors, valid = reward_weights(~np.isnan(groups), weights, missing=missing)
     total = np.zeros(len(scores))
     # Column by column: the same order of additions in every row, so equal scores give equal rewards.
-    for column, factor in zip(np.nan_to_num(scores).T, factors.T, strict=True):
+    for column, factor in zip(np.nan_to_num(scores).T, factors.reshape(scores.shape).T, strict=True):
         total += column * factor
-    return total.astype(np.float32), valid
+    return np.clip(total, -_LARGEST, _LARGEST).astype(np.float32), valid.reshape(-1)
 
 
 def shaped_rewards(
-    judged: Judged, recipe: Recipe, *, reward_weights: Sequence[float], max_length: int
+    judged: Judged, recipe: Recipe, *, reward_weights: Sequence[float], max_length: int, group_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Adds up the rewards of every completion: weighted sum and overlong penalty, without any KL.
 
     Args:
-        judged: B completions.
+        judged: B completions, whole groups.
         recipe: the objective.
         reward_weights: [R].
         max_length: T, the completion limit in tokens.
+        group_size: G.
 
     Returns:
         (rewards [B] float32; valid [B] bool, False where the recipe's policy for missing rewards drops it).
     """
-    rewards, valid = combine(judged.scores, reward_weights, missing=recipe.missing)
-    return np.where(valid, rewards + _overlong(judged, recipe, max_length), 0), valid
+    rewards, valid = combine(judged.scores, reward_weights, missing=recipe.missing, group_size=group_size)
+    return np.where(valid, rewards + length_penalty(_lengths(judged), recipe, max_length), 0), valid
 
 
 def has_signal(
     judged: Judged, recipe: Recipe, *, reward_weights: Sequence[float], max_length: int, group_size: int
 ) -> np.ndarray:
-    """Says which groups teach something, bool [N]: those whose rewards differ (KL aside).
+    """Says which groups teach something, bool [N]: see `signal_of_scores`."""
+    return signal_of_scores(
+        np.asarray(judged.scores),
+        _lengths(judged),
+        judged.rollout.finished,
+        recipe,
+        reward_weights=reward_weights,
+        max_length=max_length,
+        group_size=group_size,
+    )
+
+
+def signal_of_scores(
+    scores: np.ndarray,
+    lengths: np.ndarray,
+    finished: np.ndarray,
+    recipe: Recipe,
+    *,
+    reward_weights: Sequence[float],
+    max_length: int,
+    group_size: int,
+) -> np.ndarray:
+    """Says which groups teach something: those whose rewards differ (KL aside), among the rows that train.
 
     Where each reward function is normalised alone, those in which any function's values differ.
+
+    Args:
+        scores: [B,R], NaN where a function gave none.
+        lengths: [B], tokens of the completions.
+        finished: [B] bool.
+        recipe: the objective.
+        reward_weights: [R].
+        max_length: T, the completion limit in tokens.
+        group_size: G.
+
+    Returns:
+        bool [N].
     """
-    rewards, valid = shaped_rewards(judged, recipe, reward_weights=reward_weights, max_length=max_length)
-    columns, there = rewards[:, None], valid[:, None]
+    # A row that does not train is none at all: what only it was given decides nothing either.
+    scores = np.where(_training_rows(finished, recipe)[:, None], scores, np.nan)
+    rewards, valid = combine(scores, reward_weights, missing=recipe.missing, group_size=group_size)
+    penalty = length_penalty(lengths, recipe, max_length)
+    columns, there = (rewards + penalty)[:, None], valid[:, None]
     if recipe.aggregation != "sum_then_normalize":
-        scores = np.asarray(judged.scores)
-        columns = np.column_stack([scores, _overlong(judged, recipe, max_length)])
+        columns = np.column_stack([scores, penalty])
         counts = np.array([*reward_weights, 1.0]) != 0
         there = ~np.isnan(columns) & valid[:, None] & counts
     columns, there = (x.T.reshape(x.shape[1], -1, group_size) for x in (columns, there))
     return np.asarray(informative_groups(columns, valid=there)).any(axis=0)
+
+
+def _training_rows(finished: np.ndarray, recipe: Recipe) -> np.ndarray:
+    """Says which rows train, bool [B]. The others leave the statistics of their group as well."""
+    finished = np.asarray(finished, bool)
+    return finished if recipe.mask_truncated else np.ones_like(finished)
 
 
 def make_experience(
@@ -101,13 +148,14 @@ def make_experience(
     rollout, rows = judged.rollout, judged.rollout.tokens.shape[0]
     live = np.arange(rows) < (rows if num_live is None else num_live * group_size)
     mask = jnp.asarray(rollout.mask) & live[:, None]
+    training = _training_rows(rollout.finished, recipe)
     settings = {"reward_weights": reward_weights, "max_length": max_length, "group_size": group_size}
     signal = None  # of each row; only a KL that spares dead groups asks
     if not recipe.kl_on_dead_groups:
         signal = np.repeat(has_signal(judged, recipe, **settings), group_size) & live
     weights, penalty_weights = [], []
     for part in np.split(np.arange(rows), num_minibatches):
-        trained = mask[part] & (rollout.finished[part, None] | (not recipe.mask_truncated))
+        trained = mask[part] & training[part, None]
         base = recipe.weights(
             trained,
             max_length=max_length,
@@ -131,8 +179,13 @@ def make_experience(
     )
 
 
-def _overlong(judged: Judged, recipe: Recipe, max_length: int) -> np.ndarray:
-    lengths, buffer = np.asarray(judged.rollout.mask).sum(axis=1), recipe.overlong_tokens(max_length)
+def _lengths(judged: Judged) -> np.ndarray:
+    return np.asarray(judged.rollout.mask).sum(axis=1)
+
+
+def length_penalty(lengths: np.ndarray, recipe: Recipe, max_length: int) -> np.ndarray:
+    """Returns the recipe's `overlong_penalty` of completions of lengths [B] tokens: [B], 0 without one."""
+    buffer = recipe.overlong_tokens(max_length)
     if not buffer:
         return np.zeros(len(lengths), np.float32)
     return np.asarray(overlong_penalty(lengths, max_length=max_length, buffer=buffer))
@@ -152,8 +205,10 @@ def _policy_factors(judged: Judged, recipe: Recipe, trained: Array, part: np.nda
 
 def _advantages(judged, recipe, live, signal, *, reward_weights, max_length, group_size) -> Array:
     """Computes the advantages [B]; KL in the reward, where the recipe wants it, enters here."""
-    rewards, valid = shaped_rewards(judged, recipe, reward_weights=reward_weights, max_length=max_length)
-    valid = valid & live
+    training = live & _training_rows(judged.rollout.finished, recipe)
+    scores = np.where(training[:, None], judged.scores, np.nan)
+    rewards, valid = combine(scores, reward_weights, missing=recipe.missing, group_size=group_size)
+    rewards = rewards + length_penalty(_lengths(judged), recipe, max_length)
     penalty = np.zeros(len(rewards), np.float32)
     if recipe.kl_placement == "reward" and judged.ref_log_probs is not None:
         kls = kl_penalty(judged.old_log_probs, judged.ref_log_probs, judged.rollout.mask)
@@ -163,7 +218,6 @@ def _advantages(judged, recipe, live, signal, *, reward_weights, max_length, gro
     if recipe.aggregation == "sum_then_normalize":
         totals = np.where(valid, rewards + penalty, 0)
         return recipe.advantages(totals.reshape(groups), valid=valid.reshape(groups)).reshape(-1)
-    scores = np.asarray(judged.scores)
     there = ~np.isnan(scores) & valid[:, None]
     advantages = normalize_then_sum(
         np.nan_to_num(scores).reshape(*groups, scores.shape[1]),
@@ -173,7 +227,7 @@ def _advantages(judged, recipe, live, signal, *, reward_weights, max_length, gro
         missing=recipe.missing,
     )
     # What is added to the sum of rewards is one more function here, of weight 1 whatever is missing.
-    added = (_overlong(judged, recipe, max_length) + penalty).reshape(groups)
+    added = (length_penalty(_lengths(judged), recipe, max_length) + penalty).reshape(groups)
     advantages = advantages + recipe.advantages(added, valid=valid.reshape(groups))
     if recipe.aggregation == "gdpo":
         advantages = scale_by_batch(advantages, valid=valid.reshape(groups))

@@ -35,8 +35,9 @@ reward functions gave, plus the overlong penalty, without any KL; valid where `m
     reward                      mean of the valid r
     reward_std                  mean over the groups with a valid r of their standard deviation (ddof 1; 0 for
                                 a single one), whatever the advantages are divided by
-    frac_reward_zero_std        share of the N groups without a signal: all valid r equal; where aggregation
-                                normalises first, all valid values of every function (and penalties) equal
+    frac_reward_zero_std        share of the N groups without a signal, among the rows that train: all valid r
+                                equal; where aggregation normalises first, all valid values of every function
+                                (and penalties) equal
     rewards/<name>/mean         of one function: mean of the values it gave, without its weight
     rewards/<name>/std          their standard deviation over the B completions (ddof 1; 0 for a single one);
                                 both are absent if it gave none
@@ -86,7 +87,7 @@ Evaluation, in rows of its own; evaluation.correct says when a completion is cor
 
 import jax.numpy as jnp
 
-from grpo_jax.advantages import informative_groups
+from grpo_jax.advantages import group_stds, grow, informative_groups, shrink_factor
 from grpo_jax.losses import LossMetrics
 from grpo_jax.shaping import importance_weights
 from grpo_jax.types import Array, Rollout
@@ -139,16 +140,16 @@ def loss_metrics_dict(metrics: LossMetrics) -> Metrics:
 
 def reward_metrics(rewards: Array, valid: Array) -> Metrics:
     """Computes the reward metrics of rewards [N,G], of which valid [N,G] are there."""
+    valid = jnp.asarray(valid, bool)
     rewards = jnp.where(valid, rewards, 0)
-    counts = jnp.sum(valid, axis=1)
-    means = jnp.sum(rewards, axis=1) / jnp.maximum(counts, 1)
-    informative = informative_groups(rewards, valid=valid)
-    squares = jnp.sum(jnp.where(valid, rewards - means[:, None], 0) ** 2, axis=1)
-    stds = jnp.where(informative, jnp.sqrt(squares / jnp.maximum(counts - 1, 1)), 0)
+    shrink = shrink_factor(rewards, axis=None)  # a sum of float32 may be more than a float32 holds
+    there = jnp.any(valid, axis=1)
+    means = jnp.sum(rewards * shrink) / jnp.maximum(jnp.sum(valid), 1)
+    stds = jnp.sum(group_stds(rewards, valid=valid) * shrink) / jnp.maximum(jnp.sum(there), 1)
     return {
-        "reward": jnp.sum(rewards) / jnp.maximum(jnp.sum(valid), 1),
-        "reward_std": jnp.sum(stds) / jnp.maximum(jnp.sum(counts > 0), 1),
-        "frac_reward_zero_std": 1.0 - jnp.mean(informative),
+        "reward": grow(means, shrink)[0, 0],
+        "reward_std": grow(stds, shrink)[0, 0],
+        "frac_reward_zero_std": 1.0 - jnp.mean(informative_groups(rewards, valid=valid)),
     }
 
 

@@ -137,7 +137,9 @@ def observe(
     )
     repeated = [example for example in examples for _ in range(num_samples)]
     scores = judge(functions, repeated, texts)
-    totals, valid = combine(scores[:, : len(rewards)], [reward.weight for reward in rewards])
+    totals, valid = combine(
+        scores[:, : len(rewards)], [reward.weight for reward in rewards], group_size=num_samples
+    )
     groups = (len(examples), num_samples)
     return Outcome(
         greedy=correct.judge(greedy_scores),

@@ -53,13 +53,13 @@ class Recipe:
     reduction: str = "sequence"  # see loss_weights
     # around them
     aggregation: str = "sum_then_normalize"  # of several rewards: one of AGGREGATIONS
-    missing: str = "skip"  # see reward_weights
+    missing: str = "drop"  # see reward_weights
     kl_on_dead_groups: bool = True  # whether groups without a signal feel the KL term
     entropy_coef: float | None = None  # weight of the entropy bonus
     top_entropy: float | None = None  # share of the tokens that train, see top_entropy_mask
     max_staleness: float | None = None  # see grpo_loss
     importance_cap: float | None = None  # see importance_weights
-    mask_truncated: bool = False  # completions cut off at the limit do not train
+    mask_truncated: bool = False  # completions cut off at the limit do not train, nor shift the baseline
     overlong_share: float = 0.0  # of the limit: the buffer of overlong_penalty; 0: off
     overlong_buffer: int | None = None  # the same in tokens, 0: off; None: overlong_share decides
     dynamic_sampling: bool = False  # only groups with a signal train, see grpo_jax.actor

@@ -15,12 +15,11 @@ from grpo_jax.actor import judge
 from grpo_jax.cli import enable_compilation_cache, json_alone, parse_record, run_command
 from grpo_jax.config import Config
 from grpo_jax.data import Example, batch
-from grpo_jax.estimates import dead_group_share, doublings, pass_at_k
-from grpo_jax.experience import combine
+from grpo_jax.estimates import doublings, pass_at_k, subsets
+from grpo_jax.experience import combine, length_penalty, signal_of_scores
 from grpo_jax.outcomes import sample_texts
 from grpo_jax.parts import Parts, build
 from grpo_jax.prompt_lengths import padded_length
-from grpo_jax.shaping import overlong_penalty
 from grpo_jax.trackers.console import ConsoleTracker, bars, figures_table, samples_table, spread
 from grpo_jax.verdicts import Correct, choose_correct
 
@@ -67,10 +66,14 @@ class Rehearsal:
     scores: np.ndarray  # [N*n,R] float32, NaN for missing
     rewards: np.ndarray  # [N*n] float32, what trains: the weighted sum and the overlong penalty
     valid: np.ndarray  # [N*n] bool, where rewards count
-    signals: np.ndarray  # [N,n], equal where a group could not tell two completions apart
     tokens_per_second: float  # of sampling, compiled
     seconds_per_call: dict[str, float]  # of each reward function
     rows_per_call: int
+
+    @property
+    def num_samples(self) -> int:
+        """Returns n."""
+        return len(self.texts) // len(self.examples)
 
 
 def rehearse(parts: Parts, *, num_prompts: int, num_samples: int) -> Rehearsal:
@@ -110,19 +113,9 @@ def rehearse(parts: Parts, *, num_prompts: int, num_samples: int) -> Rehearsal:
     rows = config.num_prompts * config.algorithm.group_size  # of one rollout
     scores, seconds_per_call = _judge(parts, repeated, texts, rows)
     weights = [reward.weight for reward in parts.rewards]
-    totals, valid = combine(scores, weights, missing=parts.recipe.missing)
-    limit, buffer = (
-        config.sampling.max_new_tokens,
-        parts.recipe.overlong_tokens(config.sampling.max_new_tokens),
-    )
-    penalty = np.zeros(len(texts), np.float32)
-    if buffer:
-        penalty = np.asarray(overlong_penalty(lengths, max_length=limit, buffer=buffer))
+    totals, valid = combine(scores, weights, missing=parts.recipe.missing, group_size=num_samples)
+    penalty = length_penalty(lengths, parts.recipe, config.sampling.max_new_tokens)
     rewards = np.where(valid, totals + penalty, 0).astype(np.float32)
-    # What the recipe normalises before it adds up must be equal one by one.
-    columns = rewards[:, None]
-    if parts.recipe.aggregation != "sum_then_normalize":
-        columns = np.column_stack([scores[:, np.array(weights) != 0], penalty])
     return Rehearsal(
         examples=examples,
         texts=texts,
@@ -131,7 +124,6 @@ def rehearse(parts: Parts, *, num_prompts: int, num_samples: int) -> Rehearsal:
         scores=scores,
         rewards=rewards,
         valid=valid,
-        signals=_codes(columns).reshape(num_prompts, num_samples),
         tokens_per_second=float(lengths.sum() / seconds),
         seconds_per_call=seconds_per_call,
         rows_per_call=min(rows, len(texts)),
@@ -151,10 +143,26 @@ def _judge(
     return np.concatenate(columns, axis=1), seconds
 
 
-def _codes(columns: np.ndarray) -> np.ndarray:
-    """Returns a number [B] for each row of columns [B,C], equal where all of the row is; NaN equals NaN."""
-    codes = np.stack([np.unique(column, return_inverse=True)[1] for column in columns.T], axis=1)
-    return np.unique(codes, axis=0, return_inverse=True)[1].reshape(-1)
+def dead_group_share(parts: Parts, rehearsal: Rehearsal, group_size: int) -> float:
+    """Estimates the share of groups of G completions that teach nothing, by the rule of training.
+
+    Every group that the samples of a prompt allow is asked, or 13,000 random ones of more.
+    """
+    weights = [reward.weight for reward in parts.rewards]
+    shares, count = [], rehearsal.num_samples
+    for start in range(0, len(rehearsal.texts), count):
+        rows = start + subsets(count, group_size).reshape(-1)
+        signal = signal_of_scores(
+            rehearsal.scores[rows],
+            rehearsal.lengths[rows],
+            rehearsal.finished[rows],
+            parts.recipe,
+            reward_weights=weights,
+            max_length=parts.config.sampling.max_new_tokens,
+            group_size=group_size,
+        )
+        shares.append(1.0 - signal.mean())
+    return float(np.mean(shares))
 
 
 def _distribution(values: np.ndarray) -> dict[str, Any]:
@@ -185,10 +193,9 @@ def correct_in_training(parts: Parts) -> Correct:
 
 def report(parts: Parts, rehearsal: Rehearsal) -> dict[str, Any]:
     """Turns a rehearsal into the figures that are printed."""
-    num_prompts, num_samples = rehearsal.signals.shape
+    num_prompts, num_samples = len(rehearsal.examples), rehearsal.num_samples
     verdict = correct_in_training(parts)
     correct = verdict.judge(rehearsal.scores[:, verdict.index]).reshape(num_prompts, num_samples)
-    valid = rehearsal.valid.reshape(num_prompts, num_samples)
     sizes = {2**i for i in range(1, num_samples.bit_length())} | {parts.config.algorithm.group_size}
     return {
         "model": parts.model.source,
@@ -205,7 +212,7 @@ def report(parts: Parts, rehearsal: Rehearsal) -> dict[str, Any]:
         "total": _distribution(np.where(rehearsal.valid, rehearsal.rewards, np.nan)),
         "rows_per_call": rehearsal.rows_per_call,
         "dead_groups": {
-            str(size): dead_group_share(rehearsal.signals, size, valid=valid)
+            str(size): dead_group_share(parts, rehearsal, size)
             for size in sorted(sizes)
             if size <= num_samples
         },
@@ -279,7 +286,7 @@ def _gives_other_values(figures: dict[str, Any]) -> bool:
 
 def shown_samples(parts: Parts, rehearsal: Rehearsal, count: int) -> list[dict[str, Any]]:
     """Returns count samples, spread evenly over the prompts, as a human reads them."""
-    total, per_prompt = len(rehearsal.texts), rehearsal.signals.shape[1]
+    total, per_prompt = len(rehearsal.texts), rehearsal.num_samples
 
     def number(value: float, there: bool) -> float | None:
         return float(value) if there else None

@@ -48,12 +48,14 @@ MUTANTS = {
         ("advantages of invalid rows", "jnp.where(valid & alive, rewards - mean, 0)", "jnp.where(alive, rewards - mean, 0)"),
         ("invalid rewards take part", "    rewards = jnp.where(valid, rewards, 0)\n", ""),
         ("ddof", "jnp.maximum(count - ddof, 1)", "jnp.maximum(count, 1)"),
+        ("reward_std with ddof 0", "_std(centered, count, 1, axis=-1)", "_std(centered, count, 0, axis=-1)"),
         ("no epsilon", "divisor = std + epsilon", "divisor = std"),
-        ("batch std of the group", "total, ddof, axis=None)", "total, ddof, axis=-1)"),
+        ("batch std of the group", "else _batch_std(rewards, valid, ddof)", "else _std(centered, count, ddof, axis=-1)"),
         ("signal decided by tolerance", "return highest > lowest", "return highest > lowest + 1e-3"),
         ("leave-one-out factor", "* count / jnp.maximum(count - 1, 1)", "* jnp.maximum(count - 1, 1) / count"),
         ("missing terms renormalised wrongly", "(abs(weights).sum() / (there", "(1.0 / (there"),
-        ("drop keeps the row", "row_valid & (valid | (weights == 0)).all(axis=-1)", "row_valid"),
+        ("drop keeps the row", "row_valid & (valid | ~applies).all(axis=-1)", "row_valid"),
+        ("a function applies to every group", "applies = counts.any(axis=-2, keepdims=True)", "applies = weights != 0"),
         ("dropped rows in the statistics", "valid & (row_weights != 0))", "valid)"),
     ],
     "kl.py": [
@@ -113,7 +115,8 @@ MUTANTS = {
     "experience.py": [
         ("filled rows train", "jnp.asarray(rollout.mask) & live[:, None]", "jnp.asarray(rollout.mask)"),
         ("filled rows count", "num_sequences=int(live[part].sum())", "num_sequences=None"),
-        ("truncated completions train", "(rollout.finished[part, None] | (not recipe.mask_truncated))", "True"),
+        ("truncated completions train", "return finished if recipe.mask_truncated else", "return"),
+        ("truncated completions shift the baseline", "live & _training_rows(judged.rollout.finished, recipe)", "live"),
         ("KL in the reward with the wrong sign", "penalty = -np.asarray(recipe.kl_coef", "penalty = np.asarray(recipe.kl_coef"),
         ("dead groups feel the KL", "base if recipe.kl_on_dead_groups else base * signal[part, None]", "base"),
         ("weights of the whole rollout", "np.split(np.arange(rows), num_minibatches)", "[np.arange(rows)]"),
@@ -124,7 +127,6 @@ MUTANTS = {
     ],
     "metrics.py": [
         ("slices averaged, not weighed", "share = tokens / jnp.maximum(jnp.sum(tokens), 1)", "share = jnp.ones_like(tokens) / tokens.shape[0]"),
-        ("reward_std with ddof 0", "jnp.maximum(counts - 1, 1)", "jnp.maximum(counts, 1)"),
     ],
     "log_probs.py": [
         ("scored one token late", "return hidden[:, prompt_length - 1 :]", "return jnp.roll(hidden, -1, axis=1)[:, prompt_length - 1 :]"),

@@ -116,9 +116,16 @@ def std(values, ddof):
     return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / max(len(values) - ddof, 1))
 
 
-def reward_weights(valid, weights, *, missing):
-    """What each function counts in one row, some being missing: (weights [R], whether the row counts)."""
+def reward_weights(valid, weights, *, missing, group=None):
+    """What each function counts in one row, some being missing: (weights [R], whether the row counts).
+
+    `group` is the valid [G,R] of all rows of its group. With `drop` a function that gave nothing to any of
+    them takes no part, and a row that misses another one is out.
+    """
+    group = [valid] if group is None else group
     used = [r for r in range(len(weights)) if weights[r] != 0]
+    if missing == "drop":
+        used = [r for r in used if any(row[r] for row in group)]
     there = [r for r in used if valid[r]]
     if not there or (missing == "drop" and there != used):
         return [0.0] * len(weights), False
@@ -128,11 +135,12 @@ def reward_weights(valid, weights, *, missing):
     return [weights[r] * factor if r in there else 0.0 for r in range(len(weights))], True
 
 
-def normalize_then_sum(scores, weights, valid, *, scale="std", missing="skip"):
+def normalize_then_sum(scores, weights, valid, *, scale="std", missing="drop"):
     """Advantages of each function [N,G,R] alone, then their weighted sum [N,G]."""
     groups, size, functions = np.shape(scores)
     rows = [
-        [reward_weights(valid[n][g], weights, missing=missing) for g in range(size)] for n in range(groups)
+        [reward_weights(valid[n][g], weights, missing=missing, group=valid[n]) for g in range(size)]
+        for n in range(groups)
     ]
     out = np.zeros((groups, size))
     for r in range(functions):

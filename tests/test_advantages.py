@@ -18,6 +18,7 @@ from grpo_jax.advantages import (
     ADVANTAGES,
     MISSING,
     group_advantages,
+    group_stds,
     informative_groups,
     leave_one_out_advantages,
     normalize_then_sum,
@@ -204,7 +205,9 @@ SCORES_VALID = st.one_of(st.just(np.ones((N, G, R), bool)), hnp.arrays(bool, (N,
 @FAST
 @given(SCORES_VALID, WEIGHTS, st.sampled_from(MISSING))
 def test_reward_weights_are_the_loop(valid, weights, missing):
-    rows = [oracle.reward_weights(row, weights, missing=missing) for row in valid.reshape(-1, R)]
+    rows = [
+        oracle.reward_weights(row, weights, missing=missing, group=group) for group in valid for row in group
+    ]
     for array in (np.asarray, jnp.asarray):  # the same code for both
         row_weights, row_valid = reward_weights(array(valid), array(weights, np.float32), missing=missing)
         assert type(row_weights) is type(row_valid) is type(array(valid))
@@ -214,12 +217,17 @@ def test_reward_weights_are_the_loop(valid, weights, missing):
 
 def test_reward_weights_policy_by_policy():
     weights, valid = np.array([1.0, 3.0, -2.0]), np.array([[1, 1, 1], [1, 0, 1], [0, 0, 0]], bool)
-    skip, renormalize, drop = (reward_weights(valid, weights, missing=policy) for policy in MISSING)
+    drop, skip, renormalize = (reward_weights(valid, weights, missing=policy) for policy in MISSING)
     np.testing.assert_allclose(skip[0], [[1, 3, -2], [1, 0, -2], [0, 0, 0]])
     np.testing.assert_allclose(renormalize[0], [[1, 3, -2], [2, 0, -4], [0, 0, 0]])  # 6 in absolute value
     np.testing.assert_allclose(drop[0], [[1, 3, -2], [0, 0, 0], [0, 0, 0]])
     assert skip[1].tolist() == renormalize[1].tolist() == [True, True, False]
     assert drop[1].tolist() == [True, False, False]
+    # A function that gave nothing to any of a group does not apply to it, and the others decide.
+    silent = valid & [[True, False, True]]
+    np.testing.assert_allclose(reward_weights(silent, weights)[0], [[1, 0, -2], [1, 0, -2], [0, 0, 0]])
+    both = np.stack([valid, silent])
+    np.testing.assert_array_equal(reward_weights(both, weights)[1], [[1, 0, 0], [1, 1, 0]])
     # A function of weight 0 decides nothing.
     assert reward_weights(valid, np.array([1.0, 0.0, 2.0]), missing="drop")[1].tolist() == [True, True, False]
 
@@ -258,7 +266,10 @@ def test_normalize_then_sum_eagerly_in_float64():
             expected = oracle.normalize_then_sum(scores, weights, valid, missing=missing)
             np.testing.assert_allclose(result, expected, rtol=1e-12, atol=1e-12)
             there = np.array(
-                [[oracle.reward_weights(v, weights, missing=missing)[1] for v in row] for row in valid]
+                [
+                    [oracle.reward_weights(v, weights, missing=missing, group=row)[1] for v in row]
+                    for row in valid
+                ]
             )
             np.testing.assert_allclose(
                 scale_by_batch(result, valid=there), oracle.scale_by_batch(expected, there), rtol=1e-12
@@ -299,12 +310,57 @@ def test_scale_by_batch():
     np.testing.assert_allclose(scale_by_batch(1000 * values, valid=valid), result, rtol=1e-4)
 
 
+# --------------------------------------------------------------------------- any finite rewards
+@pytest.mark.parametrize("offset", [0.0, 1e4, -1e6, 1e7, 1.6e7, -1.6e7])
+@pytest.mark.parametrize("scale", SCALES)
+def test_an_offset_moves_no_advantage(scale, offset):
+    rewards = np.array([[1, 0, 0, 1], [0, 1, 1, 1]], np.float32)
+    expected = oracle.advantages(rewards, scale=scale)
+    np.testing.assert_allclose(JITTED[scale](rewards + np.float32(offset), None), expected, rtol=1e-4)
+    # One group alone: its offset counts for `batch` only.
+    shifted = rewards + np.array([[0], [offset]], np.float32)
+    result = np.asarray(JITTED[scale](shifted, None))
+    np.testing.assert_allclose(result, oracle.advantages(shifted, scale=scale), rtol=1e-4)
+    np.testing.assert_allclose(result.sum(axis=1), 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e15, 1.1e15, 1e18, 1e19, 2e19, 1e30, 3e38])
+@pytest.mark.parametrize("scale", SCALES)
+def test_rewards_of_any_size(scale, size):
+    rewards = np.array([[1, 0, 0, -1], [0, 1, 0.5, 1]], np.float32) * np.float32(size)
+    result = np.asarray(JITTED[scale](rewards, None))
+    expected = np.clip(oracle.advantages(rewards, scale=scale), *np.finfo(np.float32).max * np.array([-1, 1]))
+    np.testing.assert_allclose(result, expected, rtol=1e-4)
+    assert np.isfinite(result).all() and np.isfinite(GRADIENTS[scale](rewards, None)).all()
+    np.testing.assert_allclose(group_stds(rewards), np.std(rewards.astype(float), axis=1, ddof=1), rtol=1e-5)
+
+
+def test_one_huge_group_leaves_the_others_alone():
+    rewards = np.array([[1, 0, 0, 1], [1e30, 0, 0, 1e30]], np.float32)
+    for scale in ("std", "none", "leave_one_out"):
+        np.testing.assert_allclose(
+            JITTED[scale](rewards, None)[0], oracle.advantages(rewards[:1], scale=scale)[0], rtol=1e-5
+        )
+
+
+def test_short_floats_become_float32():
+    result = group_advantages(jnp.array([[300.0, 0, 0, 300]], jnp.float16))
+    assert result.dtype == jnp.float32
+    np.testing.assert_allclose(result, [[0.866, -0.866, -0.866, 0.866]], atol=1e-3)
+
+
+def test_group_stds():
+    rewards, valid = np.array([[1, 2, 4, 9], [3, 3, 3, 1]], np.float32), np.ones((2, 4), bool)
+    valid[0, 3] = valid[1, 3] = False
+    np.testing.assert_allclose(group_stds(rewards, valid=valid), [np.std([1, 2, 4], ddof=1), 0], rtol=1e-6)
+
+
 def test_errors():
     with pytest.raises(ValueError, match="'group'; choose 'std', 'batch' or 'none'"):
         group_advantages(jnp.zeros((2, 2)), scale="group")
     with pytest.raises(AssertionError):
         group_advantages(jnp.zeros((2, 2)), valid=jnp.ones((2, 3), bool))
-    with pytest.raises(ValueError, match="missing: 'zero'; choose one of skip, renormalize, drop"):
+    with pytest.raises(ValueError, match="missing: 'zero'; choose one of drop, skip, renormalize"):
         reward_weights(np.ones((2, 2), bool), np.ones(2), missing="zero")
     with pytest.raises(ValueError, match="missing: 'zero'"):
         normalize_then_sum(jnp.zeros((2, 2, 1)), [1.0], missing="zero")

@@ -258,7 +258,7 @@ TYPES = [
         {"algorithm": {"aggregation": "max"}},
         "aggregation: Expected one of ['sum_then_normalize', 'normalize_t",
     ),
-    ({"algorithm": {"missing": "zero"}}, "missing: Expected one of ['skip', 'renormalize', 'drop']"),
+    ({"algorithm": {"missing": "zero"}}, "missing: Expected one of ['drop', 'skip', 'renormalize']"),
     ({"algorithm": {"kl_placement": "both"}}, "kl_placement: Expected one of ['loss', 'reward']"),
     ({"algorithm": {"num_minibatches": 1.5}}, "algorithm.num_minibatches: expected a value of type int. Got"),
     ({"algorithm": {"dynamic_sampling": 3}}, "dynamic_sampling: expected a value of type bool or null. Got"),

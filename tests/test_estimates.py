@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_jax import estimates
-from grpo_jax.advantages import informative_groups
-from grpo_jax.estimates import dead_group_share, doublings, paired_bootstrap, pass_at_k
+from grpo_jax.estimates import doublings, paired_bootstrap, pass_at_k, subsets
 
 
 def matrices(elements):
@@ -45,44 +44,20 @@ def test_pass_at_k_edges():
             pass_at_k(np.ones((2, 3), bool), k)
 
 
-@settings(deadline=None)
-@given(matrices(st.sampled_from([0.35, 0.5, 1.0, np.nan])))
-def test_dead_groups_against_enumeration(case):
-    """Every subset is a group that might have been sampled; NaN stands for a missing reward."""
-    values, size = case
-    groups = [group for row in values.tolist() for group in itertools.combinations(row, size)]
-    dead = [len({reward for reward in group if reward == reward}) <= 1 for group in groups]
-    assert dead_group_share(values, size, valid=~np.isnan(values)) == pytest.approx(np.mean(dead), abs=1e-12)
-
-
-def test_a_dead_group_is_one_without_advantages():
-    """What training says of one of each kind."""
-    nan = np.nan
-    groups = np.array([[1, 1, 1], [1, 0, 1], [nan, 1, 1], [nan, nan, 1], [nan, 0, 1], [nan, nan, nan]])
-    alive = np.asarray(informative_groups(groups, valid=~np.isnan(groups)))
-    for group, informative in zip(groups, alive, strict=True):
-        assert dead_group_share(group[None], 3, valid=~np.isnan(group[None])) == float(not informative)
-
-
-def test_dead_groups_by_hand():
-    rewards = np.array([[1, 0, 0, 0], [1, 1, 1, 1]], float)
-    # Pairs of the first prompt: 3 of 6 hold no 1.
-    assert dead_group_share(rewards, 2) == (3 / 6 + 1) / 2
-    assert dead_group_share(rewards, 4) == 0.5 and dead_group_share(rewards, 1) == 1
-    mixed = np.repeat([[0.0, 1.0]], 150, axis=0).reshape(1, 300)
-    assert 0 < dead_group_share(mixed, 100) < 1e-30  # no overflow
+def test_subsets_are_all_groups_that_might_have_been_sampled():
+    for n in range(1, 7):
+        for size in range(1, n + 1):
+            assert subsets(n, size).tolist() == [list(x) for x in itertools.combinations(range(n), size)]
     for size in (0, 5):
         with pytest.raises(ValueError, match=f"groups of {size} need at least {size} samples .* not 4"):
-            dead_group_share(rewards, size)
+            subsets(4, size)
 
 
-def test_dead_groups_are_estimated_without_bias():
-    """Averaged over what might have been sampled: the chance under the distribution itself."""
-    shares = [
-        (dead_group_share(np.array([sample], float), 2), 0.3 ** sum(sample) * 0.7 ** (4 - sum(sample)))
-        for sample in itertools.product([0, 1], repeat=4)
-    ]
-    assert sum(share * chance for share, chance in shares) == pytest.approx(0.3**2 + 0.7**2)
+def test_of_too_many_subsets_some_are_drawn():
+    drawn = subsets(300, 100, limit=500)
+    assert drawn.shape == (500, 100) and all(len(set(row)) == 100 for row in drawn.tolist())
+    assert np.array_equal(drawn, subsets(300, 100, limit=500)) and len(np.unique(drawn)) == 300
+    np.testing.assert_allclose(np.bincount(drawn.reshape(-1)) / 500, 1 / 3, atol=0.1)
 
 
 # The paired bootstrap

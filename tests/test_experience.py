@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.advantages import ADVANTAGES
+from grpo_jax.advantages import ADVANTAGES, MISSING
 from grpo_jax.experience import combine, has_signal, make_experience, shaped_rewards
 from grpo_jax.losses import REDUCTIONS, loss_weights
 from grpo_jax.recipes import RECIPES, grpo, make_recipe
@@ -24,7 +24,7 @@ FINISHED = (LENGTHS < T) | (np.arange(B) % 3 == 0)  # an eos may be the last tok
 def test_combine_is_the_weighted_sum_over_what_is_there():
     nan = np.nan
     scores = np.array([[1, 2], [nan, 2], [1, nan], [nan, nan], [0, 0]], np.float32)
-    rewards, valid = combine(scores, [1.0, 0.5])
+    rewards, valid = combine(scores, [1.0, 0.5], missing="skip")
     assert rewards.dtype == np.float32 and valid.dtype == bool
     np.testing.assert_array_equal(rewards, np.array([2, 1, 1, 0, 0], np.float32))
     np.testing.assert_array_equal(valid, [True, True, True, False, True])
@@ -34,7 +34,7 @@ def test_combine_against_a_loop():
     rng = np.random.default_rng(0)
     scores, weights = rng.normal(size=(40, 5)).astype(np.float32), rng.normal(size=5)
     scores[rng.random((40, 5)) < 0.4] = np.nan
-    rewards, valid = combine(scores, weights)
+    rewards, valid = combine(scores, weights, missing="skip")
     for row, total, ok in zip(scores, rewards, valid, strict=True):
         there = [(s, w) for s, w in zip(row, weights, strict=True) if s == s]
         assert ok == bool(there)
@@ -119,21 +119,27 @@ def normalized(rewards, kind):
     return advantages
 
 
-def row_factors(scores, weights, missing):
+def row_factors(scores, weights, missing, group):
     """What each function counts in one row: a list with None where it does not, or None if the row is out."""
     pairs = list(zip(scores, weights, strict=True))
     there = [s == s and w != 0 for s, w in pairs]
-    if not any(there) or (missing == "drop" and any(s != s and w != 0 for s, w in pairs)):
+    applies = [w != 0 and any(row[r] == row[r] for row in group) for r, w in enumerate(weights)]
+    if not any(there) or (missing == "drop" and there != applies):
         return None
     counted = sum(abs(w) for (_, w), t in zip(pairs, there, strict=True) if t)
     scale = sum(map(abs, weights)) / counted if missing == "renormalize" else 1.0
     return [w * scale if t else None for w, t in zip(weights, there, strict=True)]
 
 
-def literal_advantages(scores, weights, *, missing, aggregation, kind, added, live=N):
+def literal_advantages(scores, weights, *, missing, aggregation, kind, added, live=N, trains=None):
     """Reward functions and what is added to their sum, in loops: [B]."""
+    if trains is not None:  # the others leave the group, as if they had not been sampled
+        scores = np.where(trains[:, None], scores, np.nan)
     factors = [
-        row_factors(row.tolist(), weights, missing) if i < live * G else None for i, row in enumerate(scores)
+        row_factors(row.tolist(), weights, missing, scores[i // G * G : i // G * G + G].tolist())
+        if i < live * G
+        else None
+        for i, row in enumerate(scores)
     ]
     grouped = range(0, B, G)
     if aggregation == "sum_then_normalize":
@@ -162,10 +168,10 @@ def literal_advantages(scores, weights, *, missing, aggregation, kind, added, li
 
 def test_overlong_completions_are_punished_by_their_tokens():
     judged = make_judged()
-    plain, valid = shaped_rewards(judged, grpo, reward_weights=WEIGHTS, max_length=T)
+    plain, valid = shaped_rewards(judged, grpo, reward_weights=WEIGHTS, max_length=T, group_size=G)
     np.testing.assert_array_equal(plain, judged.scores @ np.float32(WEIGHTS))
     recipe = grpo.replace(overlong_buffer=4)
-    shaped, still_valid = shaped_rewards(judged, recipe, reward_weights=WEIGHTS, max_length=T)
+    shaped, still_valid = shaped_rewards(judged, recipe, reward_weights=WEIGHTS, max_length=T, group_size=G)
     penalty = {1: 0.0, 2: -0.25, 3: -0.5, 4: -0.75, 5: -1.0}
     np.testing.assert_allclose(shaped, plain + [penalty[n] for n in LENGTHS], atol=1e-6)
     assert valid.all() and still_valid.all() and shaped.dtype == np.float32
@@ -174,20 +180,21 @@ def test_overlong_completions_are_punished_by_their_tokens():
 def test_overlong_share_of_dapo():
     judged = make_judged(np.zeros((B, 3)))
     # A fifth of five tokens is one: only a completion that reaches the limit is punished.
-    shaped, _ = shaped_rewards(judged, RECIPES["dapo"], reward_weights=WEIGHTS, max_length=T)
+    shaped, _ = shaped_rewards(judged, RECIPES["dapo"], reward_weights=WEIGHTS, max_length=T, group_size=G)
     np.testing.assert_array_equal(shaped, np.where(LENGTHS == 5, -1, 0))
     # Of 20 tokens it is four, and no completion is longer than the 16 before them.
-    shaped, _ = shaped_rewards(judged, RECIPES["dapo"], reward_weights=WEIGHTS, max_length=20)
+    shaped, _ = shaped_rewards(judged, RECIPES["dapo"], reward_weights=WEIGHTS, max_length=20, group_size=G)
     np.testing.assert_array_equal(shaped, 0)
 
 
-@pytest.mark.parametrize("missing", ["skip", "renormalize", "drop"])
+@pytest.mark.parametrize("missing", MISSING)
 def test_rewards_of_rows_that_miss_some(missing):
     nan = np.nan
     scores = np.zeros((B, 3), np.float32)
     scores[:4] = [[1, 2, 3], [nan, 2, 3], [1, nan, nan], [nan, nan, nan]]
     recipe = make_recipe("grpo", missing=missing, overlong_buffer=1)
-    rewards, valid = shaped_rewards(make_judged(scores), recipe, reward_weights=WEIGHTS, max_length=T)
+    settings = {"reward_weights": WEIGHTS, "max_length": T, "group_size": G}
+    rewards, valid = shaped_rewards(make_judged(scores), recipe, **settings)
     expected = {
         "skip": [1 + 1 - 6, 1 - 6, 1, 0],
         "renormalize": [1 + 1 - 6, (1 - 6) * 3.5 / 2.5, 3.5, 0],
@@ -201,7 +208,7 @@ def test_rewards_of_rows_that_miss_some(missing):
 def test_a_kl_in_the_reward_is_no_signal():
     judged = make_judged(np.ones((B, 3)))
     rloo = RECIPES["rloo"]
-    rewards, _ = shaped_rewards(judged, rloo, reward_weights=WEIGHTS, max_length=T)
+    rewards, _ = shaped_rewards(judged, rloo, reward_weights=WEIGHTS, max_length=T, group_size=G)
     np.testing.assert_array_equal(rewards, -0.5)
     assert not signal_of(judged, rloo).any()
     assert np.asarray(experience(judged, rloo).advantages).all()
@@ -250,7 +257,7 @@ def test_signal_of_weights_and_of_lengths(aggregation):
 
 @pytest.mark.parametrize("kind", ADVANTAGES)
 @pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum", "gdpo"])
-@pytest.mark.parametrize("missing", ["skip", "renormalize", "drop"])
+@pytest.mark.parametrize("missing", MISSING)
 def test_several_rewards_are_the_loop(missing, aggregation, kind):
     for seed, share in ((0, 0.0), (1, 0.2), (2, 0.6)):
         judged = make_judged(random_scores(np.random.default_rng(seed), share))
@@ -280,7 +287,7 @@ def test_kl_in_the_reward(aggregation, kl_on_dead_groups):
     expected = literal_advantages(
         judged.scores,
         WEIGHTS,
-        missing="skip",
+        missing="drop",
         aggregation=aggregation,
         kind="leave_one_out",
         added=-0.03 * sums * (signal | kl_on_dead_groups),
@@ -367,9 +374,83 @@ def test_truncated_completions_weigh_nothing(reduction):
     assert 0 < (~FINISHED).sum() < (LENGTHS == T).sum()  # the sampler's word counts, not the length
     assert not np.any(e.weights[~FINISHED])
     np.testing.assert_array_equal(e.mask, MASK)  # they are still measured
-    np.testing.assert_array_equal(
-        e.advantages, experience(judged, recipe.replace(mask_truncated=False)).advantages
+    assert not np.any(e.advantages[~FINISHED])
+
+
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum", "gdpo"])
+@pytest.mark.parametrize("missing", MISSING)
+@pytest.mark.parametrize("kind", ADVANTAGES)
+def test_truncated_completions_leave_the_statistics_of_their_group(kind, missing, aggregation):
+    judged = make_judged(random_scores(np.random.default_rng(5), 0.2))
+    recipe = make_recipe(
+        "grpo", mask_truncated=True, advantage=kind, missing=missing, aggregation=aggregation
     )
+    expected = literal_advantages(
+        judged.scores, WEIGHTS, missing=missing, aggregation=aggregation, kind=kind, added=np.zeros(B),
+        trains=FINISHED,
+    )  # fmt: skip
+    actual = experience(judged, recipe).advantages
+    np.testing.assert_allclose(actual, expected, atol=2e-5)
+    signal = signal_of(judged, recipe)
+    np.testing.assert_array_equal(signal, (expected.reshape(N, G) != 0).any(axis=1))
+    # Whatever a truncated completion was given, its siblings do not feel it.
+    other = judged.replace(scores=np.where(FINISHED[:, None], judged.scores, np.float32(100)))
+    np.testing.assert_array_equal(experience(other, recipe).advantages, actual)
+    np.testing.assert_array_equal(signal_of(other, recipe), signal)
+
+
+def one_group(scores, lengths) -> Judged:
+    """Returns one group of 4 completions; those of T tokens are truncated."""
+    judged, lengths = take(make_judged(), slice(4)), np.array(lengths)
+    rollout = judged.rollout.replace(mask=np.arange(T) < lengths[:, None], finished=lengths < T)
+    return judged.replace(scores=np.array(scores, np.float32), rollout=rollout)
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "dapo"])
+def test_a_masked_outlier_kills_no_baseline(name):
+    # 1, 1, 1 beside a masked 100: there is nothing to learn.
+    recipe = make_recipe(name, mask_truncated=True, overlong_buffer=0, kl_coef=0.0)
+    judged = one_group([[100], [1], [1], [1]], [T, 2, 2, 2])
+    settings = {"reward_weights": [1.0], "group_size": 4, "max_length": T}
+    assert not has_signal(judged, recipe, **settings).any()
+    e = make_experience(judged, recipe, prompt_length=S, **settings)
+    np.testing.assert_array_equal(e.advantages, 0)
+
+
+# Missing rewards
+
+
+def test_a_missing_reward_has_no_influence_by_default():
+    nan = np.nan
+    settings = {"reward_weights": [1.0, 1.0], "group_size": 4, "max_length": T, "prompt_length": S}
+
+    def advantages(scores, **choices):
+        judged = one_group(scores, [2, 2, 2, 2])
+        return make_experience(judged, make_recipe("grpo", kl_coef=0.0, **choices), **settings).advantages
+
+    # The first lacks what its siblings got, such as a row lost to a timeout: it is out, not punished.
+    lost = advantages([[1, nan], [1, 1], [1, 0], [1, 1]])
+    np.testing.assert_allclose(lost, [0, 0.577, -1.155, 0.577], atol=1e-3)
+    np.testing.assert_array_equal(lost, advantages([[nan, nan], [1, 1], [1, 0], [1, 1]]))
+    # As a 0 it would have been the worst of all.
+    assert advantages([[1, nan], [1, 1], [1, 0], [1, 1]], missing="skip")[0] < -0.8
+    # A function that gave nothing to the whole group does not apply to it: the other one decides.
+    alone = advantages([[1, nan], [0, nan], [1, nan], [0, nan]])
+    np.testing.assert_allclose(alone, advantages([[1, 5], [0, 5], [1, 5], [0, 5]]), atol=1e-6)
+    assert np.all(alone != 0)
+    # Nor does it if it judged nothing but a completion that does not train.
+    masked = one_group([[1, nan], [0, nan], [1, nan], [0, 3]], [2, 2, 2, T])
+    recipe = make_recipe("grpo", mask_truncated=True)
+    np.testing.assert_array_equal(
+        make_experience(masked, recipe, **settings).advantages[:3] != 0, [True, True, True]
+    )
+
+
+def test_sums_that_no_float32_holds_are_its_largest():
+    rewards, valid = combine(np.array([[3e38, 3e38], [-3e38, -3e38], [1e30, 0]]), [1.0, 1e9])
+    largest = np.finfo(np.float32).max
+    np.testing.assert_array_equal(rewards, np.array([largest, -largest, 1e30], np.float32))
+    assert valid.all()
 
 
 def test_top_entropy_and_importance_factors():

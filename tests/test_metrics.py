@@ -320,7 +320,7 @@ EVERYTHING = {
 }  # fmt: skip
 UPDATES = {
     "grpo, batch scaling": {"recipe": "grpo", "advantage": "batch", "kl_coef": 0.1},
-    "dapo, all around it": {"recipe": "dapo", **EVERYTHING},
+    "dapo, all around it": {"recipe": "dapo", "clip_range": 0.02, **EVERYTHING},
     "gspo, gdpo": {"recipe": "gspo", "aggregation": "gdpo", "clip_range": 0.01, "kl_estimator": "k2"},
     "dr_grpo, exact KL": {"recipe": "dr_grpo", "kl_coef": 0.1, "kl_estimator": "exact"},
     "gmpo, missing dropped": {"recipe": "gmpo", "log_clip_range": 0.2, "missing": "drop", "kl_coef": 0.1},
@@ -419,15 +419,17 @@ def test_counters_of_updates(toy_policy, judged):
 # Every logged name, by value: a rollout
 
 
-def rewards_by_loop(scores, lengths, weights, recipe, limit) -> list[float | None]:
+def rewards_by_loop(scores, lengths, weights, recipe, limit, size) -> list[float | None]:
     """Returns the reward of every completion, None where it does not count."""
     rewards, buffer = [], recipe.overlong_tokens(limit)
-    for row, length in zip(scores, lengths, strict=True):
+    for i, (row, length) in enumerate(zip(scores, lengths, strict=True)):
+        group = scores[i // size * size : i // size * size + size]
+        applies = sum(any(sibling[r] == sibling[r] for sibling in group) for r in range(len(weights)))
         given = [(s, w) for s, w in zip(row, weights, strict=True) if s == s]
         total = sum(s * w for s, w in given)
         if recipe.missing == "renormalize" and given:
             total *= sum(weights) / sum(w for _, w in given)
-        dropped = not given or (recipe.missing == "drop" and len(given) < len(weights))
+        dropped = not given or (recipe.missing == "drop" and len(given) < applies)
         penalty = min(0.0, max(-1.0, (limit - buffer - length) / buffer)) if buffer else 0.0
         rewards.append(None if dropped else total + penalty)
     return rewards
@@ -443,7 +445,7 @@ def rollout_by_loops(records, scores, scored, rewards, recipe, actor) -> dict[st
     )
     lengths, limit, size = masks.sum(axis=1), actor.max_new_tokens, actor.group_size
     weights = [reward.weight for reward in rewards]
-    totals = rewards_by_loop(scores, lengths, weights, recipe, limit)
+    totals = rewards_by_loop(scores, lengths, weights, recipe, limit, size)
     stds, signals = [], 0
     for start in range(0, len(totals), size):
         rows = range(start, start + size)

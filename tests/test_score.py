@@ -11,13 +11,16 @@ import pytest
 import small_run
 
 from grpo_jax import score as command
+from grpo_jax.advantages import MISSING
 from grpo_jax.cli import parse_record, run_command
 from grpo_jax.config import Config
 from grpo_jax.data import batch
 from grpo_jax.decoding import generate
+from grpo_jax.experience import make_experience
 from grpo_jax.models import decode, encode, load_model, pad_prompts
 from grpo_jax.parts import build
-from grpo_jax.score import ScoreArguments, advice, rehearse, report, shown_samples
+from grpo_jax.score import ScoreArguments, advice, dead_group_share, rehearse, report, shown_samples
+from grpo_jax.types import Judged, Rollout
 
 REWARDS = """
 def match(completions, answer):
@@ -76,7 +79,7 @@ def without_times(figures):
 
 @pytest.fixture(scope="module")
 def rehearsal(model, mine):
-    parts = parts_of(model, rewards=mine(match=1.0, length=2.0))
+    parts = parts_of(model, rewards=mine(match=1.0, length=2.0), algorithm__missing="skip")
     return parts, rehearse(parts, num_prompts=5, num_samples=8)
 
 
@@ -140,9 +143,11 @@ def test_missing_rewards_are_treated_as_in_training(missing, model, mine):
     parts = parts_of(model, rewards=mine(match=1.0, length=1.0), algorithm__missing=missing)
     got = rehearse(parts, num_prompts=3, num_samples=8)
     lacks = np.isnan(got.scores[:, 1])
-    assert lacks.any() and (got.valid == (~lacks if missing == "drop" else True)).all()
+    applies = np.repeat(~lacks.reshape(3, 8).all(axis=1), 8)  # to the group at all
+    out = lacks & applies if missing == "drop" else np.zeros(24, bool)
+    assert lacks.any() and (got.valid == ~out).all()
     figures = report(parts, got)
-    assert figures["total"]["missing"] == pytest.approx(lacks.mean() if missing == "drop" else 0)
+    assert figures["total"]["missing"] == pytest.approx(out.mean())
     shown = shown_samples(parts, got, 24)
     assert [row["reward"] is None for row in shown] == (~got.valid).tolist()
     assert [row["rewards/length"] is None for row in shown] == lacks.tolist()
@@ -154,15 +159,35 @@ def test_the_penalty_of_overlong_completions_counts(model):
     np.testing.assert_allclose(got.rewards, got.scores[:, 0] - got.lengths / 5, rtol=1e-6)
 
 
-def test_rewards_that_are_normalized_alone_must_all_be_equal(model, mine):
-    """Two completions are the same where every function of a weight says the same of them."""
+def test_groups_without_a_signal_are_those_of_training(model, mine):
+    """Two rewards of weight 1 that are normalised alone: [1, None] and [0, 1] cannot be told apart."""
     rewards = mine(match=1.0, never=0.0, length=1.0)
-    parts = parts_of(model, rewards=rewards, algorithm__aggregation="normalize_then_sum")
-    got = rehearse(parts, num_prompts=4, num_samples=8)
-    for codes, scores in zip(got.signals, got.scores[:, [0, 2]].reshape(4, 8, 2), strict=True):
-        for i, j in itertools.combinations(range(8), 2):
-            same = np.array_equal(scores[i], scores[j], equal_nan=True)
-            assert (codes[i] == codes[j]) == same
+    for aggregation, missing in itertools.product(("normalize_then_sum", "sum_then_normalize"), MISSING):
+        choices = {"algorithm__aggregation": aggregation, "algorithm__missing": missing}
+        parts = parts_of(model, rewards=rewards, **choices, algorithm__mask_truncated=True)
+        got = rehearse(parts, num_prompts=4, num_samples=8)
+        got.finished[::7] = False
+        # Every group of 4 that might have been sampled, in one rollout.
+        rows = [
+            row
+            for start in range(0, 32, 8)
+            for group in itertools.combinations(range(start, start + 8), 4)
+            for row in group
+        ]
+        empty = np.zeros((len(rows), 5), np.float32)
+        rollout = Rollout(
+            prompt_tokens=empty[:, :1].astype(int), prompt_mask=empty[:, :1] == 0, tokens=empty.astype(int),
+            mask=np.arange(5) < got.lengths[rows][:, None], log_probs=empty, kept_mass=empty + 1,
+            finished=got.finished[rows],
+        )  # fmt: skip
+        judged = Judged(
+            rollout=rollout, old_log_probs=empty, entropies=None, ref_log_probs=None, scores=got.scores[rows]
+        )
+        settings = {"reward_weights": [1.0, 0.0, 1.0], "group_size": 4, "max_length": 5}
+        advantages = make_experience(judged, parts.recipe, prompt_length=1, **settings).advantages
+        dead = np.all(advantages.reshape(-1, 4) == 0, axis=1)
+        assert dead_group_share(parts, got, 4) == pytest.approx(np.mean(dead)), choices
+        assert 0 < np.mean(dead) < 1
 
 
 def test_more_prompts_than_there_are(model, tmp_path):
