@@ -3,13 +3,12 @@
 import atexit
 import contextlib
 import ctypes
-import difflib
 import json
 import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,18 @@ from typing import Any
 import docstring_parser
 import jax
 import jsonargparse
+import yaml
 
+from grpo_jax.config_files import (
+    Ambiguous,
+    as_records,
+    check_yaml,
+    read_document,
+    unknown_keys,
+    with_records,
+)
 from grpo_jax.cpu_tuning import use_huge_pages
+from grpo_jax.other_words import advise
 
 
 def parse_record(
@@ -47,18 +56,23 @@ def parse_record(
     Raises:
         ValueError: an unknown key (the message suggests the nearest), or a value of the wrong type.
     """
-    parser = jsonargparse.ArgumentParser(prog=command, description=description, exit_on_error=False)
+    parser = jsonargparse.ArgumentParser(
+        prog=command, description=description, exit_on_error=False, allow_abbrev=False
+    )
     if config_option:
         parser.add_argument("--config", action="config", help="YAML file with any of the options below")
     if positional is not None:
         parser.add_argument(positional, help=_documentation(record)[positional])
     parser.add_class_arguments(record, skip={positional} - {None})
+    lists = _lists_of_records(record)
     keys = [action.dest for action in parser._actions]
+    keys += [f"{name}.{f.name}" for name, item in lists.items() for f in fields(item)]
+    argv = _spell_out_flags(record, sys.argv[1:] if argv is None else argv)
+    argv = _as_meant(_name_files(argv) if config_option else argv, keys, lists, config_option)
     try:
-        argv = _spell_out_flags(record, sys.argv[1:] if argv is None else argv)
-        parsed = parser.parse_args(_name_files(argv) if config_option else argv)
+        parsed = parser.parse_args(argv)
     except (jsonargparse.ArgumentError, TypeError, OSError) as error:
-        raise ValueError(_explain(str(error), keys, record)) from error
+        raise ValueError(_explain(str(error), keys)) from error
     _check_sections(record, parsed)
     values = parser.instantiate(parsed).as_dict()
     if config_option:
@@ -94,6 +108,79 @@ def _spell_out_flags(record: type, argv: list[str]) -> list[str]:
     for argument, following in zip(argv, [*argv[1:], "--"], strict=False):
         spelled += [argument, "true"] if argument in names and following.startswith("--") else [argument]
     return spelled
+
+
+def _lists_of_records(record: type, prefix: str = "") -> dict[str, type]:
+    """Returns the fields that are lists of records with a `function`, such as rewards: {name: the record}."""
+    found: dict[str, type] = {}
+    for name, kind in typing.get_type_hints(record).items():
+        if is_dataclass(kind):
+            found |= _lists_of_records(kind, f"{prefix}{name}.")
+        for item in typing.get_args(kind):
+            if is_dataclass(item) and "function" in {f.name for f in fields(item)}:
+                found[prefix + name] = item
+    return found
+
+
+def _as_meant(argv: list[str], keys: list[str], lists: Mapping[str, type], config_option: bool) -> list[str]:
+    """Checks config files and values before the parser sees them, and makes records of names in lists.
+
+    Raises:
+        ValueError: a key that is there twice, an alias, or keys that there are not.
+    """
+    load = jsonargparse.get_loader("yaml")
+    changed: list[str] = []
+    option = ""  # the option whose value is next
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        if option:
+            name, value = option, argument
+        elif not argument.startswith("--") or not equals:
+            option = argument.removesuffix("+") if argument.startswith("--") else ""
+            changed.append(argument)
+            continue
+        key = name.removeprefix("--").removesuffix("+")
+        if key == "config" and config_option:
+            value = _checked_file(value, keys, lists, load)
+        elif value.lstrip().startswith(("{", "[")) or key in lists:
+            value = _checked_value(key, value, lists, load)
+        changed.append(value if option else f"{name}={value}")
+        option = ""
+    return changed
+
+
+def _checked_file(path: str, keys: list[str], lists: Mapping[str, type], load: Callable[[str], Any]) -> str:
+    """Returns the name of a config file, or its contents where names became records."""
+    document = read_document(path, load)
+    if not isinstance(document, dict):
+        return path
+    if unknown := unknown_keys(document, keys, lists):
+        raise ValueError(_about_unknown(unknown, keys))
+    meant = with_records(document, list(lists))
+    return path if meant == document else yaml.safe_dump(meant, sort_keys=False)
+
+
+def _checked_value(key: str, value: str, lists: Mapping[str, type], load: Callable[[str], Any]) -> str:
+    try:
+        check_yaml(value)
+    except Ambiguous as error:
+        raise ValueError(f"{key}: {str(error).removeprefix('line 1: ')}") from None
+    if key not in lists:
+        return value
+    try:
+        content = load(value)
+    except yaml.YAMLError:
+        return value
+    meant = as_records(content)
+    return value if meant == content else json.dumps(meant)
+
+
+def _about_unknown(unknown: list[str], keys: list[str]) -> str:
+    """Returns what to say about keys that there are not."""
+    if len(unknown) == 1:
+        return f"unknown key {unknown[0]!r}; {advise(unknown[0], keys)}"
+    listed = "; ".join(f"{key!r}: {advise(key, keys)}" for key in unknown)
+    return f"{len(unknown)} unknown keys. {listed}"
 
 
 def _check_sections(record: type, parsed: jsonargparse.Namespace) -> None:
@@ -138,7 +225,7 @@ _PLAIN = (
 )
 
 
-def _explain(message: str, keys: list[str], record: type) -> str:
+def _explain(message: str, keys: list[str]) -> str:
     """Shortens a message of jsonargparse to one line, and names the key that was probably meant."""
     message = re.sub(r"\s*\n\s*", " ", message).strip()
     for pattern, section in _UNKNOWN:
@@ -146,20 +233,10 @@ def _explain(message: str, keys: list[str], record: type) -> str:
             key = found[found.re.groups]
             if section:
                 key = f"{found['section']}.{key}"
-                keys = [*keys, *_item_keys(record, found["section"])]
-            nearest = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
-            return f"unknown key {key!r}" + (
-                f"; did you mean {nearest[0]!r}?" if nearest else "; --help lists the keys"
-            )
+            return _about_unknown([key], keys)
     for pattern, plain in _PLAIN:
         message = re.sub(pattern, plain, message)
     return message
-
-
-def _item_keys(record: type, name: str) -> list[str]:
-    """Returns the keys inside a list-of-records field, as `field.key`; none for any other field."""
-    items = typing.get_args(typing.get_type_hints(record).get(name))
-    return [f"{name}.{f.name}" for item in items if is_dataclass(item) for f in fields(item)]
 
 
 def enable_compilation_cache() -> Path:

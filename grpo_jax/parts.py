@@ -317,6 +317,8 @@ def _load_rewards(config: Config, task: Task) -> tuple[tuple[Reward, ...], tuple
             "rewards: none are given, and prompts from a file have none of their own; "
             "name at least one, such as rewards: [{function: exact_match}]"
         )
+    if not any(spec.weight for spec in specs):
+        raise ValueError("rewards: every weight is 0, so nothing would be learned; give one another weight")
     only_logged = config.evaluation.rewards
     for spec in only_logged:
         if spec.weight != 1:

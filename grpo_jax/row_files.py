@@ -51,7 +51,8 @@ def find_files(names: str | Sequence[str]) -> list[str]:
         else:
             matches = [path for path in sorted(glob.glob(name, recursive=True)) if Path(path).is_file()]
             if not matches:
-                raise FileNotFoundError(f"{name}: no file has such a name; looked in {Path.cwd()}")
+                advice = "; quote the globs of a list: ['*.jsonl']" if name.startswith("[") else ""
+                raise FileNotFoundError(f"{name}: no file has such a name; looked in {Path.cwd()}{advice}")
         for match in matches:
             if match in found:
                 raise ValueError(f"{match} is named twice, by {names}; its rows would count twice")

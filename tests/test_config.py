@@ -266,7 +266,7 @@ TYPES = [
     ({"model": {"dtype": "float16"}}, "model.dtype: Expected one of ['float32', 'bfloat16']"),
     ({"checkpoints": {"best_mode": "most"}}, "checkpoints.best_mode: Expected one of ['max', 'min']"),
     ({"tracking": {"wandb": "maybe"}}, "tracking.wandb: expected a value of type bool"),
-    ({"rewards": "exact_match"}, "rewards: expected a value of type list"),
+    ({"rewards": 3}, "rewards: expected a value of type list"),
     ({"training": 3}, "training: 3 is not a section of keys (batch_size, "),
 ]
 

@@ -36,8 +36,8 @@ FLOORS = {
     # the two halves
     4: ("actor", "experience", "groups", "learner", "outcomes", "standstill"),
     # the commands, and what they share
-    5: ("best", "cli", "evaluate", "export", "generate", "model_card", "parts", "plan", "progress", "runs",
-        "score", "train"),
+    5: ("best", "cli", "config_files", "evaluate", "export", "generate", "model_card", "other_words",
+        "parts", "plan", "progress", "runs", "score", "train"),
 }  # fmt: skip
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
 # What `import grpo_jax` may load: floors 0 to 2 and the train step.

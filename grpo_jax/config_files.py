@@ -1,0 +1,150 @@
+"""Config files as people write them: what YAML would read as something else in silence is refused."""
+
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_MAX_DEPTH = 50  # of nested lists and mappings
+_OCTAL = re.compile(r"[-+]?0[0-9_]+")
+_CLOCK = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+")
+
+
+class Ambiguous(ValueError):
+    """A text is YAML, but not what its writer means."""
+
+
+def check_yaml(text: str) -> None:
+    """Refuses what the rules of YAML read in silence as something else.
+
+    That is a key given twice (the last would win), an alias (ten nested ones can stand for a billion
+    values), `012` (10, octal), `12:30` (750, a clock) and a hundred brackets. The cost is linear.
+
+    Args:
+        text: of a file, or of a value on the command line. Text that is no YAML at all passes: the parser
+            says so better.
+
+    Raises:
+        Ambiguous: names the line and what to do.
+    """
+    mappings: list[dict[str, int] | None] = []  # key -> its line, of every open mapping; None: a list
+    at_key: list[bool] = []  # whether the next node of an open mapping is a key
+    try:
+        for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+            line = event.start_mark.line + 1
+            if isinstance(event, yaml.AliasEvent):
+                raise Ambiguous(
+                    f"line {line}: `*{event.anchor}` is an alias of YAML, which is not supported; quote it "
+                    "if it is text, or write out what it stands for"
+                )
+            if isinstance(event, yaml.MappingEndEvent | yaml.SequenceEndEvent):
+                mappings.pop()
+                at_key.pop()
+            elif isinstance(event, yaml.NodeEvent):
+                if isinstance(event, yaml.ScalarEvent):
+                    _check_scalar(event, line)
+                if mappings and mappings[-1] is not None:
+                    if at_key[-1] and isinstance(event, yaml.ScalarEvent):
+                        _check_key(event.value, line, mappings[-1])
+                    at_key[-1] = not at_key[-1]
+                if isinstance(event, yaml.MappingStartEvent | yaml.SequenceStartEvent):
+                    mappings.append({} if isinstance(event, yaml.MappingStartEvent) else None)
+                    at_key.append(True)
+                    if len(mappings) > _MAX_DEPTH:
+                        raise Ambiguous(f"line {line}: nested deeper than {_MAX_DEPTH} levels")
+    except yaml.YAMLError:
+        return
+
+
+def _check_key(key: str, line: int, earlier: dict[str, int]) -> None:
+    if key in earlier:
+        first = "" if earlier[key] == line else f", first in line {earlier[key]}"
+        raise Ambiguous(
+            f"line {line}: the key `{key}` is there twice{first}; join the two or leave one out (YAML would "
+            "take the last alone)"
+        )
+    earlier[key] = line
+
+
+def _check_scalar(event: yaml.ScalarEvent, line: int) -> None:
+    if event.style or not event.implicit[0]:  # quoted, or of a given type
+        return
+    if _OCTAL.fullmatch(event.value) or _CLOCK.fullmatch(event.value):
+        raise Ambiguous(
+            f"line {line}: YAML reads {event.value} as another number; quote it if it is text, or write the "
+            "number without leading zeros and colons"
+        )
+
+
+def unknown_keys(document: dict[Any, Any], known: Collection[str], lists: Collection[str]) -> list[str]:
+    """Returns the keys of a config file that are none, in its order.
+
+    Args:
+        document: what the file holds.
+        known: all keys, those in sections with a dot, those of a list's items as `rewards.weight`.
+        lists: keys whose values are lists of records.
+    """
+
+    def walk(content: dict[Any, Any], section: str) -> Iterator[str]:
+        for name, value in content.items():
+            key = f"{section}{name}"
+            inside = any(other.startswith(f"{key}.") for other in known)
+            if key in lists:
+                items = value if isinstance(value, list) else [value]
+                for item in items:
+                    yield from walk(item, f"{key}.") if isinstance(item, dict) else ()
+            elif inside and isinstance(value, dict):
+                yield from walk(value, f"{key}.")
+            elif key not in known:
+                nested = isinstance(value, dict) and value and not section
+                yield f"{key}.{next(iter(value))}" if nested else key
+
+    return list(walk(document, ""))
+
+
+def as_records(value: Any, key: str = "function") -> Any:
+    """Returns a list of records where people write names: `exact_match`, `[exact_match]`, `{function: ...}`.
+
+    Args:
+        value: as it is in a file or on the command line.
+        key: of a record, which a name stands for.
+    """
+    items = value if isinstance(value, list) else [value]
+    if not all(isinstance(item, str | dict) and item for item in items):
+        return value
+    return [{key: item} if isinstance(item, str) else item for item in items]
+
+
+def with_records(document: dict[Any, Any], lists: Sequence[str]) -> dict[Any, Any]:
+    """Returns a document whose lists of records hold records, where people write names."""
+    changed = dict(document)
+    for name in lists:
+        section, _, key = name.rpartition(".")
+        inner = changed.get(section) if section else changed
+        if isinstance(inner, dict) and key in inner:
+            replaced = {**inner, key: as_records(inner[key])}
+            changed = {**changed, section: replaced} if section else replaced
+    return changed
+
+
+def read_document(path: str, load: Callable[[str], Any]) -> Any:
+    """Reads a config file; None if it is no file, or no YAML, which the parser says better.
+
+    Raises:
+        ValueError: what `check_yaml` refuses, or no UTF-8, after the file's name.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError:
+        return None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error})") from None
+    try:
+        check_yaml(text)
+        return load(text)
+    except Ambiguous as error:
+        raise ValueError(f"{path}, {error}") from None
+    except yaml.YAMLError:
+        return None
