@@ -10,10 +10,11 @@ from flax.traverse_util import flatten_dict
 
 from grpo_jax.lora import Lora, Target, match_targets
 from grpo_jax.models import Model
+from grpo_jax.sources import ADAPTER_CONFIG
 from grpo_jax.types import Params
 from grpo_jax.weights import write_tensors
 
-ADAPTER_CONFIG, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_TENSORS = "adapter_model.safetensors"
 # PyTorch's class has Conv1D where others have Linear: weights [in, out], and kernels [out, in] here.
 _CONV1D = ("gpt2",)
 

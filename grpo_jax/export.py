@@ -12,6 +12,7 @@ from grpo_jax.cli import parse_record, run_command
 from grpo_jax.model_card import write_card
 from grpo_jax.models import save_model
 from grpo_jax.runs import load_adapters, load_run, read_config
+from grpo_jax.weights import DTYPES
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -25,6 +26,7 @@ class ExportArguments:
         to: directory to write; made if it does not exist, and files of the same names are replaced.
         step: of the checkpoint; null: the newest.
         max_shard_size: of one file of weights, such as `5GB` or `500MB`.
+        dtype: of the weights, `float32` as they are trained, or `bfloat16` or `float16` of half the size.
         adapter: write the adapters of a LoRA run alone, which peft puts on the base; false: they are merged.
     """
 
@@ -32,7 +34,16 @@ class ExportArguments:
     to: str
     step: int | None = None
     max_shard_size: str = "5GB"
+    dtype: str = "float32"
     adapter: bool = False
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: {self.dtype!r}; choose one of {', '.join(DTYPES)}")
+        if self.adapter and self.dtype != "float32":
+            raise ValueError(
+                f"dtype: {self.dtype} is for whole models; adapters are small, and saved in float32"
+            )
 
 
 def parse_size(text: str) -> int:
@@ -68,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         save_adapters(base, lora, adapters, arguments.to)
     else:
         model, step = load_run(arguments.run, step=arguments.step)
-        save_model(model, model.params, arguments.to, max_shard_size=size)
+        save_model(model, model.params, arguments.to, max_shard_size=size, dtype=arguments.dtype)
         write_card(config, arguments.to, step=step, run_dir=arguments.run)
     opens = "peft" if arguments.adapter else "transformers"
     print(f"saved step {step} of {arguments.run} in {arguments.to}, a directory that {opens} opens")

@@ -194,6 +194,12 @@ def read_config(raw: dict, source: str) -> Config:
             f"{source}: config.json has `auto_map`, code from the model's author; it is never run"
         )
     model_type, supported = raw.get("model_type"), dict.fromkeys((*architectures.MODEL_TYPES, *FAMILIES))
+    if isinstance(raw.get("text_config"), dict):
+        text_type = raw["text_config"].get("model_type")
+        raise ValueError(
+            f"{source}: model type {model_type!r} wraps a text model ({text_type}) and others, such as one "
+            "for images; save the text model alone, with what `text_config` holds as its config.json"
+        )
     if model_type not in supported:
         raise ValueError(
             f"{source}: model type {model_type!r} is not supported; supported: {', '.join(supported)}"
@@ -212,18 +218,39 @@ def read_config(raw: dict, source: str) -> Config:
 
 
 def _older_rope(raw: dict) -> dict:
-    """Spells `rope_parameters`, new in transformers 5, as `rope_theta` and `rope_scaling`."""
+    """Spells `rope_parameters`, new in transformers 5, as `rope_theta` and `rope_scaling`.
+
+    Gemma 3 has one entry for each type of layer. The local one was `rope_local_base_freq`.
+    """
     if (rope := raw.get("rope_parameters")) is None:
         return raw
+    local = {}
+    if raw.get("model_type") == "gemma3_text":
+        rope, local = _rope_of_layers(rope)
     if not {"rope_type", "rope_theta"} <= set(rope):
         raise ValueError(f"rope_parameters={rope}: only those of one kind for all layers are supported")
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    older = {"rope_theta": rope["rope_theta"], "rope_scaling": None}
+    older = {"rope_theta": rope["rope_theta"], "rope_scaling": None} | local
     if scaling != {"rope_type": "default"}:
         older["rope_scaling"] = scaling
     if different := [key for key in older if raw.get(key, older[key]) != older[key]]:
         raise ValueError(f"{different[0]}={raw[different[0]]} contradicts rope_parameters={rope}")
     return {key: value for key, value in raw.items() if key != "rope_parameters"} | older
+
+
+def _rope_of_layers(rope: dict) -> tuple[dict, dict]:
+    """Returns (the parameters of full attention, what the others are called in older configurations)."""
+    kinds = {"full_attention", "sliding_attention"}
+    if set(rope) != kinds or not all(isinstance(part, dict) for part in rope.values()):
+        return rope, {}
+    sliding = dict(rope["sliding_attention"])
+    local = {"rope_local_base_freq": sliding.pop("rope_theta", None)}
+    if sliding != {"rope_type": "default"} or local["rope_local_base_freq"] is None:
+        raise ValueError(
+            f"rope_parameters.sliding_attention={rope['sliding_attention']}: only rope_type default, with a "
+            "rope_theta, is supported there"
+        )
+    return rope["full_attention"], local
 
 
 def problems(config: Config) -> Problems:

@@ -23,7 +23,7 @@ from grpo_jax.decoder import REMAT
 from grpo_jax.endings import choose_eos, find_eos, tokenizer_to_save
 from grpo_jax.implementations import IMPLEMENTATIONS, choose_implementation
 from grpo_jax.sampling_config import as_list
-from grpo_jax.sources import find_directory, read_json
+from grpo_jax.sources import check_no_adapter, find_directory, read_json
 from grpo_jax.stops import Stops, make_stops
 from grpo_jax.text import decode, encode, pad_prompts
 from grpo_jax.tokenizer_files import load_tokenizer
@@ -122,6 +122,7 @@ def load_model(
     check_attention(attention, DTYPES[dtype])
     directory = find_directory(hf_model_name, revision=revision)
     raw = read_json(directory / "config.json")
+    check_no_adapter(directory, hf_model_name)
     if raw is None:
         raise FileNotFoundError(f"{hf_model_name}: no config.json in {directory}")
     config = families.read_config(raw, hf_model_name)
@@ -204,6 +205,7 @@ def save_model(
     directory: str | os.PathLike,
     *,
     max_shard_size: int = weights.MAX_SHARD_SIZE,
+    dtype: str = "float32",
 ) -> None:
     """Writes a directory that PyTorch transformers, and `load_model`, open as it is.
 
@@ -215,7 +217,9 @@ def save_model(
         params: parameters to save, float32, the pytree of `model.params`.
         directory: made if it does not exist; files of the same names are replaced, as are older weights.
         max_shard_size: bytes, see `write_params`.
-    Raises: ValueError when `params` are not of the model's structure, shapes and dtype.
+        dtype: of the weights in the files, `float32`, `bfloat16` or `float16`.
+    Raises: ValueError when `params` are not of the model's structure, shapes and dtype, or too large for
+        float16.
     """
 
     def describe(tree):
@@ -233,11 +237,11 @@ def save_model(
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    weights.write_params(directory, params, max_shard_size=max_shard_size)
+    weights.write_params(directory, params, max_shard_size=max_shard_size, dtype=dtype)
     config = model.config.to_diff_dict() | {
         "model_type": model.config.model_type,
         "architectures": [families.torch_class_name(model.config)],
-        "torch_dtype": "float32",
+        "torch_dtype": dtype,
     }
     eos_ids = list(model.eos_ids)
     generation_config = model.generation_config | ({"eos_token_id": eos_ids} if eos_ids else {})

@@ -34,8 +34,23 @@ def find_directory(name: str, *, revision: str | None) -> Path:
     return path
 
 
+def check_no_adapter(directory: Path, name: str) -> None:
+    """Raises ValueError if a directory holds a PEFT adapter and no model."""
+    content = read_json(directory / ADAPTER_CONFIG)
+    weights = ("model*.safetensors", "flax_model*.msgpack", "*.index.json")
+    if content is None or any(any(directory.glob(pattern)) for pattern in weights):
+        return
+    base = content.get("base_model_name_or_path") or "its base model"
+    raise ValueError(
+        f"{name}: this is a PEFT adapter, not a model. To go on from it, give {base} as model.hf_model_name "
+        "and the adapter as lora.start_from; or merge it first, by merge_and_unload() in PEFT"
+    )
+
+
 _SMALL_FILES = ["config.json", "generation_config.json", "tokenizer*", "vocab.json", "merges.txt", "*.model"]
 _SMALL_FILES += ["special_tokens_map.json", "added_tokens.json", "chat_template*", "*.index.json"]
+ADAPTER_CONFIG = "adapter_config.json"
+_SMALL_FILES += [ADAPTER_CONFIG]
 
 
 def _download(name: str, revision: str | None) -> Path:
@@ -46,6 +61,8 @@ def _download(name: str, revision: str | None) -> Path:
             folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
             if patterns is _SMALL_FILES and (raw := read_json(folder / "config.json")) is not None:
                 choose_implementation(families.read_config(raw, name), "auto", source=name)
+            if patterns is _SMALL_FILES and raw is None:
+                check_no_adapter(folder, name)
             if any(folder.glob("*.safetensors")) or any(folder.glob("*.msgpack")):
                 break
         return folder

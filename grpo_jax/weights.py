@@ -26,6 +26,12 @@ SAFETENSORS, MSGPACK = "model.safetensors", "flax_model.msgpack"
 MAX_SHARD_SIZE = 5 * 10**9  # bytes
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _FLAX_LEAVES = {"kernel", "embedding", "scale"}
+# What files may be written in.
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
 _FLOATS = [np.dtype(t) for t in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)]
 
 Read = Callable[[], np.ndarray]
@@ -55,7 +61,8 @@ def read_params(
         names = {name.removeprefix(prefix): path for name, path in names.items()}
 
     if missing := [name for name in names if name not in tensors]:
-        raise ValueError(f"{directory}: missing {_listed(missing)}")
+        hint = _what_it_holds([*tensors], missing, expected=len(names))
+        raise ValueError(f"{directory}: missing {_listed(missing)}{hint}")
     unexpected = [
         name for name in tensors if name not in names and not any(re.search(b, name) for b in buffers)
     ]
@@ -79,7 +86,9 @@ def read_params(
     return unflatten_dict(params)
 
 
-def write_params(directory: Path, params: Params, *, max_shard_size: int = MAX_SHARD_SIZE) -> None:
+def write_params(
+    directory: Path, params: Params, *, max_shard_size: int = MAX_SHARD_SIZE, dtype: str = "float32"
+) -> None:
     """Writes parameters as safetensors with PyTorch names and layouts, in place of older weights.
 
     Args:
@@ -87,20 +96,25 @@ def write_params(directory: Path, params: Params, *, max_shard_size: int = MAX_S
             index. An existing file is replaced only when the new one is complete.
         params: pytree of float32 arrays.
         max_shard_size: bytes of tensors in one file; a single larger tensor has a file of its own.
+        dtype: of the tensors in the files, `float32`, `bfloat16` or `float16`.
+
+    Raises:
+        ValueError: a parameter does not fit into float16, whose largest number is 65,504.
     """
-    shards = _into_shards(flatten_dict(params), max_shard_size)
+    size_of_one = DTYPES[dtype].itemsize
+    shards = _into_shards(flatten_dict(params), max_shard_size, size_of_one)
     count, weight_map = len(shards), {}
     for number, shard in enumerate(shards, start=1):
         file = SAFETENSORS if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
         tensors = {}
         for key, value in shard.items():
-            value = np.asarray(jax.device_get(value))
+            value = _rounded(torch_name(key), np.asarray(jax.device_get(value)), DTYPES[dtype])
             tensors[torch_name(key)] = np.ascontiguousarray(value.T if key[-1] == "kernel" else value)
         write_tensors(directory / file, tensors)
         weight_map |= dict.fromkeys(tensors, file)
     index = directory / f"{SAFETENSORS}.index.json"
     if count > 1:
-        content = {"metadata": {"total_size": _num_bytes(params)}, "weight_map": weight_map}
+        content = {"metadata": {"total_size": _count(params) * size_of_one}, "weight_map": weight_map}
         index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     # Weights of an export before this one would be read first, or fill the disk.
     older = {*directory.glob("model-?????-of-?????.safetensors"), directory / SAFETENSORS}
@@ -110,19 +124,30 @@ def write_params(directory: Path, params: Params, *, max_shard_size: int = MAX_S
         index.unlink(missing_ok=True)
 
 
-def _num_bytes(tree: Params) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+def _rounded(name: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    with np.errstate(over="ignore"):  # said below
+        rounded = value.astype(dtype)
+    if dtype == np.float16 and not np.all(np.isfinite(rounded) | ~np.isfinite(value)):
+        raise ValueError(
+            f"tensor {name} has values up to {np.max(np.abs(value)):.3g}, and float16 ends at 65504; save as "
+            "bfloat16 or float32"
+        )
+    return rounded
 
 
-def _into_shards(leaves: dict[tuple[str, ...], jax.Array], max_size: int) -> list[dict]:
+def _count(tree: Params) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _into_shards(leaves: dict[tuple[str, ...], jax.Array], max_size: int, size_of_one: int) -> list[dict]:
     """Distributes parameters, in their order, over as many files as it takes."""
     shards, size = [{}], 0
     for key, leaf in leaves.items():
-        if shards[-1] and size + _num_bytes(leaf) > max_size:
+        if shards[-1] and size + leaf.size * size_of_one > max_size:
             shards.append({})
             size = 0
         shards[-1][key] = leaf
-        size += _num_bytes(leaf)
+        size += leaf.size * size_of_one
     return shards
 
 
@@ -142,6 +167,25 @@ def torch_name(path: tuple[str, ...]) -> str:
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return f"tensor{'s' if len(names) > 1 else ''} {', '.join(sorted(names)[:5])}{more}"
+
+
+def _what_it_holds(names: list[str], missing: list[str], *, expected: int) -> str:
+    """Says what a file without some of the `expected` tensors holds, and what that looks like."""
+    holds = f"; the file holds {_listed(names)}" if names else "; the file is empty"
+    if any(".base_layer." in name or ".lora_" in name for name in names):
+        return (
+            f"{holds}: a PEFT model that was saved without merging. Call merge_and_unload() and save again, "
+            "or save the adapter and give its directory as lora.start_from"
+        )
+    ends = tuple(f".{name}" for name in missing)
+    prefixes = {name[: -len(end) + 1] for name in names for end in ends if name.endswith(end)}
+    prefix = min(prefixes, key=len, default="")
+    if prefix and all(name.startswith(prefix) for name in names):
+        return (
+            f"{holds}: every name begins with {prefix!r}, which is a wrapper's. Save the model inside of it, "
+            "or take that off the names"
+        )
+    return holds if 2 * len(missing) > expected else ""
 
 
 def _convert(name: str, value: np.ndarray, shape: tuple[int, ...], transpose: bool) -> jax.Array:

@@ -1,5 +1,7 @@
 """The export command: parameters of a checkpoint, shards, the card, errors."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import yaml
 
 from grpo_jax import export
 from grpo_jax.cli import run_command
-from grpo_jax.models import load_model
+from grpo_jax.models import load_model, save_model
 from grpo_jax.runs import load_run
 from grpo_jax.train import train
 
@@ -103,3 +105,44 @@ def test_help(capsys):
 )
 def test_sizes(text, size):
     assert export.parse_size(text) == size
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(run, tmp_path, dtype):
+    assert export.main([str(run), "--to", str(tmp_path), "--dtype", dtype]) == 0
+    half, whole = (load_model(str(path)) for path in (tmp_path, run / "hf"))
+    sizes = [(path / "model.safetensors").stat().st_size for path in (tmp_path, run / "hf")]
+    assert 0.5 <= sizes[0] / sizes[1] < 0.51
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == dtype
+    for mine, theirs in zip(jax.tree.leaves(half.params), jax.tree.leaves(whole.params), strict=True):
+        np.testing.assert_array_equal(mine, theirs.astype(dtype).astype("float32"))
+
+
+def test_half_precision_in_shards(run, tmp_path):
+    argv = [str(run), f"--to={tmp_path}", "--dtype=bfloat16", "--max_shard_size=250KB"]
+    assert export.main(argv) == 0
+    files = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(files) > 2 and all(file.stat().st_size < 255_000 for file in files)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    count = sum(leaf.size for leaf in jax.tree.leaves(load_model(str(tmp_path)).params))
+    assert index["metadata"]["total_size"] == 2 * count
+
+
+def test_what_float16_cannot_hold_is_refused(tmp_path):
+    model = load_model("packaged:arithmetic")
+    params = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(1e5), model.params)
+    with pytest.raises(ValueError, match=r"values up to 1e\+05, and float16 ends at 65504; save as bfloat16"):
+        save_model(model, params, tmp_path, dtype="float16")
+    save_model(model, params, tmp_path, dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dtype=bf16"], "dtype: 'bf16'; choose one of float32, bfloat16, float16"),
+        (["--dtype=bfloat16", "--adapter"], "dtype: bfloat16 is for whole models; adapters are small"),
+    ],
+)
+def test_dtypes_that_mean_nothing(run, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        export.main([str(run), f"--to={tmp_path}", *options])

@@ -5,6 +5,7 @@ Padding, cache, fork, sampler and scorer, dtype; what the Flax classes would get
 
 import functools
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax import families
+from grpo_jax import architectures, families
 from grpo_jax.decoding import generate
 from grpo_jax.log_probs import completion_log_probs
 from grpo_jax.models import load_model, pad_prompts
@@ -339,6 +340,64 @@ def test_rope_parameters_of_transformers_5_are_spelled_as_before():
     plain = {"rope_parameters": {"rope_theta": 1e5, "rope_type": "default"}}
     config = families.read_config(raw | plain, "here")
     assert (config.rope_theta, config.rope_scaling) == (1e5, None)
+
+
+FULL = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+LOCAL = {"rope_type": "default", "rope_theta": 1e4}
+
+
+def gemma3_of_transformers_5(full=FULL, local=LOCAL, **changes):
+    """Returns the config.json of the Gemma 3 fixture as transformers 5 writes it."""
+    raw = json.loads((FIXTURES / "gemma3_text" / "config.json").read_text())
+    older = ("rope_theta", "rope_local_base_freq", "rope_scaling", "sliding_window_pattern")
+    raw = {key: value for key, value in raw.items() if key not in older}
+    return raw | {"rope_parameters": {"full_attention": full, "sliding_attention": local}} | changes
+
+
+@pytest.mark.parametrize(
+    ("full", "local", "expected"),
+    [
+        (FULL, LOCAL, (1e6, 1e4, {"rope_type": "linear", "factor": 8.0})),
+        ({"rope_type": "default", "rope_theta": 5e5}, LOCAL | {"rope_theta": 2e4}, (5e5, 2e4, None)),
+    ],
+)
+def test_rope_of_the_layer_types_of_gemma3_is_spelled_as_before(full, local, expected):
+    config = families.read_config(gemma3_of_transformers_5(full, local), "here")
+    assert (config.rope_theta, config.rope_local_base_freq, config.rope_scaling) == expected
+    assert not list(architectures.problems(config))
+
+
+def test_gemma3_of_transformers_5_computes_what_its_older_twin_does(tmp_path):
+    shutil.copytree(FIXTURES / "gemma3_text", tmp_path / "twin")
+    (tmp_path / "twin" / "config.json").write_text(json.dumps(gemma3_of_transformers_5()))
+    twins = [load_model(str(path)) for path in (FIXTURES / "gemma3_text", tmp_path / "twin")]
+    assert architectures.architecture_of(twins[0].config) == architectures.architecture_of(twins[1].config)
+    tokens = np.arange(3, 13)[None]  # longer than the window
+    mask, positions = np.ones_like(tokens, bool), np.arange(10)[None]
+    old, new = (
+        m.policy.unembed(m.params, m.policy.forward(m.params, tokens, mask, positions)[0]) for m in twins
+    )
+    np.testing.assert_array_equal(old, new)
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (gemma3_of_transformers_5(local=FULL), "sliding_attention=.*only rope_type default"),
+        (gemma3_of_transformers_5(local={"rope_type": "default"}), "sliding_attention=.*with a rope_theta"),
+        (gemma3_of_transformers_5(rope_local_base_freq=1e5), r"rope_local_base_freq=100000\.0 contradicts"),
+        (gemma3_of_transformers_5(rope_parameters={"full_attention": FULL}), "one kind for all layers"),
+        (gemma3_of_transformers_5(full={"rope_type": "default"}), "one kind for all layers"),
+        (
+            {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}, "vision_config": {}},
+            r"'gemma3' wraps a text model \(gemma3_text\).*save the text model alone",
+        ),
+    ],
+)
+def test_other_rope_parameters_and_wrappers_are_refused(raw, reason):
+    with pytest.raises(ValueError, match=reason) as error:
+        families.read_config(raw, "here")
+    assert "\n" not in str(error.value)
 
 
 def test_harmless_private_keys_are_accepted():

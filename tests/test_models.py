@@ -56,6 +56,26 @@ def test_missing_parts_are_named(directory, tmp_path):
     assert "no config.json" in refusal(directory, FileNotFoundError)
 
 
+ADAPTER_CONFIG = {"peft_type": "LORA", "base_model_name_or_path": "models/base"}
+
+
+def test_an_adapter_is_named_as_such(tmp_path, gpt2):
+    gpt2.tokenizer.save_pretrained(tmp_path)  # TRL saves it beside the adapter
+    (tmp_path / "adapter_config.json").write_text(json.dumps(ADAPTER_CONFIG))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    message = refusal(str(tmp_path))
+    assert "this is a PEFT adapter, not a model. To go on from it, give models/base as model.hf" in message
+    assert "lora.start_from" in message
+    # What was copied beside it makes no model of it.
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    assert "this is a PEFT adapter" in refusal(str(tmp_path))
+
+
+def test_a_model_with_an_adapter_beside_it_loads(directory):
+    (directory / "adapter_config.json").write_text(json.dumps(ADAPTER_CONFIG))
+    assert load_model(str(directory)).config.model_type == "gpt2"
+
+
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "~/nowhere-at-all", "runs/grpo/hf"])
 def test_a_path_that_does_not_exist_is_no_hub_id(name):
     assert refusal(name, FileNotFoundError) == f"{name}: no such directory"

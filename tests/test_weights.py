@@ -83,6 +83,30 @@ def test_missing_untied_head_is_named_not_random(tmp_path):
         read(write(tmp_path, tensors))
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model.", "model.", "a.b.c."])
+def test_names_behind_those_of_a_wrapper(tmp_path, prefix):
+    write(tmp_path, {prefix + name: value for name, value in tensors_of().items()})
+    with pytest.raises(
+        ValueError, match=rf"the file holds tensors .*every name begins with '{prefix}'"
+    ) as error:
+        read(tmp_path)
+    assert "\n" not in str(error.value) and "missing tensors" in str(error.value)
+
+
+def test_a_peft_model_that_was_not_merged(tmp_path):
+    tensors, name = tensors_of(), "transformer.h.0.attn.c_attn"
+    tensors[f"{name}.base_layer.weight"] = tensors.pop(f"{name}.weight")
+    write(tmp_path, tensors)
+    with pytest.raises(ValueError, match=rf"missing tensor {name}\.weight; .*PEFT model .*merge_and_unload"):
+        read(tmp_path)
+
+
+def test_a_file_of_another_model_is_described(tmp_path):
+    write(tmp_path, {"encoder.weight": np.zeros((2, 2), np.float32)})
+    with pytest.raises(ValueError, match=r"missing tensors .*; the file holds tensor encoder\.weight$"):
+        read(tmp_path)
+
+
 def test_unexpected_tensor_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"unexpected tensor transformer\.h\.1\.ln_1\.weight$"):
         read(write(tmp_path, tensors_of() | {"transformer.h.1.ln_1.weight": np.ones(8, np.float32)}))
