@@ -5,6 +5,7 @@ numbers with a gap into floats, and a CSV file gives text. Every function here r
 raises ValueError for the rest, so that no type is a silent zero.
 """
 
+import ast
 import math
 import numbers
 import re
@@ -16,6 +17,8 @@ from typing import Any
 import numpy as np
 
 _MAX_EXPONENT = 400  # of a Decimal; more digits are no answer, and slow to write out
+_MAX_LIST_CHARACTERS = 10_000  # of a list written as text
+_WHOLE_FLOAT = re.compile(r"[-+]?[0-9]+\.0", re.ASCII)
 _NUMBERS = re.compile(r"[-+]?[0-9]+(?:[\s,;]+[-+]?[0-9]+)*", re.ASCII)
 _BRACKETS = {"[": "]", "(": ")", "{": "}"}
 
@@ -37,7 +40,7 @@ def accepted_answers(value: Any) -> tuple[str, ...]:
 
     Raises:
         MissingAnswerError: the value is null, NaN, empty, or a list with nothing in it or with such an entry.
-        ValueError: the value has another type, or is infinite.
+        ValueError: the value has another type, is infinite, or is a list of texts that is written as a text.
 
     >>> accepted_answers(46.0), accepted_answers(["105", 106])
     (('46', '46.0'), ('105', '106'))
@@ -45,11 +48,28 @@ def accepted_answers(value: Any) -> tuple[str, ...]:
     if isinstance(value, np.ndarray):
         value = value.tolist() if value.ndim else value[()]
     if not isinstance(value, (list, tuple, Set)):
+        if isinstance(value, str) and _is_list_of_texts(value):
+            raise ValueError(
+                f"the expected answer {_shown(value)} is a list written as text, as in a cell of a CSV file; "
+                "give the list itself in a .jsonl or .parquet file, or a list of this one text"
+            )
         return _spellings(value)
     if not value:
         raise MissingAnswerError("the expected answer is an empty list")
     spelled = (_spellings(entry) for entry in value)
     return tuple(dict.fromkeys(text for texts in spelled for text in texts))
+
+
+def _is_list_of_texts(text: str) -> bool:
+    """Tells whether a text is `["a", "b"]` as JSON or Python write it; `[1, 2]` may well be an interval."""
+    text = text.strip()
+    if not (text[:2] in ('["', "['") and text.endswith("]") and len(text) <= _MAX_LIST_CHARACTERS):
+        return False
+    try:
+        entries = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return False
+    return isinstance(entries, list) and all(isinstance(entry, str) for entry in entries)
 
 
 def _spellings(value: Any) -> tuple[str, ...]:
@@ -62,7 +82,9 @@ def _spellings(value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         if not value.strip():
             raise MissingAnswerError("the expected answer is an empty text")
-        return (str(value),)
+        text = str(value)
+        # A CSV file that pandas wrote has `46.0` where the column had a gap.
+        return (text, text.strip()[:-2]) if _WHOLE_FLOAT.fullmatch(text.strip()) else (text,)
     if value is None:
         raise MissingAnswerError("the expected answer is null (None)")
     if isinstance(value, (bool, np.bool_)):

@@ -24,6 +24,10 @@ def test_docstring_examples_hold():
     [
         ("105", ("105",)),
         (" a b\n", (" a b\n",)),
+        ("46.0", ("46.0", "46")),  # as pandas writes it to a CSV file
+        ("46.00", ("46.00",)),
+        ("[12, 34]", ("[12, 34]",)),  # an interval, or a vector
+        (['["a"]'], ('["a"]',)),
         (105, ("105",)),
         (105.0, ("105", "105.0")),  # pandas writes a whole column with a gap so
         (0.5, ("0.5",)),
@@ -61,6 +65,8 @@ def test_no_answer_at_all(value):
 @pytest.mark.parametrize(
     "value, message",
     [
+        ('["105", "0105"]', "is a list written as text, as in a cell of a CSV file"),
+        ("['105', '0105']", "is a list written as text"),
         ({"a": 1}, r"\{'a': 1\} is of type dict"),
         ([["a"]], r"\['a'\] is of type list"),
         (b"\xff", r"b'\\xff' is no UTF-8 text"),
