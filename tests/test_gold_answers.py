@@ -9,9 +9,11 @@ import pytest
 
 from grpo_jax import gold_answers
 from grpo_jax.config import RewardConfig
+from grpo_jax.data import load_data
+from grpo_jax.data_config import DataConfig
 from grpo_jax.gold_answers import MissingAnswerError, accepted_answers, whole_number, whole_numbers
 from grpo_jax.reward_functions import answer_match, countdown, exact_match, numeric_answer
-from grpo_jax.rewards import check_rows, load_rewards
+from grpo_jax.rewards import check_rows, load_rewards, score
 from grpo_jax.tasks.task import Example
 
 
@@ -205,3 +207,44 @@ def test_solutions_with_a_mark_are_fine():
     steps = "She sells <<3*4=12>>12 eggs a day for $2 each, which is 24 dollars.\n" * 4
     rows = [{"answer": f"{steps}#### {i:,}"} for i in range(1000, 1010)]
     assert checked("numeric_answer", rows) == []
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+def loaded(path):
+    return load_data(DataConfig(train_file=str(path))).train
+
+
+def test_the_types_of_a_parquet_file_are_read(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    columns = {
+        "decimal": pa.array([Decimal(46), Decimal(47)], pa.decimal128(10, 2)),
+        "float": pa.array([46.0, 47.0]),
+        "bytes": pa.array([b"46", b"47"]),
+        "list": pa.array([["46", "046"], ["47"]]),
+        "int8": pa.array([46, 47], pa.int8()),
+        "dictionary": pa.array(["46", "47"]).dictionary_encode(),
+    }
+    for name, column in columns.items():
+        path = tmp_path / f"{name}.parquet"
+        parquet.write_table(pa.table({"prompt": ["12+34=", "12+35="], "answer": column}), path)
+        golds = [example.columns["answer"] for example in loaded(path)]
+        assert exact_match(["46", "47"], golds) == [1, 1], name
+        assert numeric_answer(["46", "48"], golds) == [1, 0], name
+
+
+def test_the_cells_of_a_csv_file_are_read(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text(
+        'prompt,numbers,target,answer\n12+34=,"[12, 34]",46,46.0\nx,"[12, 34]",47,"[""7"", ""8""]"\n'
+    )
+    rows = loaded(path)
+    rewards = load_rewards([RewardConfig(function=name) for name in ("countdown", "exact_match")])
+    [(index, reason)] = check_rows(rewards, rows)
+    assert index == 1 and "list written as text, as in a cell of a CSV file" in reason
+    columns = {name: [row.columns[name] for row in rows[:1]] for name in ("numbers", "target", "answer")}
+    assert score(rewards, ["p"], ["12 + 34"], columns).tolist() == [[1, 0]]
+    assert score(rewards, ["p"], ["46"], columns).tolist() == [[0, 1]]
