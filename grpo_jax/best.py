@@ -65,7 +65,8 @@ def read_best(run_dir: str | Path) -> dict[str, Any] | None:
     """Returns what best.json says of a run's best model, None if it has none.
 
     Returns:
-        `step`, `metric`, `mode`, `value`, and `moved`: whether the metric has ever had another value.
+        `step`, `metric`, `mode`, `value`; `moved`: whether the metric has ever had another value;
+        `comparable`: whether later evaluations measure the same thing.
 
     Raises:
         ValueError: best.json is not what was written.
@@ -74,7 +75,8 @@ def read_best(run_dir: str | Path) -> dict[str, Any] | None:
     try:
         best = json.loads(path.read_text())
         known = {name: best[name] for name in ("step", "metric", "mode", "value")}
-        return {**known, "moved": bool(best.get("moved", True))}  # older runs did not say
+        # Older runs did not say these two.
+        return {**known, **{name: bool(best.get(name, True)) for name in ("moved", "comparable")}}
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):
@@ -86,7 +88,8 @@ def keep_best(parts: Parts, step: int, metrics: Mapping[str, float], params: Par
 
     A value that is missing or not finite is no improvement. An equal one is none either, unless the metric
     has had this one value in every evaluation. It then says nothing, and the newest model takes the place,
-    so that the untrained one is never kept for a tie. A best model by another metric or mode is replaced.
+    so that the untrained one is never kept for a tie. A best model is replaced if it was chosen by another
+    metric or mode, or before a change of what is measured.
 
     Args:
         parts: the run.
@@ -103,9 +106,11 @@ def keep_best(parts: Parts, step: int, metrics: Mapping[str, float], params: Par
     if value is None or not math.isfinite(value):
         return None
     best = read_best(run_dir)
-    entry = {"step": step, "metric": metric, "mode": mode, "value": float(value), "moved": False}
+    entry = {"step": step, "metric": metric, "mode": mode, "value": float(value)}
+    entry |= {"moved": False, "comparable": True}
     target = run_dir / "best"
-    if best is None or (best["metric"], best["mode"]) != (metric, mode):
+    same = best is not None and (best["metric"], best["mode"], best["comparable"]) == (metric, mode, True)
+    if not same:
         _export(parts, params, entry)
         return f"step {step}: {metric} {value:.4g} is the first; the model is in {target}"
     if value == best["value"] and not best["moved"]:
@@ -142,6 +147,13 @@ def _write_entry(directory: Path, entry: dict[str, Any]) -> None:
     unfinished = directory / "best.json.unfinished"
     unfinished.write_text(json.dumps(entry) + "\n")
     os.replace(unfinished, directory / "best.json")
+
+
+def outdate_best(run_dir: str | Path) -> None:
+    """Notes that what is measured has changed: the next evaluation replaces the best model."""
+    best = read_best(run_dir)
+    if best is not None:
+        _write_entry(Path(run_dir) / "best", best | {"comparable": False})
 
 
 def forget_best(run_dir: str | Path) -> None:

@@ -258,6 +258,9 @@ class CheckpointConfig:
         best_metric: a metric of the evaluation, such as `eval/mean@4`: the model that was best by it is kept
             in run_dir/best, apart from the checkpoints to continue from. None: none is.
         best_mode: whether the best value is the largest (`max`) or the smallest (`min`).
+        allow_changes: what may be different from what the checkpoint was made with: `data` (the training
+            prompts and their columns), `rewards` (the code of training rewards). Other changes of these are
+            refused.
     """
 
     every: int = 50
@@ -265,6 +268,7 @@ class CheckpointConfig:
     resume: str = "auto"
     best_metric: str | None = None
     best_mode: Literal["max", "min"] = "max"
+    allow_changes: list[Literal["data", "rewards"]] = field(default_factory=list)
 
     def __post_init__(self):
         require(self.every >= 1, f"checkpoints.every: {self.every}; at least 1")

@@ -1,5 +1,7 @@
 """Where a run stands between two optimizer steps, and how that is saved and read back bit for bit."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,8 +10,16 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.adapters import check_base
-from grpo_jax.checkpoints import Checkpoints
+from grpo_jax.checkpoints import Checkpoints, CorruptedCheckpoint
 from grpo_jax.config import Config
+from grpo_jax.continuing import (
+    Record,
+    checkpoint_name,
+    compare_inputs,
+    compare_schedules,
+    record_inputs,
+    record_schedule,
+)
 from grpo_jax.groups import Groups
 from grpo_jax.learner import TrainState, policy_params
 from grpo_jax.parts import Parts
@@ -35,6 +45,9 @@ class Progress:
     leftovers: Groups | None = None  # informative groups that wait for the next rollout
     rollout_metrics: dict[str, float] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
+    inputs: Record = field(default_factory=dict)  # what the run is made from
+    remarks: tuple[str, ...] = ()  # what is different since the checkpoint, a line each
+    comparable: bool = True  # whether evaluations before and after the checkpoint are
 
     @property
     def policy_params(self) -> Params:
@@ -48,6 +61,7 @@ def start(parts: Parts) -> Progress:
         state=parts.init_state(),
         ref_params=parts.model.params if parts.needs_reference else None,
         kl_coef=float(parts.recipe.kl_coef),
+        inputs=record_inputs(parts),
         **_base(parts),
     )
 
@@ -89,7 +103,8 @@ def restore(parts: Parts, sources: list[Path]) -> Progress | None:
     """Reads the newest checkpoint under the first source that has one, None if there is none yet.
 
     Raises:
-        ValueError: the run that resume names has no checkpoint, or none that these settings can continue.
+        ValueError: the run that resume names has no checkpoint, or none that these settings can continue;
+            or the run in run_dir was made with other training data or rewards.
     """
     config = parts.config
     templates = {"experience": _experience_template(parts), "leftovers": _leftovers_template(parts)}
@@ -97,10 +112,14 @@ def restore(parts: Parts, sources: list[Path]) -> Progress | None:
         # One that has moved is there even if from now on it stays.
         templates["reference"] = parts.model.params
     for source in (source for source in sources if source.is_dir()):
-        checkpoints = Checkpoints(source, read_only=source != Path(config.run_dir) / "checkpoints")
+        own = source == Path(config.run_dir) / "checkpoints"
+        checkpoints = Checkpoints(source, read_only=not own)
         try:
             if checkpoints.latest_step() is None:
                 continue
+            inputs = record_inputs(parts)
+            compare = functools.partial(compare_inputs, parts, now=inputs, refuse=own)
+            _refuse_changes(checkpoints, source, compare)
             template = jax.eval_shape(parts.init_state)
             step, state, extra, others = checkpoints.restore_latest(template, templates)
             base, their_base = _base(parts), extra.pop("base", None)
@@ -118,6 +137,8 @@ def restore(parts: Parts, sources: list[Path]) -> Progress | None:
                 f"{parts.updates_per_rollout} updates per rollout (algorithm.num_iterations times "
                 "num_minibatches) this step lies inside one; continue with the settings it was made with"
             )
+        remarks, comparable = compare(extra.pop("inputs", {}), checkpoint=checkpoint_name(step, source))
+        jump = compare_schedules(parts, extra.pop("schedule", {}), state, step)
         extra["rollout_metrics"] = {k: float(v) for k, v in extra["rollout_metrics"].items()}
         # With a target the coefficient is where the run stands; without one it is a setting.
         kl_coef = extra["kl_coef"] if config.algorithm.kl_target else parts.recipe.kl_coef
@@ -130,12 +151,25 @@ def restore(parts: Parts, sources: list[Path]) -> Progress | None:
             step=step,
             experience=experience,
             leftovers=leftovers,
+            inputs=inputs,
+            remarks=(*remarks, *filter(None, [jump])),
+            comparable=comparable,
             **base,
             **extra,
         )
     if config.checkpoints.resume not in ("auto", "never"):
         raise ValueError(f"checkpoints.resume: the run {config.checkpoints.resume} has no checkpoint yet")
     return None
+
+
+def _refuse_changes(checkpoints: Checkpoints, source: Path, compare: Callable[..., Any]) -> None:
+    """Compares inputs before any array is read: prompts of another length would not fit either."""
+    step = checkpoints.latest_step()
+    try:
+        before = checkpoints.extra(step).get("inputs", {})
+    except CorruptedCheckpoint:  # the restore goes back to an earlier one
+        return
+    compare(before, checkpoint=checkpoint_name(step, source))
 
 
 def save(parts: Parts, checkpoints: Checkpoints, progress: Progress) -> None:
@@ -154,6 +188,8 @@ def save(parts: Parts, checkpoints: Checkpoints, progress: Progress) -> None:
         "rollout_metrics": {k: repr(v) for k, v in progress.rollout_metrics.items()} if inside else {},
         "samples": plain(progress.samples) if inside else [],
         "leftover_samples": plain(progress.leftovers.samples) if progress.leftovers else [],
+        "inputs": progress.inputs,
+        "schedule": record_schedule(parts, progress.state, progress.step),
     }
     if progress.base is not None:
         extra["base"] = progress.base

@@ -53,8 +53,25 @@ def find_function(spec: str, *, built_in: Sequence[str] = ()) -> tuple[str, Call
     return name, function, line
 
 
+def source_file(spec: str) -> Path | None:
+    """Returns the file that a spec's function comes from; None for a built-in, and for what has no file.
+
+    Args:
+        spec: as in `find_function`, already imported, or `verl:` and such a spec.
+    """
+    where = spec.removeprefix("verl:").rpartition(":")[0]
+    if where.endswith(".py"):
+        return _resolved(Path(where).expanduser())
+    file = getattr(sys.modules.get(where), "__file__", None)
+    return None if file is None else Path(file).resolve()
+
+
+def _resolved(path: Path) -> Path:
+    return path.resolve() if path.is_absolute() else (Path.cwd() / path).resolve()
+
+
 def _load_file(path: Path) -> ModuleType:
-    path = path.resolve() if path.is_absolute() else (Path.cwd() / path).resolve()
+    path = _resolved(path)
     if not path.is_file():
         raise ValueError(f"reward file {path} does not exist")
     # One module per file, however many of its functions are used: they share the file's state.

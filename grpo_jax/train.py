@@ -15,10 +15,11 @@ import jax
 
 from grpo_jax.actor import Actor, collect
 from grpo_jax.adapters import save_adapters
-from grpo_jax.best import check_best_metric, forget_best, keep_best
+from grpo_jax.best import check_best_metric, forget_best, keep_best, outdate_best
 from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.cli import enable_compilation_cache, parse_record, run_command
 from grpo_jax.config import Config
+from grpo_jax.continuing import describe_start, same_evaluation
 from grpo_jax.data import batch
 from grpo_jax.decoding import generate
 from grpo_jax.evaluate import evaluate_parts
@@ -33,7 +34,7 @@ from grpo_jax.plan import make_plan
 from grpo_jax.progress import Progress, restore, resume_sources, save, start
 from grpo_jax.reference import is_reference, mix_params
 from grpo_jax.rewards import close_rewards
-from grpo_jax.runs import config_dict, keep_first_date, write_config
+from grpo_jax.runs import config_dict, keep_first_date, read_config, write_config
 from grpo_jax.trackers import Trackers, make_trackers
 from grpo_jax.trackers.console import spread
 
@@ -216,6 +217,13 @@ def _loop(
         save(parts, checkpoints, progress)
 
 
+def _measures_as_before(config: Config, progress: Progress) -> bool:
+    """Says whether evaluations of a continued run can be compared with those before."""
+    if not (Path(config.run_dir) / "config.yaml").exists():
+        return True
+    return progress.comparable and same_evaluation(config, read_config(config.run_dir))
+
+
 def train(config: Config) -> int:
     """Trains, evaluates and exports as the config says; continues an interrupted run.
 
@@ -233,6 +241,8 @@ def train(config: Config) -> int:
     check_best_metric(parts)
     directory = Path(config.run_dir) / "checkpoints"
     progress = restore(parts, sources)
+    if progress is not None and not _measures_as_before(config, progress):
+        outdate_best(config.run_dir)
     write_config(config)
     print(make_plan(parts).text(), flush=True)
 
@@ -246,7 +256,9 @@ def train(config: Config) -> int:
         progress = start(parts)
     else:
         resume_step = progress.step
-        print(f"continuing after step {resume_step} of {parts.num_steps}", flush=True)
+        print(describe_start(resume_step, parts.num_steps), flush=True)
+        for remark in progress.remarks:
+            print(f"note: {remark}", flush=True)
     # A reference that moves is in every checkpoint, the base of LoRA in its own directory.
     stays = progress.ref_params is not None and not (config.algorithm.ref_sync_every or parts.lora)
     if stays and not checkpoints.has_reference():

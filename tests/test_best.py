@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 import grpo_jax.train as train_module
 from grpo_jax import best as best_module
-from grpo_jax.best import check_best_metric, evaluation_names, forget_best, keep_best, read_best
+from grpo_jax.best import check_best_metric, evaluation_names, forget_best, keep_best, outdate_best, read_best
 from grpo_jax.evaluate import evaluate_parts
 from grpo_jax.evaluate import main as evaluate_main
 from grpo_jax.models import load_model
@@ -50,7 +50,7 @@ def scaled(model, factor):
 
 
 def entry(step, value, mode="max", moved=True):
-    return {"step": step, "metric": METRIC, "mode": mode, "value": value, "moved": moved}
+    return {"step": step, "metric": METRIC, "mode": mode, "value": value, "moved": moved, "comparable": True}
 
 
 # The choice
@@ -90,7 +90,8 @@ def test_another_metric_or_mode_starts_anew(model, tmp_path):
     assert keep_best(other, 2, {METRIC: 0.1, "eval/mean@2": 0.1}, model.params)
     lowest = parts_of(tmp_path, model, checkpoints__best_metric="eval/mean@2", checkpoints__best_mode="min")
     assert keep_best(lowest, 3, {"eval/mean@2": 0.9}, model.params)
-    found = {"step": 3, "metric": "eval/mean@2", "mode": "min", "value": 0.9, "moved": False}
+    found = {"step": 3, "metric": "eval/mean@2", "mode": "min", "value": 0.9}
+    found |= {"moved": False, "comparable": True}
     assert read_best(tmp_path) == found
 
 
@@ -110,12 +111,22 @@ def test_a_metric_that_has_not_moved_keeps_the_newest_model(value, model, tmp_pa
     assert keep_best(parts, 7, {METRIC: value + 0.1}, model.params) is None
 
 
+def test_after_a_change_of_what_is_measured_the_next_model_is_kept(model, tmp_path):
+    parts = parts_of(tmp_path, model)
+    outdate_best(tmp_path)  # there is none
+    assert keep_best(parts, 1, {METRIC: 0.5}, model.params) and list(tmp_path.iterdir())
+    outdate_best(tmp_path)
+    assert read_best(tmp_path) == entry(1, 0.5, moved=False) | {"comparable": False}
+    assert keep_best(parts, 2, {METRIC: 0.1}, model.params)
+    assert read_best(tmp_path) == entry(2, 0.1, moved=False)
+
+
 def test_a_record_of_before_ties_were_told_apart(model, tmp_path):
     parts = parts_of(tmp_path, model)
     assert keep_best(parts, 0, {METRIC: 0.5}, model.params)
     record = tmp_path / "best" / "best.json"
     old = json.loads(record.read_text())
-    del old["moved"]
+    del old["moved"], old["comparable"]
     record.write_text(json.dumps(old))
     assert read_best(tmp_path) == entry(0, 0.5)
     assert keep_best(parts, 1, {METRIC: 0.5}, model.params) is None
@@ -256,7 +267,8 @@ def test_a_run_keeps_its_best(whole):
     values = {row["step"]: row["eval/reward"] for row in small_run.rows(whole) if "eval/reward" in row}
     step = min(values, key=values.get)  # the first of equal ones
     assert len(values) == 8 and step > 2 and values[2] < values[1] < values[0]
-    best = {"step": step, "metric": "eval/reward", "mode": "min", "value": values[step], "moved": True}
+    best = {"step": step, "metric": "eval/reward", "mode": "min", "value": values[step]}
+    best |= {"moved": True, "comparable": True}
     assert read_best(whole) == best
     stored = small_run.leaves(whole, step)
     kept = load_model(str(whole / "best")).params

@@ -26,7 +26,7 @@ FLOORS = {
     # the outside world
     3: ("adapters", "answer_equality", "answer_rewards", "answer_text", "architectures", "awaiting",
         "bad_rows", "categories", "chat_rows", "chat_templates", "checkpoints", "columns", "completions",
-        "control_tokens", "csv_rows", "data", "endings", "estimates", "expressions", "families",
+        "control_tokens", "csv_rows", "data", "digests", "endings", "estimates", "expressions", "families",
         "first_look", "flax_models", "gold_answers", "held_out", "http_scores", "hub_data",
         "implementations", "json_rows", "math_equality", "models", "notices", "polynomials",
         "prompt_lengths", "prompts", "quantities", "reward_calls", "reward_functions", "reward_models",
@@ -36,8 +36,8 @@ FLOORS = {
     # the two halves
     4: ("actor", "experience", "groups", "learner", "outcomes", "standstill"),
     # the commands, and what they share
-    5: ("best", "cli", "config_files", "evaluate", "export", "generate", "model_card", "other_words",
-        "parts", "plan", "progress", "runs", "score", "train"),
+    5: ("best", "cli", "config_files", "continuing", "evaluate", "export", "generate", "model_card",
+        "other_words", "parts", "plan", "progress", "runs", "score", "train"),
 }  # fmt: skip
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
 # What `import grpo_jax` may load: floors 0 to 2 and the train step.
