@@ -1,5 +1,6 @@
 """The parts of a run: everything a config names, built and checked before anything compiles."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -137,8 +138,14 @@ def build(config: Config, *, model: Model | None = None) -> Parts:
     notes += about_date
     lora = _make_lora(config, model)
     limit = prompt_limit(model, config.data.max_prompt_length, config.sampling.max_new_tokens)
-    over_length = config.data.over_length
-    train = fit_prompts(task.train, model, limit, over_length, "training")
+    fit = functools.partial(
+        fit_prompts,
+        model=model,
+        limit=limit,
+        over_length=config.data.over_length,
+        on_bad_row=config.data.on_bad_row,
+    )
+    train = fit(task.train, what="training")
     if not train.examples:
         raise ValueError(
             f"all {train.num_dropped} training prompts have more than {limit} tokens; nothing is left"
@@ -150,7 +157,8 @@ def build(config: Config, *, model: Model | None = None) -> Parts:
     notes += notes_about_prompts(model, train.examples, formats)
     sample = sample_held_out(task.evaluation, config.evaluation.num_prompts)
     notes += filter(None, [note_on_overlap(task.train, task.evaluation, sample)])
-    held_out = fit_prompts(sample, model, limit, over_length, "evaluation")
+    held_out = fit(sample, what="evaluation")
+    notes += filter(None, [train.note, held_out.note])
 
     recipe = _make_recipe(config)
     rollouts = max(1, math.ceil(training.num_epochs * len(train.examples) / config.num_prompts - 1e-9))

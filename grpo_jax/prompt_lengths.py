@@ -4,8 +4,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from grpo_jax.bad_rows import BadRow, settle
 from grpo_jax.models import Model, encode
 from grpo_jax.tasks import Example
+from grpo_jax.text import try_encode
 
 
 @dataclass(frozen=True)
@@ -17,12 +19,14 @@ class Fitted:
         lengths: token counts that occur among their prompts.
         num_dropped: examples that are gone.
         num_truncated: examples whose prompts were cut.
+        note: what to say about examples that cannot be encoded and were left out; None: there are none.
     """
 
     examples: Sequence[Example]
     lengths: frozenset[int]
     num_dropped: int = 0
     num_truncated: int = 0
+    note: str | None = None
 
 
 def prompt_limit(model: Model, max_prompt_length: int | None, max_new_tokens: int) -> int | None:
@@ -47,7 +51,13 @@ def prompt_limit(model: Model, max_prompt_length: int | None, max_new_tokens: in
 
 
 def fit_prompts(
-    examples: Sequence[Example], model: Model, limit: int | None, over_length: str, what: str
+    examples: Sequence[Example],
+    model: Model,
+    limit: int | None,
+    over_length: str,
+    what: str,
+    *,
+    on_bad_row: str = "error",
 ) -> Fitted:
     """Makes every prompt fit the limit.
 
@@ -57,21 +67,48 @@ def fit_prompts(
         limit: tokens; None: no limit.
         over_length: `error`, `drop` or `truncate_left`.
         what: `training` or `evaluation`, for messages.
+        on_bad_row: `error` or `drop`, for prompts that the tokenizer or the chat template refuses.
 
     Raises:
-        ValueError: a prompt without tokens; one over the limit with `error`; one that cannot be cut to it.
+        ValueError: a prompt that cannot be encoded, or has no tokens; one over the limit with `error`; one
+            that cannot be cut to it.
     """
-    lengths = [len(tokens) for tokens in encode(model, [example.prompt for example in examples])]
-    if 0 in lengths:
-        raise ValueError(f"{what} prompt {lengths.index(0)} has no tokens; every prompt needs at least one")
+    encoded = try_encode(model, [example.prompt for example in examples], ["the prompt"] * len(examples))
+    bad = [
+        BadRow(_place(examples, i, what), str(tokens))
+        for i, tokens in enumerate(encoded)
+        if isinstance(tokens, ValueError)
+    ]
+    note = settle(bad, len(examples), on_bad_row=on_bad_row, what=what)
+    if bad:
+        kept = [i for i, tokens in enumerate(encoded) if not isinstance(tokens, ValueError)]
+        examples, encoded = [examples[i] for i in kept], [encoded[i] for i in kept]
+    fitted = _fit_lengths(examples, model, [len(tokens) for tokens in encoded], limit, over_length, what)
+    return replace(fitted, note=note)
+
+
+def _place(examples: Sequence[Example], index: int, what: str) -> str:
+    return examples[index].place or f"{what} prompt {index}"
+
+
+def _fit_lengths(
+    examples: Sequence[Example],
+    model: Model,
+    lengths: list[int],
+    limit: int | None,
+    over_length: str,
+    what: str,
+) -> Fitted:
+    """Makes prompts of these many tokens fit the limit."""
     if limit is None or not lengths or max(lengths) <= limit:
         return Fitted(examples, frozenset(lengths))
     over = [i for i, length in enumerate(lengths) if length > limit]
     if over_length == "error":
         raise ValueError(
             f"{len(over)} of {len(lengths)} {what} prompts have more than {limit} tokens (the first is "
-            f"number {over[0]} with {lengths[over[0]]}); shorten them, raise data.max_prompt_length "
-            "if the model's positions allow, or set data.over_length: drop (or truncate_left)"
+            f"{examples[over[0]].place or f'number {over[0]}'} with {lengths[over[0]]}); shorten them, raise "
+            "data.max_prompt_length if the model's positions allow, or set data.over_length: drop (or "
+            "truncate_left)"
         )
     if over_length == "drop":
         kept = [example for example, length in zip(examples, lengths, strict=True) if length <= limit]
@@ -84,8 +121,9 @@ def fit_prompts(
         )
         if shorter is None:
             raise ValueError(
-                f"{what} prompt {i} has {lengths[i]} tokens and cannot be cut at the left to {limit}: what "
-                "is around its text is longer; raise data.max_prompt_length or set data.over_length: drop"
+                f"{_place(examples, i, what)} has {lengths[i]} tokens and cannot be cut at the left to "
+                f"{limit}: the chat template alone is longer than that; raise data.max_prompt_length or set "
+                "data.over_length: drop"
             )
         cut[i], lengths[i] = replace(examples[i], prompt=shorter), _length(model, shorter)
     return Fitted(cut, frozenset(lengths), num_truncated=len(over))

@@ -132,7 +132,7 @@ def broken(tmp_path):
         "line": ([f"--data.train_file={jsonl}", match], (f"{jsonl}, line 2: not valid JSON",)),
         "too long": (
             [f"--data.train_file={long}", match, new],
-            ("1 of 2 training prompts have more than 27 tokens (the first is number 1 with 30)",),
+            ("1 of 2 training prompts have more than 27 tokens (the first ", "long.jsonl, line 2 with 30)"),
         ),
         "all too long": (
             [f"--data.train_file={long}", match, new, "--data.max_prompt_length=2", drop],

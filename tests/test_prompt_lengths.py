@@ -91,7 +91,7 @@ def test_tokens_that_are_added_count(model):
     fitted = fit_prompts([Example("12+34+56=")], added, 6, "truncate_left", "t")
     assert fitted.examples[0].prompt == "4+56=" and fitted.lengths == {6}
     with pytest.raises(
-        ValueError, match=r"t prompt 0 has 10 tokens and cannot be cut at the left to 1: what is"
+        ValueError, match=r"t prompt 0 has 10 tokens and cannot be cut at the left to 1: the chat"
     ):
         fit_prompts([Example("12+34+56=")], added, 1, "truncate_left", "t")
 
@@ -118,3 +118,20 @@ def test_chat_whose_system_message_is_too_long(model):
     for messages in (chat("1234567", "1", first="system"), chat("1234567", first="system")):
         with pytest.raises(ValueError, match=r"t prompt 0 has \d+ tokens and cannot be cut at the left to 5"):
             fit_prompts([Example(messages)], model, 5, "truncate_left", "t")
+
+
+def test_prompts_that_cannot_be_encoded_have_a_place(model):
+    """Seen: `prompt 1` of the whole file, without a line, and no way to leave such rows out."""
+    examples = [Example("1+1=", place="a.jsonl, line 1"), Example("\ud83d", place="a.jsonl, line 2")]
+    examples += [Example("2+2=", place="a.jsonl, line 4")]
+    with pytest.raises(
+        ValueError, match=r"^a\.jsonl, line 2: the prompt .* \(1 of 3 t rows; data\.on_bad_row"
+    ):
+        fit_prompts(examples, model, None, "error", "t")
+    fitted = fit_prompts(examples, model, None, "error", "t", on_bad_row="drop")
+    assert fitted.examples == [examples[0], examples[2]] and fitted.lengths == {4}
+    assert fitted.note.startswith(
+        "1 of 3 t rows are left out (data.on_bad_row: drop): a.jsonl, line 2: the p"
+    )
+    with pytest.raises(ValueError, match=r"^t prompt 0: the prompt "):
+        fit_prompts([Example("\ud83d")], model, None, "error", "t")
