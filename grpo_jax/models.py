@@ -22,7 +22,7 @@ from grpo_jax.chat_templates import ChatSettings, check_arguments, read_date, se
 from grpo_jax.decoder import REMAT
 from grpo_jax.endings import choose_eos, find_eos, tokenizer_to_save
 from grpo_jax.implementations import IMPLEMENTATIONS, choose_implementation
-from grpo_jax.sampling_config import as_list
+from grpo_jax.sampling_config import as_list, check_stop_strings
 from grpo_jax.sources import check_no_adapter, find_directory, read_json
 from grpo_jax.stops import Stops, make_stops
 from grpo_jax.text import decode, encode, pad_prompts
@@ -108,7 +108,8 @@ def load_model(
         chat_template: how messages become text: `auto` (the tokenizer's own template), `plain` (a line
             `role: content` each, then `assistant:`), or the path of a Jinja file. It is exported, too.
         eos_token_ids: the tokens that end a completion, as ids or texts; None: all that the model names.
-        stop: texts that end a completion; None: none. With them, a model may name no eos token.
+        stop: texts that end a completion; None: those of generation_config.json, which seldom has any. With
+            them, a model may name no eos token.
         include_stop: whether texts keep the one that ended them; see `make_stops`.
         chat_template_arguments: variables of the chat template by name, such as `enable_thinking`.
         chat_template_date: date (and time) that a chat template may print, as ISO 8601; None: now.
@@ -138,11 +139,14 @@ def load_model(
         )
     generation_config = read_json(directory / "generation_config.json") or {}
     place = {"vocab_size": config.vocab_size, "source": hf_model_name}
+    if stop is None:
+        stop = as_list(generation_config.get("stop_strings"))
+        check_stop_strings(f"{hf_model_name}: stop_strings in generation_config.json", stop)
     if eos_token_ids is None:
         eos = find_eos(generation_config, raw, tokenizer, required=not stop, **place)
     else:
         eos = choose_eos(eos_token_ids, tokenizer, **place)
-    stops = make_stops(stop or (), tokenizer, included=include_stop, **place)
+    stops = make_stops(stop, tokenizer, included=include_stop, **place)
 
     chosen = IMPLEMENTATIONS[implementation]
     params = weights.read_params(
@@ -245,6 +249,8 @@ def save_model(
     }
     eos_ids = list(model.eos_ids)
     generation_config = model.generation_config | ({"eos_token_id": eos_ids} if eos_ids else {})
+    if "stop_strings" in generation_config:
+        generation_config["stop_strings"] = list(model.stops.strings) if model.stops else None
     if not set(as_list(config.get("eos_token_id"))) <= set(eos_ids):
         # Without any, null: a default of the configuration's class may be no token of the model.
         config["eos_token_id"] = eos_ids if len(eos_ids) > 1 else next(iter(eos_ids), None)

@@ -104,7 +104,8 @@ class SamplingConfig:
         eos_token_ids: the tokens that end a completion, as ids or texts (`[2, "<|im_end|>"]`). None: all that
             the model's generation_config.json, its config.json and its tokenizer name.
         stop: texts that end a completion where it first contains one of them (`["\\nQuestion:"]`, or a single
-            text). What they end counts as finished and is trained up to there. None: none.
+            text). What they end counts as finished and is trained up to there. None: those of
+            the model's generation_config.json, which seldom has any; []: none.
         include_stop: whether the text that rewards read keeps the stop text. By default it ends right before,
             as with `stop` in vLLM and the OpenAI API.
     """

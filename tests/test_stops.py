@@ -318,6 +318,27 @@ def test_a_model_without_an_eos_token_may_end_by_stop_strings(tmp_path):
     assert load_model(str(tmp_path / "export"), stop=["="]).eos_ids == ()
 
 
+def test_stop_strings_of_generation_config(tmp_path):
+    model = load_model("packaged:arithmetic")
+    save_model(model, model.params, tmp_path)
+    path = tmp_path / "generation_config.json"
+    content = json.loads(path.read_text())
+    assert "stop_strings" not in content
+    path.write_text(json.dumps(content | {"stop_strings": "="}))
+    named = load_model(str(tmp_path))
+    assert named.stops.strings == ("=",)
+    none = load_model(str(tmp_path), stop=())
+    assert none.stops is None
+    for model, expected in ((named, ["="]), (none, None), (set_endings(named, stop=["7"]), ["7"])):
+        save_model(model, model.params, tmp_path / "export")
+        written = json.loads((tmp_path / "export" / "generation_config.json").read_text())
+        assert written["stop_strings"] == expected
+    for wrong in ([""], [5], 5):
+        path.write_text(json.dumps(content | {"stop_strings": wrong}))
+        with pytest.raises(ValueError, match=r": stop_strings in generation_config\.json: "):
+            load_model(str(tmp_path))
+
+
 def test_what_is_said_of_stop_strings():
     model = load_model("packaged:arithmetic", stop=["=", "\n", "=\n"])
     assert describe_endings(model) == (
