@@ -106,10 +106,11 @@ def _compare(a: str, b: str, tolerance: float, depth: int) -> bool | None:
         other = canonical_form(b)
         if other is not None and form == other and not is_rational(form):
             return True
-    for text in (a, b):
-        if _NO_MATHEMATICS.search(text):
-            return False
-    return None
+    if any(_NO_MATHEMATICS.search(text) for text in (a, b)):
+        return False
+    # A number is no relation and no set of numbers with a property.
+    one_number = (number_a is None) != (number_b is None)
+    return False if one_number and any(_RELATION.search(text) or "\\ne" in text for text in (a, b)) else None
 
 
 def _compact(text: str) -> str:
