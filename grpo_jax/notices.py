@@ -47,9 +47,14 @@ def _slow(m: Metrics) -> str:
     return ", ".join(shares)
 
 
+def _masked_signal(m: Metrics) -> bool:
+    """Says whether rewards differ, but only with completions that do not train."""
+    return m["frac_reward_zero_std"] == 1 and m["reward_std"] > 0
+
+
 def _all_dead(m: Metrics) -> bool:
     # A KL in the reward (policy_loss is not 0) teaches something even then.
-    dead = m["frac_reward_zero_std"] == 1 and m["policy_loss"] == 0
+    dead = m["frac_reward_zero_std"] == 1 and m["policy_loss"] == 0 and not _masked_signal(m)
     return dead and "dynamic_sampling/rounds" not in m and not _silent(m)
 
 
@@ -132,7 +137,7 @@ _NOTICES = (
         "row stop the run; a lower training.learning_rate may help",
     ),
     _Notice(
-        lambda m: m["grad_norm"] == 0 and m["frac_reward_zero_std"] < 1,
+        lambda m: m["grad_norm"] == 0 and (m["frac_reward_zero_std"] < 1 or _masked_signal(m)),
         "the gradient is exactly 0 and nothing moved ({idle_updates:.0f} idle updates so far): all that "
         "could train is masked as truncated, clipped, stale, or in groups of equal rewards",
     ),

@@ -18,6 +18,7 @@ from grpo_jax.data import Task, load_data
 from grpo_jax.endings import stop_notes, turn_end_note
 from grpo_jax.first_look import notes_about_prompts, show_first_prompt
 from grpo_jax.held_out import note_on_overlap, sample_held_out
+from grpo_jax.inert_settings import check_settings, setting_notes
 from grpo_jax.learner import TrainState, init_train_state
 from grpo_jax.lora import Lora, init_adapters
 from grpo_jax.models import Model, load_model, set_endings
@@ -128,6 +129,8 @@ def build(config: Config, *, model: Model | None = None) -> Parts:
     rewards, eval_rewards = _load_rewards(config, task)
     for examples in filter(None, (task.train, task.evaluation)):
         check_columns(rewards, examples[0].columns)
+    recipe = _make_recipe(config)
+    check_settings(config, recipe, num_rewards=len(rewards))
     if task.evaluation:
         check_columns(eval_rewards, task.evaluation[0].columns)
     task, about_rows = _without_bad_rows(config, task, rewards, eval_rewards)
@@ -160,9 +163,9 @@ def build(config: Config, *, model: Model | None = None) -> Parts:
     held_out = fit(sample, what="evaluation")
     notes += filter(None, [train.note, held_out.note])
 
-    recipe = _make_recipe(config)
     rollouts = max(1, math.ceil(training.num_epochs * len(train.examples) / config.num_prompts - 1e-9))
     num_steps = training.num_steps or rollouts * config.updates_per_rollout
+    notes += setting_notes(config, recipe, num_held_out=len(held_out.examples), num_steps=num_steps)
     schedule = make_schedule(
         training.learning_rate,
         lr_schedule=training.lr_schedule,

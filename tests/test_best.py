@@ -290,7 +290,8 @@ def test_evaluate_opens_it(whole, capsys):
 
 def test_the_checkpoints_know_nothing_of_it(whole, tmp_path):
     config = small_run.config(tmp_path, **RUN)
-    assert train(replace(config, checkpoints=replace(config.checkpoints, best_metric=None))) == 0
+    none = replace(config.checkpoints, best_metric=None, best_mode="max")
+    assert train(replace(config, checkpoints=none)) == 0
     assert not (tmp_path / "best").exists()
     small_run.assert_same_run(tmp_path, whole)
 

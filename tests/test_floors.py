@@ -21,6 +21,7 @@ FLOORS = {
     1: ("advantages", "kl", "losses", "metrics", "recipes", "sampling", "shaping", "surrogates"),
     # the policy. The configuration is vocabulary, but it validates the names of recipes, so it stands here.
     2: ("algorithm_config", "attention", "config", "cpu_tuning", "data_config", "decoder", "decoder_cache", "decoding",
+        "inert_settings",
         "log_probs", "lora", "meshes", "optimizers", "packing", "reference", "rotary", "sampling_config",
         "vocabulary"),
     # the outside world

@@ -15,6 +15,7 @@ from grpo_jax.train import train
 CALM = {
     "reward": 0.5,
     "frac_reward_zero_std": 0.25,
+    "reward_std": 0.4,
     "rewards/exact_match/mean": 0.5,
     "rewards/exact_match/missing": 0.0,
     "completions/clipped_ratio": 0.1,
@@ -33,7 +34,7 @@ CALM = {
     "skipped_updates_in_a_row": 0.0,
     "idle_updates": 0.0,
 }
-DEAD = {"frac_reward_zero_std": 1.0, "policy_loss": 0.0, "grad_norm": 0.0}
+DEAD = {"frac_reward_zero_std": 1.0, "reward_std": 0.0, "policy_loss": 0.0, "grad_norm": 0.0}
 FRESH = {"ratio/max": 1.00001, "clip_ratio/region_mean": 0.0, "policy_loss": -1e-6}
 DYNAMIC = {"dynamic_sampling/rounds": 4.0, "dynamic_sampling/missing_groups": 0.0}
 CORRECTED = {"sampling/importance_mean": 1.0, "sampling/importance_capped": 0.0}
@@ -62,6 +63,7 @@ CASES = [
     ({**CORRECTED, "sampling/importance_capped": 0.02}, "average 1.000, and 2.0% of the tokens"),
     ({"skipped_updates": 7.0, "skipped_updates_in_a_row": 1.0}, "the update was skipped (7 so far)"),
     ({"grad_norm": 0.0, "idle_updates": 2.0}, "nothing moved (2 idle updates so far)"),
+    ({**DEAD, "reward_std": 0.3, "idle_updates": 2.0}, "all that could train is masked as truncated"),
     ({"kl": 3.5}, "the policy is 3.5 nats per token from the reference"),
     ({"ratio/max": 12.3}, "the largest ratio pi / pi_old is 12.3"),
     ({"stale_tokens": 0.25}, "25% of the tokens are in completions dropped as stale"),
