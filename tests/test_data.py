@@ -1,5 +1,7 @@
 """Examples from files, and their order as a function of (seed, step)."""
 
+import datetime
+import decimal
 import json
 from itertools import chain
 
@@ -377,3 +379,37 @@ def test_split_that_leaves_nothing(tmp_path):
 def test_settings_that_contradict_each_other(settings, message):
     with pytest.raises(ValueError, match=message):
         load_data(DataConfig(**settings))
+
+
+def test_types_of_parquet(tmp_path):
+    """Rewards get what the file says; what cannot be a prompt is refused with its row (case data-25)."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    moment = datetime.datetime(2026, 1, 1)
+    columns = {
+        "decimal": pyarrow.array([decimal.Decimal("105.00"), None], pyarrow.decimal128(10, 2)),
+        "bytes": [b"105", b"\xff"],
+        "float": [1.5, float("nan")],
+        "date": [moment.date(), None],
+        "time": [moment, moment],
+        "bool": [True, False],
+        "word": pyarrow.array(["a", "b"]).dictionary_encode(),
+        "struct": [{"ground_truth": "105", "list": [1, 2]}, None],
+    }
+    table = pyarrow.table({"prompt": ["1+1=", "2+2="], **columns})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    first, second = load_jsonl(tmp_path / "a.parquet")
+    assert first.columns == {
+        "decimal": decimal.Decimal("105.00"), "bytes": b"105", "float": 1.5, "date": moment.date(),
+        "time": moment, "bool": True, "word": "a", "struct": {"ground_truth": "105", "list": [1, 2]},
+    }  # fmt: skip
+    assert second.columns["decimal"] is second.columns["struct"] is None and second.place[-5:] == "row 2"
+    with pytest.raises(ValueError, match=r"a\.parquet, row 2: .* `struct` is null \(1 of 2 training rows"):
+        load_jsonl(tmp_path / "a.parquet", columns={"answer": "struct.ground_truth"})
+    for name, key, value in (("time", "at", moment), ("bytes", "raw", b"\xff")):
+        chats = [[{"role": "user", "content": "1+1", key: value}]] * 2
+        parquet.write_table(pyarrow.table({"prompt": chats}), tmp_path / f"{name}.parquet")
+        with pytest.raises(ValueError, match=rf"{name}\.parquet, row 1: `prompt\[0\]\.{key}` is of type "):
+            load_jsonl(tmp_path / f"{name}.parquet")
+    calls = [[{"role": "user", "content": "1", "calls": [{"name": "f"}]}], [{"role": "user", "content": "2"}]]
+    parquet.write_table(pyarrow.table({"prompt": calls}), tmp_path / "c.parquet")
+    assert [e.prompt for e in load_jsonl(tmp_path / "c.parquet")] == calls
