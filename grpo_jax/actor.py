@@ -10,12 +10,13 @@ import numpy as np
 
 from grpo_jax.data import Example
 from grpo_jax.decoding import generate
+from grpo_jax.encoded_examples import tokens_of
 from grpo_jax.endings import end_arguments
 from grpo_jax.experience import has_signal, make_experience, shaped_rewards
 from grpo_jax.groups import Groups, fill_batch, join_groups, take_groups, widen_prompts
 from grpo_jax.log_probs import completion_log_probs, tokens_in_use
 from grpo_jax.metrics import reward_metrics, rollout_metrics
-from grpo_jax.models import Model, decode, encode, pad_prompts
+from grpo_jax.models import Model, decode, pad_prompts
 from grpo_jax.prompt_lengths import bucket_length
 from grpo_jax.recipes import Recipe
 from grpo_jax.reference import is_reference
@@ -230,7 +231,7 @@ def _measure(actor: Actor, judged: Judged) -> dict[str, Any]:
 
 
 def _rollout(actor: Actor, params: Params, examples: Sequence[Example], key: Array) -> Rollout:
-    sequences = encode(actor.model, [example.prompt for example in examples])
+    sequences = tokens_of(actor.model, examples)
     longest = max(len(sequence) for sequence in sequences)
     if longest > actor.prompt_length:
         raise ValueError(f"a prompt has {longest} tokens, more than the {actor.prompt_length} of this run")

@@ -18,8 +18,8 @@ from grpo_jax.chat_templates import (
     draws_at_random,
 )
 from grpo_jax.control_tokens import control_tokens, spelled_token
+from grpo_jax.encoded_examples import tokens_of
 from grpo_jax.tasks import Example
-from grpo_jax.text import encode
 from grpo_jax.trackers.console import printable
 
 _LOOKED_AT = 1000  # prompts, from the first on
@@ -44,7 +44,7 @@ def show_first_prompt(model: Rendering, examples: Sequence[Example]) -> list[str
         examples: at least one.
     """
     example = examples[0]
-    (ids,) = encode(model, [example.prompt])
+    (ids,) = tokens_of(model, [example])
     place = f" ({example.place})" if example.place else ""
     lines = _fill(_pieces(model.tokenizer, ids))
     if len(lines) > 2 * _LINES + 1:

@@ -9,10 +9,11 @@ import numpy as np
 from grpo_jax.actor import judge
 from grpo_jax.data import Example
 from grpo_jax.decoding import generate
+from grpo_jax.encoded_examples import tokens_of
 from grpo_jax.endings import end_arguments
 from grpo_jax.estimates import doublings, paired_bootstrap, pass_at_k
 from grpo_jax.experience import combine
-from grpo_jax.models import Model, decode, encode, pad_prompts
+from grpo_jax.models import Model, decode, pad_prompts
 from grpo_jax.prompt_lengths import padded_length
 from grpo_jax.rewards import Reward, reward_means
 from grpo_jax.types import Params
@@ -40,7 +41,7 @@ def sample_texts(
         (texts [N*G] prompt-major, lengths [N*G] in tokens, finished [N*G] bool).
     """
     key = jax.random.fold_in(jax.random.key(seed), _NOISE_STEP)
-    sequences = encode(model, [example.prompt for example in examples])
+    sequences = tokens_of(model, examples)
     size = min(max(1, batch_size // group_size), len(sequences))
     texts, lengths, finished = [], [], []
     for start in range(0, len(sequences), size):
@@ -118,7 +119,7 @@ def observe(
     if not examples:
         raise ValueError("evaluation needs at least one held-out prompt; there are none")
     if prompt_length is None:
-        prompt_length = max(len(s) for s in encode(model, [example.prompt for example in examples]))
+        prompt_length = max(len(s) for s in tokens_of(model, examples))
     settings = {
         "prompt_length": padded_length(model, prompt_length, max_new_tokens),
         "max_new_tokens": max_new_tokens,

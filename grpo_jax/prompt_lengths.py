@@ -4,10 +4,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from grpo_jax.bad_rows import BadRow, settle
+import numpy as np
+
+from grpo_jax.bad_rows import settle
+from grpo_jax.encoded_examples import encode_examples
 from grpo_jax.models import Model, encode
 from grpo_jax.tasks import Example
-from grpo_jax.text import try_encode
 
 
 @dataclass(frozen=True)
@@ -15,11 +17,11 @@ class Fitted:
     """Examples within the limit.
 
     Args:
-        examples: what is left.
+        examples: what is left, with the tokens of their prompts.
         lengths: token counts that occur among their prompts.
         num_dropped: examples that are gone.
         num_truncated: examples whose prompts were cut.
-        note: what to say about examples that cannot be encoded and were left out; None: there are none.
+        note: what to say about bad rows that were left out; None: there were none.
     """
 
     examples: Sequence[Example]
@@ -59,7 +61,7 @@ def fit_prompts(
     *,
     on_bad_row: str = "error",
 ) -> Fitted:
-    """Makes every prompt fit the limit.
+    """Encodes every prompt and makes it fit the limit.
 
     Args:
         examples: may be empty.
@@ -67,66 +69,42 @@ def fit_prompts(
         limit: tokens; None: no limit.
         over_length: `error`, `drop` or `truncate_left`.
         what: `training` or `evaluation`, for messages.
-        on_bad_row: `error` or `drop`, for prompts that the tokenizer or the chat template refuses.
+        on_bad_row: `error`, or `drop` the prompts that the model cannot be given.
 
     Raises:
-        ValueError: a prompt that cannot be encoded, or has no tokens; one over the limit with `error`; one
-            that cannot be cut to it.
+        ValueError: a prompt without tokens, or that the model cannot be given; one over the limit with
+            `error`; one that cannot be cut to it.
     """
-    encoded = try_encode(model, [example.prompt for example in examples], ["the prompt"] * len(examples))
-    bad = [
-        BadRow(_place(examples, i, what), str(tokens))
-        for i, tokens in enumerate(encoded)
-        if isinstance(tokens, ValueError)
-    ]
+    encoded, bad = encode_examples(examples, model, what)
     note = settle(bad, len(examples), on_bad_row=on_bad_row, what=what)
-    if bad:
-        kept = [i for i, tokens in enumerate(encoded) if not isinstance(tokens, ValueError)]
-        examples, encoded = [examples[i] for i in kept], [encoded[i] for i in kept]
-    fitted = _fit_lengths(examples, model, [len(tokens) for tokens in encoded], limit, over_length, what)
-    return replace(fitted, note=note)
-
-
-def _place(examples: Sequence[Example], index: int, what: str) -> str:
-    return examples[index].place or f"{what} prompt {index}"
-
-
-def _fit_lengths(
-    examples: Sequence[Example],
-    model: Model,
-    lengths: list[int],
-    limit: int | None,
-    over_length: str,
-    what: str,
-) -> Fitted:
-    """Makes prompts of these many tokens fit the limit."""
-    if limit is None or not lengths or max(lengths) <= limit:
-        return Fitted(examples, frozenset(lengths))
-    over = [i for i, length in enumerate(lengths) if length > limit]
+    lengths = encoded.lengths
+    over = [] if limit is None else np.flatnonzero(lengths > limit).tolist()
+    if not over:
+        return Fitted(encoded, frozenset(lengths.tolist()), note=note)
     if over_length == "error":
+        first = encoded[over[0]].place or f"number {over[0]}"
         raise ValueError(
             f"{len(over)} of {len(lengths)} {what} prompts have more than {limit} tokens (the first is "
-            f"{examples[over[0]].place or f'number {over[0]}'} with {lengths[over[0]]}); shorten them, raise "
-            "data.max_prompt_length if the model's positions allow, or set data.over_length: drop (or "
-            "truncate_left)"
+            f"{first} with {lengths[over[0]]}); shorten them, raise data.max_prompt_length if the model's "
+            "positions allow, or set data.over_length: drop (or truncate_left)"
         )
     if over_length == "drop":
-        kept = [example for example, length in zip(examples, lengths, strict=True) if length <= limit]
-        return Fitted(kept, frozenset(n for n in lengths if n <= limit), num_dropped=len(over))
-    cut = list(examples)
+        kept = encoded.chosen(np.flatnonzero(lengths <= limit))
+        return Fitted(kept, frozenset(kept.lengths.tolist()), num_dropped=len(over), note=note)
+    cut = list(encoded)
     for i in over:
-        prompt = examples[i].prompt
+        prompt = cut[i].prompt
         shorter = (
             _cut_text(model, prompt, limit) if isinstance(prompt, str) else _cut_chat(model, prompt, limit)
         )
         if shorter is None:
             raise ValueError(
-                f"{_place(examples, i, what)} has {lengths[i]} tokens and cannot be cut at the left to "
-                f"{limit}: the chat template alone is longer than that; raise data.max_prompt_length or set "
-                "data.over_length: drop"
+                f"{cut[i].place or f'{what} prompt {i}'} has {lengths[i]} tokens and cannot be cut at the "
+                f"left to {limit}: the chat template alone is longer than that; raise data.max_prompt_length "
+                "or set data.over_length: drop"
             )
-        cut[i], lengths[i] = replace(examples[i], prompt=shorter), _length(model, shorter)
-    return Fitted(cut, frozenset(lengths), num_truncated=len(over))
+        cut[i] = replace(cut[i], prompt=shorter, tokens=tuple(encode(model, [shorter])[0]))
+    return Fitted(cut, frozenset(len(example.tokens) for example in cut), num_truncated=len(over), note=note)
 
 
 def _length(model: Model, prompt: str | list[dict[str, str]]) -> int:

@@ -27,9 +27,9 @@ FLOORS = {
     # the outside world
     3: ("adapters", "answer_equality", "answer_rewards", "answer_text", "architectures", "awaiting",
         "bad_rows", "categories", "chat_rows", "chat_templates", "checkpoints", "columns", "completions",
-        "control_tokens", "csv_rows", "data", "digests", "endings", "estimates", "expressions", "families",
-        "first_look", "flax_models", "gold_answers", "held_out", "http_scores", "hub_data",
-        "implementations", "json_rows", "math_equality", "models", "notices", "polynomials",
+        "control_tokens", "csv_rows", "data", "digests", "encoded_examples", "endings", "estimates",
+        "expressions", "families", "first_look", "flax_models", "gold_answers", "held_out", "http_scores",
+        "hub_data", "implementations", "json_rows", "math_equality", "models", "notices", "polynomials",
         "prompt_lengths", "prompts", "quantities", "reward_calls", "reward_functions", "reward_models",
         "reward_pool", "reward_sources", "reward_worker", "rewards", "row_files", "row_templates",
         "sources", "stops", "stored_leaves", "tasks", "text", "token_texts", "tokenizer_files", "trackers",

@@ -2,9 +2,15 @@
 
 import copy
 import dataclasses
+import gc
+import json
+import weakref
+from collections.abc import Sequence
 
 import pytest
+import small_run
 
+from grpo_jax import encoded_examples, text, train
 from grpo_jax.models import encode, load_model
 from grpo_jax.prompt_lengths import Fitted, fit_prompts, prompt_limit
 from grpo_jax.tasks import Example
@@ -51,7 +57,12 @@ def test_what_fits_is_left_alone(model):
     for over_length in ("error", "drop", "truncate_left"):
         assert fit_prompts(examples, model, 5, over_length, "t") == Fitted(examples, frozenset({4, 5}))
         assert fit_prompts([], model, 5, over_length, "t") == Fitted([], frozenset())
-    assert fit_prompts(examples, model, None, "error", "t").examples is examples
+    fitted = fit_prompts(examples, model, None, "error", "t").examples
+    assert fitted == examples and fitted != examples[:1] and fitted[1:] == examples[1:]
+    assert [list(e.tokens) for e in fitted] == encode(model, [e.prompt for e in examples])
+    assert fitted[-1].tokens == fitted[1].tokens
+    with pytest.raises(IndexError):
+        fitted[2]
 
 
 def test_error_and_drop(model):
@@ -135,3 +146,88 @@ def test_prompts_that_cannot_be_encoded_have_a_place(model):
     )
     with pytest.raises(ValueError, match=r"^t prompt 0: the prompt "):
         fit_prompts([Example("\ud83d")], model, None, "error", "t")
+
+
+class Lazy(Sequence):
+    """Examples that are made when they are asked for, as a task may do."""
+
+    def __init__(self, count):
+        self.count, self.alive = count, []
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        example = Example(f"{index}+1=")
+        self.alive.append(weakref.ref(example))
+        return example
+
+
+def test_problems_made_when_asked_for_are_not_held(model, monkeypatch):
+    monkeypatch.setattr(encoded_examples, "_AT_ONCE", 16)
+    lazy = Lazy(1000)
+    fitted = fit_prompts(lazy, model, 5, "drop", "t")
+    assert len(fitted.examples) == 100 and fitted.num_dropped == 900
+    gc.collect()
+    assert sum(ref() is not None for ref in lazy.alive) == 0
+    assert model.tokenizer.decode(fitted.examples[42].tokens) == "42+1="
+
+
+def test_prompts_that_the_model_cannot_be_given(model):
+    """A row that spells a control token, or half a character, is a bad row; it does not end the run."""
+    examples = [
+        Example("1+1=", place="f.jsonl, line 1"),
+        Example("1+\ud83d", place="f.jsonl, line 2"),
+        Example(chat("12"), place="f.jsonl, line 3"),
+        Example(chat("1<|endoftext|>"), place="f.jsonl, line 4"),
+        Example("22+1=", place="f.jsonl, line 5"),
+    ]
+    with pytest.raises(ValueError) as error:
+        fit_prompts(examples, model, None, "error", "training")
+    message = str(error.value)
+    assert message.startswith("f.jsonl, line 2: the prompt (") and "lone surrogate" in message
+    assert "line 4: the prompt: a message spells the control token '<|endoftext|>'" in message
+    assert "(2 of 5 training rows; data.on_bad_row: drop leaves them out)" in message
+    fitted = fit_prompts(examples, model, 4, "drop", "training", on_bad_row="drop")
+    assert fitted.examples == [examples[0], examples[2]] and fitted.num_dropped == 1
+    assert fitted.note.startswith(
+        "2 of 5 training rows are left out (data.on_bad_row: drop): f.jsonl, line 2"
+    )
+    cut = fit_prompts(examples, model, 4, "truncate_left", "training", on_bad_row="drop")
+    assert [len(e.tokens) for e in cut.examples] == [4, 3, 4] and cut.num_truncated == 1
+    nobody = dataclasses.replace(model, tokenizer=copy.deepcopy(model.tokenizer))
+    nobody.tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="line 3: the prompt is a list of messages, but the tokenizer"):
+        fit_prompts(examples[2:4], nobody, None, "error", "training")
+
+
+@pytest.mark.usefixtures("shared_compilations")
+def test_a_run_encodes_each_prompt_once(tmp_path, monkeypatch):
+    """Case model-09: at the start, whatever number of steps and evaluations follow."""
+    encoded = []
+    original = text.render
+
+    def noting(model, name, messages, control):
+        encoded.append(messages[0]["content"])
+        return original(model, name, messages, control)
+
+    monkeypatch.setattr(text, "render", noting)
+    (tmp_path / "plain.jinja").write_text(TEMPLATE)
+    rows = [{"prompt": chat(f"{i}+{i}"), "answer": str(2 * i)} for i in range(1, 9)]
+    bad = {"prompt": chat("3<|endoftext|>"), "answer": "3"}
+    for name, content in (("train", [*rows[:6], bad]), ("held_out", rows[6:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    argv = small_run.arguments(
+        tmp_path / "run",
+        model__chat_template=tmp_path / "plain.jinja",
+        data__train_file=tmp_path / "train.jsonl",
+        data__eval_file=tmp_path / "held_out.jsonl",
+        data__on_bad_row="drop",
+        rewards="[{function: exact_match}]",
+        training__num_steps=3,
+        evaluation__every=1,
+    )
+    assert train.main(argv) == 0
+    assert sorted(encoded) == sorted(row["prompt"][0]["content"] for row in [*rows, bad])

@@ -17,11 +17,13 @@ class Example:
         columns: everything else, by name; handed to the reward functions, never to the model.
         place: where it comes from, for messages, such as `train.jsonl, line 3`; empty for a task that makes
             its own problems.
+        tokens: token ids of the prompt, once a run has encoded it; they follow from the prompt.
     """
 
     prompt: str | list[dict[str, str]]
     columns: dict[str, Any] = field(default_factory=dict)
     place: str = field(default="", compare=False)
+    tokens: tuple[int, ...] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
