@@ -11,6 +11,7 @@ import pytest
 import small_run
 
 import grpo_jax.train as train_module
+from grpo_jax import actor
 from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.data import batch, load_task
 from grpo_jax.kl import adapt_kl_coef
@@ -239,6 +240,32 @@ def test_an_exact_kl_to_itself_moves_nothing(argv, tmp_path, capsys):
         assert row["grad_norm"] == row["kl"] == row["loss"] == 0
     assert bits(load_model(str(tmp_path / "hf")).params) == bits(load_model("packaged:arithmetic").params)
     assert "nothing moved (1 idle updates so far)" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("rank", [0, 2], ids=["full", "lora"])
+def test_two_programs_that_differ_as_in_bfloat16_move_nothing(rank, argv, tmp_path, monkeypatch):
+    score, calls = actor._score, []
+
+    def rounding(*arguments):
+        calls.append(1)
+        log_probs, entropies = score(*arguments)
+        return log_probs + 1e-3 * len(calls), entropies
+
+    monkeypatch.setattr(actor, "_score", rounding)
+    changes = {
+        "algorithm__kl_estimator": "k3",
+        "algorithm__entropy_coef": 0,
+        "algorithm__top_entropy": "null",
+    }
+    changes |= {
+        "algorithm__kl_on_dead_groups": "true",
+        "algorithm__mask_truncated": "false",
+        "lora__rank": rank,
+    }
+    assert train_module.main(argv(tmp_path, "exact", reward="constant", **changes)) == 0
+    for count, row in enumerate(small_run.rows(tmp_path), start=1):
+        assert row["idle_updates"] == count and row["grad_norm"] == row["kl"] == 0
+    assert calls  # the reference was scored
 
 
 # Cut and continued
