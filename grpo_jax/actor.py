@@ -21,6 +21,7 @@ from grpo_jax.prompt_lengths import bucket_length
 from grpo_jax.recipes import Recipe
 from grpo_jax.reference import is_reference
 from grpo_jax.rewards import Reward, reward_means, score
+from grpo_jax.silences import Silence, find_silences, lost_rows
 from grpo_jax.types import Array, Experience, Judged, Params, Rollout
 
 # round -> (examples of its N prompts, key of its noise); rounds are counted from 0 within a rollout
@@ -69,6 +70,7 @@ class Collected:
     num_tokens: int  # prompt and completion tokens of everything sampled
     num_rounds: int  # rounds of prompts drawn
     leftovers: Groups | None = None  # informative groups that found no room
+    silences: tuple[Silence, ...] = ()  # rewards that said nothing, first of all rounds
 
 
 def judge(rewards: Sequence[Reward], examples: Sequence[Example], texts: Sequence[str]) -> np.ndarray:
@@ -150,6 +152,7 @@ def collect(
         num_tokens=int(everything.rollout.prompt_mask.sum() + everything.rollout.mask.sum()),
         num_rounds=len(rounds),
         leftovers=leftovers,
+        silences=_all_silences(rounds),
     )
 
 
@@ -157,6 +160,17 @@ def collect(
 class _Round:
     groups: Groups
     times: dict[str, float]
+    silences: Sequence[Silence] = ()
+
+
+def _all_silences(rounds: Sequence[_Round]) -> tuple[Silence, ...]:
+    """Returns the first silence of each reward and kind. `lowest` counts if it holds in every round."""
+    found: dict[tuple[str, str], Silence] = {}
+    for one in rounds:
+        for silence in one.silences:
+            found.setdefault((silence.reward, silence.kind), silence)
+    same = [{s.reward for s in one.silences if s.kind == "lowest"} for one in rounds]
+    return tuple(s for s in found.values() if s.kind != "lowest" or all(s.reward in names for names in same))
 
 
 def _informative_batch(actor, params, ref_params, draw, leftovers, rounds: list[_Round]):
@@ -199,6 +213,7 @@ def _sample_round(actor, params, ref_params, examples: Sequence[Example], key: A
         ref_log_probs = old_log_probs  # so that a KL in the reward is exactly 0, whatever a program rounds
     repeated = [example for example in examples for _ in range(actor.group_size)]
     scores = judge(actor.rewards, repeated, texts)
+    silences = find_silences(actor.rewards, repeated, texts, scores, lost_rows(actor.rewards))
     rewarded = time.perf_counter()
     judged = Judged(
         rollout=rollout,
@@ -215,7 +230,7 @@ def _sample_round(actor, params, ref_params, examples: Sequence[Example], key: A
         "time/reward": rewarded - generated,
         "time/score": time.perf_counter() - rewarded,
     }
-    return _Round(groups=Groups(judged=judged, samples=samples), times=times)
+    return _Round(groups=Groups(judged=judged, samples=samples), times=times, silences=silences)
 
 
 def _measure(actor: Actor, judged: Judged) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 Names and formulas of the metrics are in `grpo_jax.metrics`; the README has their healthy ranges.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
+
+from grpo_jax.silences import Silence
 
 _REPEAT = 100  # steps before the same line may be printed again
 
@@ -13,7 +15,7 @@ Metrics = Mapping[str, float]
 
 class _Notice(NamedTuple):
     applies: Callable[[Metrics], bool]
-    text: str  # a format of the metrics, and of `silent` and `slow`: see _silent and _slow
+    text: str  # a format of the metrics, and of `silent`, `slow` and their first rows: see about
     once: bool = False
 
 
@@ -22,16 +24,36 @@ class Notices:
 
     def __init__(self):
         self._printed: dict[str, int] = {}
+        self._is_first = True
 
-    def about(self, step: int, metrics: Metrics) -> list[str]:
-        """Returns the lines due after this step's metrics; each at most every 100 steps."""
+    def about(self, step: int, metrics: Metrics, silences: Sequence[Silence] = ()) -> list[str]:
+        """Returns the lines due after this step; each at most every 100 steps.
+
+        Args:
+            step: optimizer steps done.
+            metrics: of the last one.
+            silences: rewards of its rollout that said nothing. One that is the same for all completions is
+                told at the first step alone: later it may simply be bad luck.
+        """
         lines, facts = [], {**metrics, "silent": ", ".join(_silent(metrics)), "slow": _slow(metrics)}
+        facts |= {"first_silent": _first(silences, "none"), "first_slow": _first(silences, "lost")}
         for applies, text, once in _NOTICES:
             last = self._printed.get(text)
             if applies(metrics) and (last is None or (not once and step - last >= _REPEAT)):
                 self._printed[text] = step
                 lines.append(f"step {step}: {text.format_map(facts)}")
+        told = [s for s in silences if s.kind == "some" or (s.kind == "lowest" and self._is_first)]
+        for silence in told:
+            if (key := f"{silence.kind} {silence.reward}") not in self._printed:
+                self._printed[key] = step
+                lines.append(f"step {step}: {silence.text}")
+        self._is_first = False
         return lines
+
+
+def _first(silences: Sequence[Silence], kind: str) -> str:
+    """Returns a sentence with the first row of each silence of a kind."""
+    return "".join(f". First of {s.reward}: {s.first}" for s in silences if s.kind == kind)
 
 
 def _silent(m: Metrics) -> list[str]:
@@ -93,12 +115,13 @@ _NOTICES = (
     _Notice(
         lambda m: bool(_silent(m)),
         "no value for any completion from the reward {silent}, which therefore takes no part: None is not 0. "
-        "Does it look for a column or a format that is not there?",
+        "Does it look for a column or a format that is not there?{first_silent}",
     ),
     _Notice(
         lambda m: bool(_slow(m)),
         "completions without a reward, as the call ran over its timeout or its worker died: {slow}. A higher "
-        "`timeout` of that reward, or a lower `rows_per_call`, with which one row takes fewer others along",
+        "`timeout` of that reward, or a lower `rows_per_call`, with which one row takes fewer others along"
+        "{first_slow}",
     ),
     _Notice(
         _nothing_but_truncated,

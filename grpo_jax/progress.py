@@ -24,6 +24,7 @@ from grpo_jax.groups import Groups
 from grpo_jax.learner import TrainState, policy_params
 from grpo_jax.parts import Parts
 from grpo_jax.runs import check_same_run, read_config
+from grpo_jax.silences import Silence
 from grpo_jax.stored_leaves import fingerprint
 from grpo_jax.trackers.jsonl import plain
 from grpo_jax.types import Experience, Judged, Params, Rollout
@@ -48,6 +49,7 @@ class Progress:
     inputs: Record = field(default_factory=dict)  # what the run is made from
     remarks: tuple[str, ...] = ()  # what is different since the checkpoint, a line each
     comparable: bool = True  # whether evaluations before and after the checkpoint are
+    silences: tuple[Silence, ...] = ()  # of the rollout in use; not saved
 
     @property
     def policy_params(self) -> Params:

@@ -237,8 +237,24 @@ def _explain(reward: Reward, batch: Batch, error: BaseException) -> RewardError:
         except _Failed as failed:
             same = repr(failed.error) == repr(error)
             again = "" if same else f" alone raises {_raised(failed.error)};"
-            return RewardError(f"{told}; row {row}{again} {_shown(completion)}")
+            hint = _form_hint(reward, completion, failed.error)
+            return RewardError(f"{told}; row {row}{again} {_shown(completion)}{hint}")
     return RewardError(f"{told}; no single row does so alone")
+
+
+def _form_hint(reward: Reward, completion: Completion, error: BaseException) -> str:
+    """Says what a completion is to a function that seems to take it for something else."""
+    if reward.source == "built in" or reward.one_of or not isinstance(error, (AttributeError, TypeError)):
+        return ""
+    text, is_text = str(error), isinstance(completion, str)
+    if not is_text and any(word in text for word in ("list", "dict")):
+        return (
+            ". The prompts are messages (data.system_prompt makes them so), so a completion is a list of "
+            'messages: its text is completion[0]["content"]'
+        )
+    if is_text and any(word in text for word in ("string", "'str'")):
+        return ". The prompts are texts, so a completion is a text, not a list of messages"
+    return ""
 
 
 def _raised(error: BaseException) -> str:

@@ -24,6 +24,7 @@ from typing import Any
 
 _PROGRAM = Path(__file__).with_name("reward_worker.py")
 _START_SECONDS = 120.0  # for importing what the function needs
+_DEAD = "the worker process died in the call"
 _END_SECONDS = 2.0  # for an idle worker that was told to end
 # Nothing in a worker may take a device from the run.
 _ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
@@ -88,6 +89,8 @@ class RewardPool:
         self._directory = os.getcwd()
         self._workers: list[_Worker] = []
         self._lost, self._lock = 0, threading.Lock()
+        self._lost_calls: dict[int, str] = {}
+        self.last_lost: dict[int, str] = {}  # rows that the last batch lost -> why
         weakref.finalize(self, _end_all, self._workers, os.getpid())
 
     def score(
@@ -113,12 +116,19 @@ class RewardPool:
             for part in parts
         ]
         with self._lock:
+            self._lost_calls.clear()
             try:
                 answers = self._run(calls)
             except BaseException:
                 self.close()  # an answer to this batch must not be taken for one to the next
                 raise
         scores: list[float] = []
+        self.last_lost = {
+            row: self._lost_calls[call]
+            for call, part in enumerate(parts)
+            if answers[call] is None
+            for row in range(part.start, part.stop)
+        }
         for part, answer in zip(parts, answers, strict=True):
             count = part.stop - part.start
             if answer is None:
@@ -152,6 +162,7 @@ class RewardPool:
                 worker.deadline = time.monotonic() + self.timeout
                 if not self._sent(worker.connection, calls[worker.call]):
                     unfinished -= 1
+                    self._lost_calls[worker.call] = _DEAD
                     self._replace(place)
             for place in self._finished():
                 worker = self._workers[place]
@@ -165,6 +176,9 @@ class RewardPool:
                 if not starting:
                     unfinished -= 1
                 if answer is None:
+                    late = worker.deadline <= time.monotonic()
+                    reason = f"the call ran over its timeout of {self.timeout:g} s" if late else _DEAD
+                    self._lost_calls[worker.call] = reason
                     self._replace(place)
                     continue
                 if not starting:

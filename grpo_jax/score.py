@@ -20,6 +20,7 @@ from grpo_jax.experience import combine, length_penalty, signal_of_scores
 from grpo_jax.outcomes import sample_texts
 from grpo_jax.parts import Parts, build
 from grpo_jax.prompt_lengths import padded_length
+from grpo_jax.silences import Silence, find_silences, lost_rows
 from grpo_jax.trackers.console import ConsoleTracker, bars, figures_table, samples_table, spread
 from grpo_jax.verdicts import Correct, choose_correct
 
@@ -69,6 +70,7 @@ class Rehearsal:
     tokens_per_second: float  # of sampling, compiled
     seconds_per_call: dict[str, float]  # of each reward function
     rows_per_call: int
+    silences: tuple[Silence, ...] = ()  # rewards that say nothing, each with a row
 
     @property
     def num_samples(self) -> int:
@@ -111,7 +113,7 @@ def rehearse(parts: Parts, *, num_prompts: int, num_samples: int) -> Rehearsal:
 
     repeated = [example for example in examples for _ in range(num_samples)]
     rows = config.num_prompts * config.algorithm.group_size  # of one rollout
-    scores, seconds_per_call = _judge(parts, repeated, texts, rows)
+    scores, seconds_per_call, lost = _judge(parts, repeated, texts, rows)
     weights = [reward.weight for reward in parts.rewards]
     totals, valid = combine(scores, weights, missing=parts.recipe.missing, group_size=num_samples)
     penalty = length_penalty(lengths, parts.recipe, config.sampling.max_new_tokens)
@@ -127,20 +129,28 @@ def rehearse(parts: Parts, *, num_prompts: int, num_samples: int) -> Rehearsal:
         tokens_per_second=float(lengths.sum() / seconds),
         seconds_per_call=seconds_per_call,
         rows_per_call=min(rows, len(texts)),
+        silences=tuple(find_silences(parts.rewards, repeated, texts, scores, lost)),
     )
 
 
 def _judge(
     parts: Parts, examples: Sequence[Example], texts: Sequence[str], rows: int
-) -> tuple[np.ndarray, dict[str, float]]:
-    """Returns (scores [B,R], mean seconds of a call by reward), called with at most `rows` completions."""
-    starts, columns, seconds = range(0, len(texts), rows), [], {}
+) -> tuple[np.ndarray, dict[str, float], list[dict[int, str]]]:
+    """Calls the rewards with at most `rows` completions.
+
+    Returns:
+        (scores [B,R], mean seconds of a call by reward, for each reward the lost rows with the reason).
+    """
+    starts, columns, seconds, lost = range(0, len(texts), rows), [], {}, []
     for reward in parts.rewards:
-        started = time.perf_counter()
-        called = [judge([reward], examples[i : i + rows], texts[i : i + rows]) for i in starts]
+        started, called, gone = time.perf_counter(), [], {}
+        for start in starts:
+            called.append(judge([reward], examples[start : start + rows], texts[start : start + rows]))
+            gone |= {start + row: reason for row, reason in lost_rows([reward])[0].items()}
         seconds[reward.name] = (time.perf_counter() - started) / len(starts)
         columns.append(np.concatenate(called))
-    return np.concatenate(columns, axis=1), seconds
+        lost.append(gone)
+    return np.concatenate(columns, axis=1), seconds, lost
 
 
 def dead_group_share(parts: Parts, rehearsal: Rehearsal, group_size: int) -> float:
@@ -224,12 +234,13 @@ def report(parts: Parts, rehearsal: Rehearsal) -> dict[str, Any]:
     }
 
 
-def advice(figures: dict[str, Any], *, group_size: int) -> list[str]:
+def advice(figures: dict[str, Any], *, group_size: int, silences: Sequence[Silence] = ()) -> list[str]:
     """Returns a line for every figure of a report that bodes ill.
 
     Args:
         figures: of `report`.
         group_size: G of the run.
+        silences: rewards that say nothing, of the same completions.
     """
     lines = []
     correct = figures["correct"]
@@ -240,7 +251,9 @@ def advice(figures: dict[str, Any], *, group_size: int) -> list[str]:
             f"{correct['threshold']:g} or more, so pass@k is 0 however good they are; see evaluation.correct"
         )
     for name, reward in figures["rewards"].items():
-        if reward["missing"] == 1:
+        if told := [silence.text for silence in silences if silence.reward == name]:
+            lines += told
+        elif reward["missing"] == 1:
             lines.append(
                 f"the reward {name} gives no value at all and takes no part: None is not 0. Does it look "
                 "for a column or a format that is not there?"
@@ -350,7 +363,8 @@ def main(argv: list[str] | None = None) -> int:
         parts = build(config)
         rehearsal = rehearse(parts, num_prompts=arguments.num_prompts, num_samples=arguments.num_samples)
         figures = report(parts, rehearsal)
-        lines = [*parts.notes, *advice(figures, group_size=config.algorithm.group_size)]
+        lines = advice(figures, group_size=config.algorithm.group_size, silences=rehearsal.silences)
+        lines = [*parts.notes, *lines]
         samples = shown_samples(parts, rehearsal, arguments.num_shown)
         if arguments.json:
             show({**figures, "advice": lines, "samples": samples})

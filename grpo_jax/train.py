@@ -77,7 +77,7 @@ def _new_rollout(parts: Parts, actor: Actor, progress: Progress, key: jax.Array)
     ref_params = progress.ref_params if parts.scores_reference else None
     collected = collect(actor, progress.policy_params, ref_params, draw, progress.leftovers)
     progress.experience, progress.leftovers = collected.experience, collected.leftovers
-    progress.rollout_metrics = collected.metrics
+    progress.rollout_metrics, progress.silences = collected.metrics, collected.silences
     progress.samples = spread(collected.samples, config.tracking.num_completions)
     progress.num_tokens += collected.num_tokens
     progress.num_rounds += collected.num_rounds
@@ -197,7 +197,7 @@ def _loop(
         metrics["compilations"] = _num_programs() - num_programs
         step, last = progress.step, progress.step == parts.num_steps
         trackers.log(step, metrics)
-        for text in notices.about(step, metrics):
+        for text in notices.about(step, metrics, progress.silences):
             trackers.message(text)
         if last or step % config.tracking.completions_every == 0:
             trackers.log_completions(step, progress.samples)

@@ -32,7 +32,7 @@ FLOORS = {
         "hub_data", "implementations", "json_rows", "math_equality", "models", "notices", "polynomials",
         "prompt_lengths", "prompts", "quantities", "reward_calls", "reward_functions", "reward_models",
         "reward_pool", "reward_sources", "reward_worker", "rewards", "row_files", "row_templates",
-        "sources", "stops", "stored_leaves", "tasks", "text", "token_texts", "tokenizer_files", "trackers",
+        "silences", "sources", "stops", "stored_leaves", "tasks", "text", "token_texts", "tokenizer_files", "trackers",
         "verdicts", "verifiers", "verl_scores", "weights"),
     # the two halves
     4: ("actor", "experience", "groups", "learner", "outcomes", "standstill"),
