@@ -34,6 +34,8 @@ def find_function(spec: str, *, built_in: Sequence[str] = ()) -> tuple[str, Call
     if not colon or not where or not name:
         near = difflib.get_close_matches(spec, built_in, n=1)
         hint = f"did you mean `{near[0]}`?" if near else f"built in are {', '.join(built_in)}."
+        if not colon and "." in spec and not spec.endswith(".py"):
+            hint = f"did you mean `{':'.join(spec.rsplit('.', 1))}`?"
         raise ValueError(
             f"reward function {spec!r} is unknown; {hint} Your own is package.module:function or "
             "path/file.py:function"
@@ -49,7 +51,9 @@ def find_function(spec: str, *, built_in: Sequence[str] = ()) -> tuple[str, Call
     line = f"{where}:{lines[name]}" if name in lines else where
     if inspect.isclass(function) or not callable(function):
         kind = "class" if inspect.isclass(function) else type(function).__name__
-        raise ValueError(f"reward function {spec!r}: `{name}` at {line} is a {kind}, not a function")
+        cure = f"; make an object of it in the file, and name that: judge = {name}()"
+        cure = cure if inspect.isclass(function) and "__call__" in vars(function) else ""
+        raise ValueError(f"reward function {spec!r}: `{name}` at {line} is a {kind}, not a function{cure}")
     return name, function, line
 
 

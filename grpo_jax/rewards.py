@@ -36,6 +36,10 @@ __all__ = [
 ]
 
 
+# What TRL gives reward functions and we do not.
+_ONLY_TRL = ("completion_ids", "trainer_state", "log_metric", "log_extra", "environments")
+
+
 def load_rewards(specs: "Sequence[RewardConfig]") -> tuple[Reward, ...]:
     """Loads the reward functions of a config.
 
@@ -172,7 +176,13 @@ def check_columns(rewards: Sequence[Reward], columns: Iterable[str]) -> None:
                 raise ValueError(f"{named(reward)}: its argument `columns` names `{name}`; columns: {there}")
         for name, parameter in parameters.items():
             given = name in ("prompts", "completions") or name in columns or name in reward.arguments
-            if parameter.default is inspect.Parameter.empty and not given:
+            required = parameter.default is inspect.Parameter.empty and not given
+            if required and name in _ONLY_TRL:
+                raise ValueError(
+                    f"{named(reward)} needs `{name}`, which TRL hands over and grpo_jax does not; give it a "
+                    f"default, such as {name}=None"
+                )
+            if required:
                 raise ValueError(
                     f"{named(reward)} needs `{name}`, which is neither a column of the data nor in its "
                     f"arguments; columns: {there}"

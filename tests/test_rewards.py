@@ -287,8 +287,9 @@ def test_a_function_of_a_module(tmp_path, monkeypatch):
         ("mine/no.py:f", "no.py does not exist"),
         ("mine/my_rewards.py:brevty", "has no `brevty`; did you mean `brevity` \\(line 6\\)"),
         ("mine/my_rewards.py:xyz", "has no `xyz`; it defines SCALE, calls, brevity, Judge, judge"),
+        ("mine.my_rewards.brevity", "did you mean `mine.my_rewards:brevity`"),
         ("mine/my_rewards.py:SCALE", "my_rewards.py:3 is a int, not a function"),
-        ("mine/my_rewards.py:Judge", "my_rewards.py:10 is a class, not a function"),
+        ("mine/my_rewards.py:Judge", "my_rewards.py:10 is a class, not a function; .*judge = Judge\\(\\)"),
     ],
 )
 def test_what_cannot_be_loaded_is_said_in_one_line(file, function, match):
@@ -337,6 +338,21 @@ def test_missing_columns_are_found_before_training(file):
         check_columns([load(f"{file}:brevity", scale=2)], ["scale"])
     with pytest.raises(ValueError, match="column `completions`"):
         check_columns([], ["completions"])
+
+
+# The shapes of TRL's reward functions that need something which only TRL has.
+@pytest.mark.parametrize("name", ["completion_ids", "trainer_state", "log_metric", "log_extra"])
+def test_what_only_trl_hands_over(tmp_path, name):
+    (tmp_path / "trl_like.py").write_text(
+        f"def needs(completions, {name}, **kwargs): return [0.0] * len(completions)\n"
+        f"def can_do_without(completions, {name}=None, **kwargs): return [1.0] * len(completions)\n"
+    )
+    with pytest.raises(ValueError, match=rf"needs `{name}`, which TRL hands over and .*{name}=None"):
+        check_columns([load(f"{tmp_path}/trl_like.py:needs")], ["answer"])
+    check_columns([load(f"{tmp_path}/trl_like.py:needs")], ["answer", name])  # a column of the data
+    reward = load(f"{tmp_path}/trl_like.py:can_do_without")
+    check_columns([reward], ["answer"])
+    assert scored(reward, ["a"], answer=[1]) == [1]
 
 
 def test_functions_get_only_what_they_name():
