@@ -4,7 +4,6 @@ A prompt is a function of the data and of the `ChatSettings` of a run. A templat
 that of the settings, never that of the clock.
 """
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -18,6 +17,7 @@ import jinja2.nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from grpo_jax.control_tokens import ControlTokens, find_control_token
+from grpo_jax.spelling import nearest
 
 # A line per message, for models that were never taught to chat.
 PLAIN_TEMPLATE = (
@@ -119,8 +119,8 @@ def check_arguments(tokenizer: Any, arguments: Mapping[str, Any], source: str) -
     )
     for name in arguments:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            near = nearest(name, known)
+            hint = f"did you mean {near!r}? " if near else ""
             raise ValueError(
                 f"model.chat_template_arguments: the chat template of {source} does not use {name!r}; "
                 f"{hint}it uses {', '.join(known) or 'none'}"

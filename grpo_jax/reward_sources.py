@@ -1,7 +1,6 @@
 """From `package.module:function` or `path/file.py:function` to the function; every failure in one line."""
 
 import ast
-import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -12,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from grpo_jax.spelling import nearest
 
 
 def find_function(spec: str, *, built_in: Sequence[str] = ()) -> tuple[str, Callable[..., Any], str]:
@@ -32,8 +33,8 @@ def find_function(spec: str, *, built_in: Sequence[str] = ()) -> tuple[str, Call
     """
     where, colon, name = spec.rpartition(":")
     if not colon or not where or not name:
-        near = difflib.get_close_matches(spec, built_in, n=1)
-        hint = f"did you mean `{near[0]}`?" if near else f"built in are {', '.join(built_in)}."
+        near = nearest(spec, built_in)
+        hint = f"did you mean `{near}`?" if near else f"built in are {', '.join(built_in)}."
         if not colon and "." in spec and not spec.endswith(".py"):
             hint = f"did you mean `{':'.join(spec.rsplit('.', 1))}`?"
         raise ValueError(
@@ -43,8 +44,8 @@ def find_function(spec: str, *, built_in: Sequence[str] = ()) -> tuple[str, Call
     module = _load_file(Path(where).expanduser()) if where.endswith(".py") else _import(where)
     lines = _definitions(module)
     if name not in vars(module):
-        near = difflib.get_close_matches(name, lines, n=1)
-        hint = f"did you mean `{near[0]}` (line {lines[near[0]]})?" if near else "it defines "
+        near = nearest(name, lines)
+        hint = f"did you mean `{near}` (line {lines[near]})?" if near else "it defines "
         hint += "" if near else (", ".join(lines) or "nothing")
         raise ValueError(f"reward function {spec!r}: {where} has no `{name}`; {hint}")
     function = vars(module)[name]

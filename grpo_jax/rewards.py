@@ -3,7 +3,6 @@
 `grpo_jax/reward_calls.py` has their signature, and how one is called.
 """
 
-import difflib
 import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +16,7 @@ from grpo_jax.reward_calls import Prompt, Reward, RewardError, begin_call, finis
 from grpo_jax.reward_functions import REWARDS, ROW_CHECKS, Completion
 from grpo_jax.reward_pool import RewardPool
 from grpo_jax.reward_sources import find_function
+from grpo_jax.spelling import nearest
 from grpo_jax.verl_scores import PREFIX, TRUTHS, adapt_compute_score, check_truth
 
 if TYPE_CHECKING:
@@ -127,8 +127,8 @@ def _check_reward(reward: Reward) -> None:
             raise ValueError(f"{who}: `{name}` cannot be given in its arguments")
         if name not in parameters and (not takes_any or reward.source == "built in"):
             known = [p for p in parameters if p not in ("prompts", "completions")]
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean `{near[0]}`?" if near else f"it takes {', '.join(known) or 'none'}"
+            near = nearest(name, known)
+            hint = f"did you mean `{near}`?" if near else f"it takes {', '.join(known) or 'none'}"
             raise ValueError(f"{who} takes no argument `{name}`; {hint}")
     if reward.source == "built in":
         _try_arguments(reward, parameters)

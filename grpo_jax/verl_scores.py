@@ -5,7 +5,6 @@ datasets have as columns: `data_source`, `extra_info`, and the truth in `reward_
 """
 
 import asyncio
-import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -14,6 +13,7 @@ from typing import Any
 from grpo_jax.awaiting import is_async
 from grpo_jax.reward_calls import own_copy
 from grpo_jax.reward_functions import Completion, completion_text
+from grpo_jax.spelling import nearest
 
 PREFIX = "verl:"
 # Of these columns the data must have one; the first that is there counts.
@@ -112,6 +112,6 @@ def _check(function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
             raise ValueError(f"`{name}` cannot be given in its arguments")
         if name not in names and not takes_any:
             own = [n for n in names if n not in _GIVEN]
-            near = difflib.get_close_matches(name, own, n=1)
-            hint = f"did you mean `{near[0]}`?" if near else f"it takes {', '.join(own) or 'none'}"
+            near = nearest(name, own)
+            hint = f"did you mean `{near}`?" if near else f"it takes {', '.join(own) or 'none'}"
             raise ValueError(f"it takes no argument `{name}`; {hint}")

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent / "grpo_jax"
 
 # Every module has a floor; the modules of a folder have the folder's. Some are still to be written.
 FLOORS = {
-    0: ("types",),
+    0: ("spelling", "types"),
     # the algebra
     1: ("advantages", "kl", "losses", "metrics", "recipes", "sampling", "shaping", "surrogates"),
     # the policy. The configuration is vocabulary, but it validates the names of recipes, so it stands here.

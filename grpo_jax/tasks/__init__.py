@@ -1,9 +1,9 @@
 """The built-in tasks, by name."""
 
-import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from grpo_jax.spelling import nearest
 from grpo_jax.tasks.addition import make_addition
 from grpo_jax.tasks.arithmetic import make_arithmetic
 from grpo_jax.tasks.completion import COMPLETION
@@ -33,8 +33,8 @@ def check_name(name: str) -> None:
     known = [*TASKS, *ROW_TASKS]
     if name in known or name.startswith(PREFIX):
         return
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    suggestion = f"; did you mean {nearest[0]!r}?" if nearest else "."
+    near = nearest(name, known, likeness=0.4)
+    suggestion = f"; did you mean {near!r}?" if near else "."
     raise ValueError(
         f"data.task: {name!r} is not a built-in task{suggestion} "
         f"The tasks are: {', '.join(known)}, {PREFIX}<name>. For prompts of your own, give "

@@ -1,11 +1,11 @@
 """The tasks of reasoning-gym (an extra), each with its own scorer: `reasoning_gym:<name>`."""
 
-import difflib
 import functools
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from grpo_jax.spelling import nearest
 from grpo_jax.tasks.task import Example, Task, require
 from grpo_jax.verifiers import tag_answer
 
@@ -38,8 +38,8 @@ def make_reasoning_gym(name: str, arguments: Mapping[str, Any]) -> Task:
     library = _library()
     known = sorted(library.factory.DATASETS)
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-        hint = f"did you mean {PREFIX + near[0]!r}?" if near else f"there are {', '.join(known)}"
+        near = nearest(name, known, likeness=0.4)
+        hint = f"did you mean {PREFIX + near!r}?" if near else f"there are {', '.join(known)}"
         raise ValueError(f"data.task: reasoning-gym has no task {name!r}; {hint}")
     settings = {"size": 2000, "held_out": 200, **arguments}
     size, held_out = settings.pop("size"), settings.pop("held_out")

@@ -1,11 +1,12 @@
 """What a task is: examples to train on, examples held out, and the rewards that go with them."""
 
-import difflib
 import inspect
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from grpo_jax.spelling import nearest
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,8 @@ def check_arguments(name: str, function: Callable[..., Any], arguments: Mapping[
     types = typing.get_type_hints(function)
     for argument, value in arguments.items():
         if argument not in known:
-            near = difflib.get_close_matches(argument, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known) or 'none'}"
+            near = nearest(argument, known, likeness=0.5)
+            hint = f"did you mean {near!r}?" if near else f"it takes {', '.join(known) or 'none'}"
             raise ValueError(f"data.task_arguments: {name} has no argument {argument!r}; {hint}")
         if type(value) is not types[argument]:
             raise ValueError(
