@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from grpo_jax.cli import enable_compilation_cache, parse_record, run_command
-from grpo_jax.config import spelled_values
+from grpo_jax.config import ModelConfig, spelled_values
 from grpo_jax.decoding import generate
 from grpo_jax.endings import end_arguments, stop_notes
 from grpo_jax.models import Model, decode, encode, pad_prompts
@@ -125,11 +125,15 @@ def main(argv: list[str] | None = None) -> int:
     enable_compilation_cache()
     run = run_of(arguments.model)
     drawn = with_defaults(arguments, SamplingConfig() if run is None else read_config(run).sampling)
+    # The export of a run has its template; what the template was given is in the run's config.
+    named = ModelConfig() if run is None else read_config(run).model
     model = load_model_or_run(
         arguments.model,
         dtype=arguments.dtype,
         chat_template=arguments.chat_template,
-        chat_template_arguments=spelled_values(arguments.chat_template_arguments),
+        chat_template_arguments=spelled_values(arguments.chat_template_arguments)
+        or named.chat_template_arguments,
+        chat_template_date=named.chat_template_date,
         **endings(
             eos_token_ids=arguments.eos_token_ids, stop=arguments.stop, include_stop=arguments.include_stop
         ),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -217,7 +218,7 @@ def test_tools_go_to_the_template_for_tools():
         check_arguments(tokenizer, {"tools": tools, "documents": []}, "m")
 
 
-def test_arguments_of_a_run_are_those_of_whoever_uses_it(argv, template, tmp_path, capsys):
+def test_arguments_of_a_run_are_those_of_whoever_uses_it(argv, template, tmp_path, monkeypatch):
     path = template(DAILY.replace("strftime_now('%d%m')", "first | default('7')"), "other.jinja")
     changes = {
         "model__chat_template": path,
@@ -233,6 +234,18 @@ def test_arguments_of_a_run_are_those_of_whoever_uses_it(argv, template, tmp_pat
     assert config["model"]["chat_template_date"] is None  # this template does not ask for it
     model, _ = load_run(tmp_path / "run")
     assert model.tokenizer.decode(encode(model, [chat()])[0]) == "9+1+2="
+    prompts = []
+
+    def noting(model, given):
+        prompts.append(model.tokenizer.decode(encode(model, given)[0]))
+        return encode(model, given)
+
+    command = importlib.import_module("grpo_jax.generate")  # the package has a function of that name
+    monkeypatch.setattr(command, "encode", noting)
+    for name in ("run", "run/hf"):
+        argv = [f"--model={tmp_path / name}", "--prompt=1+2", "--chat", "--max_new_tokens=2"]
+        assert command.main(argv) == 0
+    assert prompts == ["9+1+2=", "9+1+2="]
 
 
 def test_messages_that_spell_control_tokens():
