@@ -346,7 +346,7 @@ def test_clip_keywords_of_another_surrogate_are_errors():
         ("kl_placement", "loss, reward"),
         ("reduction", "sequence, token, constant, sequence_sum, local_token"),
         ("aggregation", "sum_then_normalize, normalize_then_sum, gdpo"),
-        ("missing", "skip, renormalize, drop"),
+        ("missing", "drop, skip, renormalize"),
     ],
 )
 def test_unknown_names_are_errors_at_once(keyword, known):
