@@ -189,6 +189,8 @@ def _print_comparison(
         )
     outcome, baseline = (observe_parts(each, each.model.params) for each in (parts, others))
     mine, theirs = summarize_parts(parts, outcome), summarize_parts(others, baseline)
+    told = zip((arguments.model, arguments.baseline), (parts, others), (outcome, baseline), strict=True)
+    notes = [f"{name}: {line}" for name, each, seen in told for line in remarks_parts(each, seen)]
     differences, count = compare(outcome, baseline, seed=parts.config.training.seed), len(outcome.greedy)
     if arguments.json:
         keys = ("value", "low", "high")
@@ -200,6 +202,7 @@ def _print_comparison(
             "difference": {
                 name: dict(zip(keys, figures, strict=True)) for name, figures in differences.items()
             },
+            **({"notes": notes} if notes else {}),
         }
         show(document)
         return
@@ -209,6 +212,8 @@ def _print_comparison(
             f"  {name.removeprefix('eval/'):<18} {value:+.4f}  [{low:+.4f}, {high:+.4f}]  "
             f"{mine[name]:.4f} against {theirs[name]:.4f}"
         )
+    for note in notes:
+        print(f"note: {note}")
 
 
 def main(argv: list[str] | None = None) -> int:

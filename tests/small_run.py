@@ -85,7 +85,8 @@ def note_compilations(monkeypatch) -> list[str]:
     original = compiler.compile_or_get_cached
 
     def noting(backend, computation, *args, **kwargs):
-        names.append(str(computation.operation.attributes["sym_name"]).strip('"').removeprefix("jit_"))
+        name = str(computation.operation.attributes["sym_name"]).strip('"')
+        names.append(name.removeprefix("jit_").lstrip("_"))  # `train_step` jits `_train_step`
         return original(backend, computation, *args, **kwargs)
 
     monkeypatch.setattr(compiler, "compile_or_get_cached", noting)

@@ -301,6 +301,25 @@ def test_a_model_does_not_differ_from_itself(run, capsys):
     assert lines[0].split()[4:] == [f"{greedy:.4f}", "against", f"{greedy:.4f}"]
 
 
+def test_what_the_figures_cannot_tell_is_said(run, capsys, tmp_path):
+    """A threshold that nothing reaches: one line per model, and none where completions are told apart."""
+    content = {
+        "sampling": {"max_new_tokens": 5},
+        "evaluation": {"num_prompts": 4, "num_samples": 2, "batch_size": 8, "correct": {"threshold": 1.5}},
+    }
+    config = small_run.write_yaml(tmp_path / "c.yaml", content)
+    words = "no completion counts as correct: the largest value of exact_match is 1.0 and correct means 1.5"
+    argv = [f"--model={run}", f"--config={config}"]
+    (note,) = printed_json(capsys, *argv)["notes"]
+    assert note.startswith(words)
+    assert command.main(argv) == 0 and f"note: {words}" in capsys.readouterr().out
+    both = [*argv, f"--baseline={run}/hf"]
+    mine, theirs = printed_json(capsys, *both)["notes"]
+    assert mine.startswith(f"{run}: {words}") and theirs.startswith(f"{run}/hf: {words}")
+    assert command.main(both) == 0 and capsys.readouterr().out.count("note: ") == 2
+    assert "notes" not in printed_json(capsys, f"--model={run}")
+
+
 def test_different_prompts_are_not_compared(run, tmp_path):
     """One of the models has no room for one of the prompts."""
     short = tmp_path / "short"
