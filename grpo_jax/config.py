@@ -77,12 +77,16 @@ class LoraConfig:
         targets: globs on the names of dense layers, or on their ends: `q_proj`, `attn.c_proj`, `layers.0.*`;
             empty: every dense layer of attention and MLP.
         dropout: probability that an input of an adapter is zeroed, for all tokens of an update.
+        start_from: directory of a LoRA adapter that PEFT or a run has saved; training goes on from it. The
+            rank, alpha and targets are then the adapter's, and what is given has to agree. The base is the
+            reference as ever. null: a fresh adapter, which adds nothing.
     """
 
     rank: int = 0
     alpha: float | None = None
     targets: list[str] = field(default_factory=list)
     dropout: float = 0.0
+    start_from: str | None = None
 
     @property
     def resolved_alpha(self) -> float:
@@ -98,7 +102,8 @@ class LoraConfig:
         given_keys = {"alpha": a is not None, "targets": bool(self.targets), "dropout": p > 0}
         for name, given in given_keys.items():
             require(
-                self.rank > 0 or not given, f"lora.{name} is given, but lora.rank is 0: set it, such as to 16"
+                self.rank > 0 or self.start_from is not None or not given,
+                f"lora.{name} is given, but lora.rank is 0: set it, such as to 16",
             )
 
 
@@ -349,9 +354,10 @@ class Config:
             f"training.batch_size {batch} counts completions and must be a multiple of "
             f"algorithm.group_size {group}: try {max(1, round(batch / group)) * group}",
         )
-        rank, sync = self.lora.rank, self.algorithm.ref_sync_every
+        lora, sync = self.lora, self.algorithm.ref_sync_every
+        key = f"lora.rank {lora.rank}" if lora.rank else f"lora.start_from {lora.start_from}"
         require(
-            not (rank and sync),
-            f"algorithm.ref_sync_every: {sync} moves the reference, but with lora.rank {rank} that is the "
+            not (sync and (lora.rank or lora.start_from is not None)),
+            f"algorithm.ref_sync_every: {sync} moves the reference, but with {key} that is the "
             "base model, which never moves; leave one of them out",
         )

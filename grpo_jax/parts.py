@@ -20,13 +20,15 @@ from grpo_jax.first_look import notes_about_prompts, show_first_prompt
 from grpo_jax.held_out import note_on_overlap, sample_held_out
 from grpo_jax.inert_settings import check_settings, setting_notes
 from grpo_jax.learner import TrainState, init_train_state
-from grpo_jax.lora import Lora, init_adapters
+from grpo_jax.lora import Lora, init_adapters, merge_adapters
 from grpo_jax.models import Model, load_model, set_endings
 from grpo_jax.optimizers import make_optimizer, make_schedule
 from grpo_jax.prompt_lengths import fit_prompts, prompt_limit
 from grpo_jax.recipes import CLIP_KEYWORDS, Recipe, make_recipe
 from grpo_jax.rewards import Reward, check_columns, check_rows, load_rewards
+from grpo_jax.start_adapters import base_note, read_adapters, settings_of_adapter
 from grpo_jax.tasks import Example
+from grpo_jax.types import Params
 from grpo_jax.verdicts import Correct, choose_correct, note_on_choice
 
 
@@ -52,6 +54,7 @@ class Parts:
     eval_rewards: tuple[Reward, ...] = ()  # logged in evaluation, never trained on
     categories: Mapping[str, Sequence[int]] = field(default_factory=dict)  # category -> held-out rows
     first_prompt: tuple[str, ...] = ()  # lines that show it as tokens
+    start_adapters: Params | None = None  # what lora.start_from holds; None: fresh ones
     notes: tuple[str, ...] = ()  # what the user should know before the first step, a line each
 
     @property
@@ -110,7 +113,13 @@ class Parts:
 
     def init_state(self) -> TrainState:
         """Makes the state of step 0."""
-        return _init_state(self.config, self.model, self.lora, self.optimizer)
+        return _init_state(self.config, self.model, self.lora, self.optimizer, self.start_adapters)
+
+    def start_params(self) -> Params:
+        """Returns the policy's parameters before the first update: the model with its start adapters."""
+        if self.start_adapters is None:
+            return self.model.params
+        return merge_adapters(self.lora, self.model.params, self.start_adapters)
 
 
 def build(config: Config, *, model: Model | None = None) -> Parts:
@@ -136,10 +145,17 @@ def build(config: Config, *, model: Model | None = None) -> Parts:
     task, about_rows = _without_bad_rows(config, task, rewards, eval_rewards)
     notes += about_rows
     correct = _choose_correct(config, task, rewards, eval_rewards, notes)
-    model = _load_named_model(config) if model is None else set_endings(model, **config.sampling.endings)
+    if model is None:  # the run itself: what it starts from has to be there
+        config = resolve_adapter(config)
+        model = _load_named_model(config)
+        lora = _make_lora(config, model)
+        start_adapters = _read_start(config, lora)
+        notes += filter(None, [base_note(config.lora.start_from, model.source)] if start_adapters else [])
+    else:
+        model = set_endings(model, **config.sampling.endings)
+        lora, start_adapters = _make_lora(config, model), None
     config, about_date = _with_date(config, model)
     notes += about_date
-    lora = _make_lora(config, model)
     limit = prompt_limit(model, config.data.max_prompt_length, config.sampling.max_new_tokens)
     fit = functools.partial(
         fit_prompts,
@@ -176,6 +192,7 @@ def build(config: Config, *, model: Model | None = None) -> Parts:
         config=config,
         model=model,
         lora=lora,
+        start_adapters=start_adapters,
         task=replace(task, train=train.examples, evaluation=held_out.examples),
         num_dropped=train.num_dropped,
         num_truncated=train.num_truncated,
@@ -288,6 +305,19 @@ def _with_date(config: Config, model: Model) -> tuple[Config, list[str]]:
     return config, [] if given is None else [unused]
 
 
+def resolve_adapter(config: Config) -> Config:
+    """Returns a config whose LoRA settings are those of the adapter that `lora.start_from` names, if any.
+
+    Raises:
+        ValueError, OSError: see `settings_of_adapter`.
+    """
+    return replace(config, lora=settings_of_adapter(config.lora))
+
+
+def _read_start(config: Config, lora: Lora | None) -> Params | None:
+    return None if config.lora.start_from is None else read_adapters(lora, config.lora.start_from)
+
+
 def _make_lora(config: Config, model: Model) -> Lora | None:
     lora = config.lora
     if not lora.rank:
@@ -298,11 +328,16 @@ def _make_lora(config: Config, model: Model) -> Lora | None:
 
 
 def _init_state(
-    config: Config, model: Model, lora: Lora | None, optimizer: optax.GradientTransformation
+    config: Config,
+    model: Model,
+    lora: Lora | None,
+    optimizer: optax.GradientTransformation,
+    adapters: Params | None = None,
 ) -> TrainState:
     if lora is None:
         return init_train_state(model.policy, model.params, optimizer)
-    adapters = init_adapters(lora, jax.random.key(config.training.seed))
+    if adapters is None:
+        adapters = init_adapters(lora, jax.random.key(config.training.seed))
     return init_train_state(model.policy, adapters, optimizer, lora=lora)
 
 

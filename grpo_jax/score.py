@@ -100,15 +100,16 @@ def rehearse(parts: Parts, *, num_prompts: int, num_samples: int) -> Rehearsal:
         "seed": config.training.seed,
         "sampling": parts.sampling,
     }
+    params = parts.start_params()
     # Compiles, so that the time is that of sampling.
     sample_texts(
         parts.model,
-        parts.model.params,
+        params,
         examples[: max(1, config.evaluation.batch_size // num_samples)],
         **settings,
     )
     started = time.perf_counter()
-    texts, lengths, finished = sample_texts(parts.model, parts.model.params, examples, **settings)
+    texts, lengths, finished = sample_texts(parts.model, params, examples, **settings)
     seconds = time.perf_counter() - started
 
     repeated = [example for example in examples for _ in range(num_samples)]

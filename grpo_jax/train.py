@@ -29,7 +29,7 @@ from grpo_jax.log_probs import completion_log_probs, tokens_in_use
 from grpo_jax.model_card import write_card
 from grpo_jax.models import save_model
 from grpo_jax.notices import Notices
-from grpo_jax.parts import Parts, build
+from grpo_jax.parts import Parts, build, resolve_adapter
 from grpo_jax.plan import make_plan
 from grpo_jax.progress import Progress, restore, resume_sources, save, start
 from grpo_jax.reference import is_reference, mix_params
@@ -234,6 +234,7 @@ def train(config: Config) -> int:
         ValueError, OSError, ImportError: before anything is compiled, about something in the config.
         RewardError: a reward function failed. RuntimeError: training broke down.
     """
+    config = resolve_adapter(config)
     sources = resume_sources(config)
     config = keep_first_date(config, [source.parent for source in sources])
     parts = build(config)

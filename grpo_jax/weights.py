@@ -159,6 +159,19 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
     os.replace(unfinished, path)
 
 
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Reads a safetensors file of floating-point arrays.
+
+    Raises:
+        ValueError: it is no such file, or has other numbers.
+    """
+    tensors = {name: read() for name, read in _open_safetensors(path).items()}
+    for name, value in tensors.items():
+        if value.dtype not in _FLOATS:
+            raise ValueError(f"{path}: tensor {name} is {value.dtype}; it must be floating-point")
+    return tensors
+
+
 def torch_name(path: tuple[str, ...]) -> str:
     """Returns the PyTorch name of a Flax parameter: the same path, but leaves are `weight` and `bias`."""
     return ".".join((*path[:-1], "weight" if path[-1] in _FLAX_LEAVES else path[-1]))

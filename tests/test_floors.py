@@ -25,7 +25,8 @@ FLOORS = {
         "log_probs", "lora", "meshes", "optimizers", "packing", "reference", "rotary", "sampling_config",
         "vocabulary"),
     # the outside world
-    3: ("adapters", "answer_equality", "answer_rewards", "answer_text", "architectures", "awaiting",
+    3: ("start_adapters",
+        "adapters", "answer_equality", "answer_rewards", "answer_text", "architectures", "awaiting",
         "bad_rows", "categories", "chat_rows", "chat_templates", "checkpoints", "columns", "completions",
         "control_tokens", "csv_rows", "data", "digests", "encoded_examples", "endings", "estimates",
         "expressions", "families", "first_look", "flax_models", "gold_answers", "held_out", "http_scores",
