@@ -31,7 +31,9 @@ def returns_a_coroutine(completions):
 
 
 @pytest.mark.parametrize(
-    "function", [length, Judge(), functools.partial(length, extra=1), returns_a_coroutine], ids=str
+    "function",
+    [length, Judge(), functools.partial(length, extra=1), returns_a_coroutine],
+    ids=["function", "object", "partial", "coroutine"],
 )
 def test_every_shape_of_an_async_function_is_awaited(function):
     assert scored(function) == [[1, 3]]
