@@ -20,6 +20,7 @@ _MAX_EXPONENT = 400  # of a Decimal; more digits are no answer, and slow to writ
 _MAX_LIST_CHARACTERS = 10_000  # of a list written as text
 _WHOLE_FLOAT = re.compile(r"[-+]?[0-9]+\.0", re.ASCII)
 _NUMBERS = re.compile(r"[-+]?[0-9]+(?:[\s,;]+[-+]?[0-9]+)*", re.ASCII)
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _BRACKETS = {"[": "]", "(": ")", "{": "}"}
 
 
@@ -40,7 +41,8 @@ def accepted_answers(value: Any) -> tuple[str, ...]:
 
     Raises:
         MissingAnswerError: the value is null, NaN, empty, or a list with nothing in it or with such an entry.
-        ValueError: the value has another type, is infinite, or is a list of texts that is written as a text.
+        ValueError: the value has another type, is infinite, holds half a character, or is a list of texts
+            that is written as a text.
 
     >>> accepted_answers(46.0), accepted_answers(["105", 106])
     (('46', '46.0'), ('105', '106'))
@@ -83,6 +85,11 @@ def _spellings(value: Any) -> tuple[str, ...]:
         if not value.strip():
             raise MissingAnswerError("the expected answer is an empty text")
         text = str(value)
+        if found := _SURROGATE.search(text):
+            raise ValueError(
+                f"the expected answer {_shown(text)} holds half a character (at position {found.start()}), "
+                "which no completion does: the text was cut inside it"
+            )
         # A CSV file that pandas wrote has `46.0` where the column had a gap.
         return (text, text.strip()[:-2]) if _WHOLE_FLOAT.fullmatch(text.strip()) else (text,)
     if value is None:
