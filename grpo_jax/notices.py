@@ -115,7 +115,7 @@ _NOTICES = (
     _Notice(
         lambda m: bool(_silent(m)),
         "no value for any completion from the reward {silent}, which therefore takes no part: None is not 0. "
-        "Does it look for a column or a format that is not there?{first_silent}",
+        "Perhaps it looks for a column or a format that is not there{first_silent}",
     ),
     _Notice(
         lambda m: bool(_slow(m)),
