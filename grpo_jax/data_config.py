@@ -75,9 +75,10 @@ class DataConfig:
             self.eval_file is None or self.has_source,
             "data.eval_file is given without data.train_file; give both, or neither and a task",
         )
-        for name in ("dataset_config", "eval_split"):
+        unused = {"dataset_config": None, "train_split": "train", "eval_split": None}
+        for name, default in unused.items():
             require(
-                getattr(self, name) is None or self.dataset is not None,
+                getattr(self, name) == default or self.dataset is not None,
                 f"data.{name} is given without data.dataset; it names a part of one",
             )
         held_out = [

@@ -128,6 +128,9 @@ def setting_notes(config: Config, recipe: Recipe, *, num_held_out: int, num_step
         (config.training.warmup_steps >= num_steps,
          f"training.warmup_steps: {config.training.warmup_steps} is not less than the {num_steps} steps of "
          "the run: the learning rate never reaches training.learning_rate"),
+        (config.algorithm.ref_sync_every >= num_steps,
+         f"algorithm.ref_sync_every: {config.algorithm.ref_sync_every} does nothing: the run has "
+         f"{num_steps} steps, and none comes after the first sync"),
     ]  # fmt: skip
     return [text for applies, text in found if applies] + _evaluation_notes(config, num_held_out)
 

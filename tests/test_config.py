@@ -141,6 +141,7 @@ INVALID = [
     ("data", {"eval_file": "e.jsonl"}, "data.eval_file is given without data.train_file"),
     ("data", {"train_file": "a.csv", "dataset": "a/b"}, "data.train_file and data.dataset are both given"),
     ("data", {"dataset_config": "main"}, "data.dataset_config is given without data.dataset"),
+    ("data", {"train_split": "test"}, "data.train_split is given without data.dataset"),
     ("data", {"eval_split": "test"}, "data.eval_split is given without data.dataset"),
     ("data", {"eval_fraction": 1.0}, "data.eval_fraction: 1.0; in [0, 1)"),
     ("data", {"eval_fraction": -0.1}, "data.eval_fraction: -0.1; in [0, 1)"),

@@ -98,6 +98,7 @@ SAID = [
     ({"training.num_epochs": 2}, "training.num_epochs: 2.0 does nothing, since training.num_steps: 7"),
     ({"training.warmup_steps": 100}, "training.warmup_steps: 100 is not less than the 7 steps"),
     ({"training.warmup_steps": 7}, "training.warmup_steps: 7 is not less than the 7 steps"),
+    ({"algorithm.ref_sync_every": 7}, "algorithm.ref_sync_every: 7 does nothing: the run has 7 steps"),
     (
         {"evaluation.num_prompts": 0, "evaluation.temperature": 0.7},
         "evaluation.every, evaluation.num_samples, evaluation.temperature do nothing: evaluation.num_prompts",
