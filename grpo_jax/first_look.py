@@ -78,7 +78,11 @@ def _fill(pieces: Iterable[str]) -> list[list[str]]:
 
 
 def notes_about_prompts(
-    model: Rendering, examples: Sequence[Example], think_formats: Sequence[Mapping[str, Any]] = ()
+    model: Rendering,
+    examples: Sequence[Example],
+    think_formats: Sequence[Mapping[str, Any]] = (),
+    *,
+    template_is_given: bool = False,
 ) -> list[str]:
     """Returns a line for everything about the prompts that is odd.
 
@@ -86,6 +90,7 @@ def notes_about_prompts(
         model: a loaded model.
         examples: training examples, at least one.
         think_formats: arguments of each reward `think_format` of the run.
+        template_is_given: whether the config names a chat template, rather than to take the tokenizer's.
     """
     shown = list(islice(examples, _LOOKED_AT))
     chat = next((example.prompt for example in shown if not isinstance(example.prompt, str)), None)
@@ -98,10 +103,12 @@ def notes_about_prompts(
     if texts:
         notes += _about_texts(model, texts, len(shown))
         notes += _about_thinking(texts[0].prompt, think_formats, "the prompt")
-    if chat is None and model.chat.arguments:
+    given = {"chat_template": template_is_given, "chat_template_arguments": bool(model.chat.arguments)}
+    unused = [f"model.{name}" for name, is_given in given.items() if is_given]
+    if chat is None and unused:
         notes.append(
-            "model.chat_template_arguments changes nothing: the prompts are texts, not lists of messages, so "
-            "the chat template takes no part"
+            f"{' and '.join(unused)} {'change' if len(unused) > 1 else 'changes'} nothing: the prompts are "
+            "texts, not lists of messages, so the chat template takes no part"
         )
     return notes
 
@@ -124,6 +131,7 @@ def _about_template(model: Rendering, messages: list[dict]) -> Iterator[str]:
         )
     if draws_at_random(model.tokenizer, model.chat):
         yield "the chat template draws at random: a run that is continued may have other prompts"
+    yield from _left_out(model, messages)
     text = rendered(model.chat.now)
     if text == rendered(model.chat.now, add_generation_prompt=False):
         yield (
@@ -131,6 +139,27 @@ def _about_template(model: Rendering, messages: list[dict]) -> Iterator[str]:
             f"behind {printable(text[-20:])!r}. If an assistant's turn has a beginning, give a template "
             "that writes it (model.chat_template: a Jinja file)"
         )
+
+
+def _left_out(model: Rendering, messages: list[dict]) -> Iterator[str]:
+    """Yields the messages of a chat that may say anything and leave the prompt as it is."""
+    text = apply_template(model.tokenizer, messages, model.chat)
+    for index, message in enumerate(messages):
+        content = message.get("content")
+        if not isinstance(content, str) or not content.strip():
+            continue
+        other = [*messages[:index], {**message, "content": f"{content} x"}, *messages[index + 1 :]]
+        try:
+            printed = apply_template(model.tokenizer, other, model.chat) != text
+        except Exception:  # a template that looks at the content
+            printed = True
+        if not printed:
+            start = content if len(content) <= 30 else f"{content[:29]}…"
+            yield (
+                f"the chat template leaves out the message of role {message.get('role')!r} "
+                f"({printable(start)!r}), so the model never sees it: write it into the user's message, or "
+                "give a template that prints it (model.chat_template: a Jinja file)"
+            )
 
 
 def _about_thinking(text: str, think_formats: Sequence[Mapping[str, Any]], what: str) -> Iterator[str]:

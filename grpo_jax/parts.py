@@ -173,7 +173,8 @@ def build(config: Config, *, model: Model | None = None) -> Parts:
         notes += filter(None, [turn_end_note(model)])
     notes += stop_notes(model)
     formats = [spec.arguments for spec in config.rewards if spec.function == "think_format"]
-    notes += notes_about_prompts(model, train.examples, formats)
+    given = config.model.chat_template != "auto"
+    notes += notes_about_prompts(model, train.examples, formats, template_is_given=given)
     sample = sample_held_out(task.evaluation, config.evaluation.num_prompts)
     notes += filter(None, [note_on_overlap(task.train, task.evaluation, sample)])
     held_out = fit(sample, what="evaluation")

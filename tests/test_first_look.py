@@ -108,6 +108,38 @@ def test_a_prompt_that_begins_the_thinking(with_template, template, prompt, form
         assert part in note
 
 
+@pytest.mark.parametrize(
+    ("template", "messages", "left_out"),
+    [
+        (CHATML, [{"role": "system", "content": "Be brief."}, *CHAT], []),
+        (CHATML.replace("in messages", "in messages if m.role == 'user'"),
+         [{"role": "system", "content": "Be brief."}, *CHAT], ["role 'system' ('Be brief.')"]),
+        ("{{ messages[-1].content }}{% if add_generation_prompt %}={% endif %}",
+         [{"role": "user", "content": "x" * 40}, {"role": "assistant", "content": "a"}, *CHAT],
+         [f"role 'user' ('{'x' * 29}…')", "role 'assistant' ('a')"]),
+        ("{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}"
+         "{% if add_generation_prompt %}={% endif %}",
+         [*CHAT, {"role": "assistant", "content": "<think>1</think>2"}, *CHAT], []),
+        ("{{ messages[-1].content | trim | upper }}{% if add_generation_prompt %}={% endif %}",
+         [{"role": "user", "content": " a "}], []),
+    ],
+)  # fmt: skip
+def test_a_message_that_the_template_leaves_out(with_template, template, messages, left_out):
+    found = notes(with_template(template), messages)
+    assert len(found) == len(left_out)
+    for note, part in zip(found, left_out, strict=True):
+        assert note.startswith("the chat template leaves out the message of role") and part in note
+
+
+def test_a_template_that_is_given_for_texts(llama, with_template):
+    examples = [Example("one", place="f, line 0")]
+    (note,) = notes_about_prompts(llama, examples, template_is_given=True)
+    assert note.startswith("model.chat_template changes nothing: the prompts are texts")
+    both = notes_about_prompts(with_template(CHATML + "{{ x }}", x=1), examples, template_is_given=True)
+    assert both[0].startswith("model.chat_template and model.chat_template_arguments change nothing")
+    assert notes_about_prompts(llama, [Example(CHAT, place="f")], template_is_given=True) == []
+
+
 def test_settings_that_do_nothing_for_texts(with_template):
     (note,) = notes(with_template(CHATML + "{{ x }}", x=1), "one")
     assert note.startswith("model.chat_template_arguments changes nothing")
