@@ -94,7 +94,8 @@ def test_held_out_prompts_that_are_trained_on_are_said(model, tmp_path):
     changes = files(tmp_path, held_out, held_out)
     (note,) = build(small_run.config(tmp_path, **changes, evaluation__num_prompts=4), model=model).notes
     assert note.startswith("18 of 18 held-out prompts (4 of the 4 that are evaluated) are training prompts")
-    assert not build(small_run.config(tmp_path, **changes, evaluation__num_prompts=0), model=model).notes
+    notes = build(small_run.config(tmp_path, **changes, evaluation__num_prompts=0), model=model).notes
+    assert not [note for note in notes if "training prompts" in note]
 
 
 def test_chats_are_compared_by_what_is_said():
