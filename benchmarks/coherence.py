@@ -13,8 +13,8 @@ import numpy as np
 
 from grpo_jax import generate, token_log_probs
 from grpo_jax.cli import enable_compilation_cache
-from grpo_jax.models import Model, decode, encode, pad_prompts
-from grpo_jax.runs import load_model_or_run
+from grpo_jax.models.loading import Model, decode, encode, pad_prompts
+from grpo_jax.run.directory import load_model_or_run
 
 # Charles Darwin, On the Origin of Species (1859), from its last paragraph.
 PASSAGE = (

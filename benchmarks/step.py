@@ -33,13 +33,13 @@ from work import Flops, Work, add_work_arguments, markdown_row, prompt_rows, ste
 
 import grpo_jax
 from grpo_jax.cli import enable_compilation_cache, parse_record
-from grpo_jax.config import Config
+from grpo_jax.config.run import Config
 from grpo_jax.cpu_tuning import use_huge_pages
-from grpo_jax.models import DTYPES, Model, load_model
-from grpo_jax.parts import Parts, build
+from grpo_jax.models.loading import DTYPES, Model, load_model
 from grpo_jax.plan import make_plan
-from grpo_jax.progress import Progress
-from grpo_jax.progress import start as start_progress
+from grpo_jax.run.build import Parts, build
+from grpo_jax.run.progress import Progress
+from grpo_jax.run.progress import start as start_progress
 from grpo_jax.train import _one_step
 
 PHASES = ("generate", "score", "update", "host", "step")

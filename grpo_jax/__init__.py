@@ -4,7 +4,7 @@ The mathematics, the sampling and the training step are importable from here; th
 transformers nor orbax. Models, data, rewards, checkpoints and the commands are modules of their own.
 """
 
-from grpo_jax.advantages import (
+from grpo_jax.objective.advantages import (
     group_advantages,
     informative_groups,
     leave_one_out_advantages,
@@ -12,19 +12,19 @@ from grpo_jax.advantages import (
     reward_weights,
     scale_by_batch,
 )
-from grpo_jax.decoding import fork, generate, prefill
-from grpo_jax.kl import adapt_kl_coef, kl_exact, kl_k1, kl_k2, kl_k3
-from grpo_jax.learner import TrainState, init_train_state, train_step
-from grpo_jax.log_probs import completion_log_probs, token_log_probs
-from grpo_jax.lora import Lora, Target, init_adapters, merge_adapters
-from grpo_jax.losses import LossMetrics, grpo_loss, log_ratios, loss_weights
-from grpo_jax.optimizers import make_optimizer, make_schedule
-from grpo_jax.recipes import *
-from grpo_jax.recipes import __all__ as _recipes
-from grpo_jax.sampling import draw, process_logits
-from grpo_jax.shaping import importance_weights, kl_penalty, overlong_penalty, top_entropy_mask
-from grpo_jax.surrogates import *
-from grpo_jax.surrogates import __all__ as _surrogates
+from grpo_jax.objective.kl import adapt_kl_coef, kl_exact, kl_k1, kl_k2, kl_k3
+from grpo_jax.objective.losses import LossMetrics, grpo_loss, log_ratios, loss_weights
+from grpo_jax.objective.recipes import *
+from grpo_jax.objective.recipes import __all__ as _recipes
+from grpo_jax.objective.shaping import importance_weights, kl_penalty, overlong_penalty, top_entropy_mask
+from grpo_jax.objective.surrogates import *
+from grpo_jax.objective.surrogates import __all__ as _surrogates
+from grpo_jax.policy.decoding import fork, generate, prefill
+from grpo_jax.policy.log_probs import completion_log_probs, token_log_probs
+from grpo_jax.policy.lora import Lora, Target, init_adapters, merge_adapters
+from grpo_jax.policy.sampling import draw, process_logits
+from grpo_jax.training.learner import TrainState, init_train_state, train_step
+from grpo_jax.training.optimizers import make_optimizer, make_schedule
 from grpo_jax.types import Experience, Policy, Prompts, Rollout
 
 __version__ = "0.1.0"

@@ -18,7 +18,7 @@ import jax
 import jsonargparse
 import yaml
 
-from grpo_jax.config_files import (
+from grpo_jax.config.files import (
     Ambiguous,
     as_records,
     check_yaml,
@@ -26,8 +26,8 @@ from grpo_jax.config_files import (
     unknown_keys,
     with_records,
 )
+from grpo_jax.config.other_words import advise
 from grpo_jax.cpu_tuning import use_huge_pages
-from grpo_jax.other_words import advise
 
 
 def parse_record(

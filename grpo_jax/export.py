@@ -7,12 +7,12 @@ import re
 import sys
 from dataclasses import dataclass
 
-from grpo_jax.adapters import save_adapters
 from grpo_jax.cli import parse_record, run_command
-from grpo_jax.model_card import write_card
-from grpo_jax.models import save_model
-from grpo_jax.runs import load_adapters, load_run, read_config
-from grpo_jax.weights import DTYPES
+from grpo_jax.models.loading import save_model
+from grpo_jax.models.peft import save_adapters
+from grpo_jax.models.tensor_files import DTYPES
+from grpo_jax.run.directory import load_adapters, load_run, read_config
+from grpo_jax.run.model_card import write_card
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 

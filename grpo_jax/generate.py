@@ -11,12 +11,12 @@ import jax
 import numpy as np
 
 from grpo_jax.cli import enable_compilation_cache, parse_record, run_command
-from grpo_jax.config import ModelConfig, spelled_values
-from grpo_jax.decoding import generate
-from grpo_jax.endings import end_arguments, stop_notes
-from grpo_jax.models import Model, decode, encode, pad_prompts
-from grpo_jax.runs import load_model_or_run, read_config, run_of
-from grpo_jax.sampling_config import SamplingConfig, check_drawing, check_endings, endings
+from grpo_jax.config.run import ModelConfig, spelled_values
+from grpo_jax.config.sampling import SamplingConfig, check_drawing, check_endings, endings
+from grpo_jax.models.endings import end_arguments, stop_notes
+from grpo_jax.models.loading import Model, decode, encode, pad_prompts
+from grpo_jax.policy.decoding import generate
+from grpo_jax.run.directory import load_model_or_run, read_config, run_of
 
 
 @dataclass(frozen=True, kw_only=True)

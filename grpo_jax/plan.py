@@ -11,14 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.best import check_best_metric
 from grpo_jax.cli import parse_record, run_command
-from grpo_jax.config import Config
-from grpo_jax.decoding import decode_stages, decoding_params
-from grpo_jax.endings import describe_endings
-from grpo_jax.log_probs import CHUNK_SIZE, NUM_ROOMS, PACKED_FROM, completion_hidden, shared_rows
-from grpo_jax.parts import Parts, build
-from grpo_jax.prompt_lengths import bucket_length
+from grpo_jax.config.run import Config
+from grpo_jax.data.prompt_lengths import bucket_length
+from grpo_jax.models.endings import describe_endings
+from grpo_jax.policy.decoding import decode_stages, decoding_params
+from grpo_jax.policy.log_probs import CHUNK_SIZE, NUM_ROOMS, PACKED_FROM, completion_hidden, shared_rows
+from grpo_jax.run.best_model import check_best_metric
+from grpo_jax.run.build import Parts, build
 from grpo_jax.types import Rollout
 
 

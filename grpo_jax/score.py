@@ -11,18 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.actor import judge
 from grpo_jax.cli import enable_compilation_cache, json_alone, parse_record, run_command
-from grpo_jax.config import Config
-from grpo_jax.data import Example, batch
-from grpo_jax.estimates import doublings, pass_at_k, subsets
-from grpo_jax.experience import combine, length_penalty, signal_of_scores
-from grpo_jax.outcomes import sample_texts
-from grpo_jax.parts import Parts, build
-from grpo_jax.prompt_lengths import padded_length
-from grpo_jax.silences import Silence, find_silences, lost_rows
+from grpo_jax.config.run import Config
+from grpo_jax.data.loading import Example, batch
+from grpo_jax.data.prompt_lengths import padded_length
+from grpo_jax.evaluation.outcomes import sample_texts
+from grpo_jax.evaluation.statistics import doublings, pass_at_k, subsets
+from grpo_jax.evaluation.verdicts import Correct, choose_correct
+from grpo_jax.rewards.silences import Silence, find_silences, lost_rows
+from grpo_jax.run.build import Parts, build
 from grpo_jax.trackers.console import ConsoleTracker, bars, figures_table, samples_table, spread
-from grpo_jax.verdicts import Correct, choose_correct
+from grpo_jax.training.actor import judge
+from grpo_jax.training.experience import combine, length_penalty, signal_of_scores
 
 _BINS = 8  # of a histogram
 _QUANTILES = {"min": 0.0, "25%": 0.25, "50%": 0.5, "75%": 0.75, "max": 1.0}

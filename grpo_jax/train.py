@@ -13,30 +13,30 @@ from pathlib import Path
 
 import jax
 
-from grpo_jax.actor import Actor, collect
-from grpo_jax.adapters import save_adapters
-from grpo_jax.best import check_best_metric, forget_best, keep_best, outdate_best
-from grpo_jax.checkpoints import Checkpoints
+from grpo_jax.checkpoints.manager import Checkpoints
 from grpo_jax.cli import enable_compilation_cache, parse_record, run_command
-from grpo_jax.config import Config
-from grpo_jax.continuing import describe_start, same_evaluation
-from grpo_jax.data import batch
-from grpo_jax.decoding import generate
+from grpo_jax.config.run import Config
+from grpo_jax.data.loading import batch
 from grpo_jax.evaluate import evaluate_parts
-from grpo_jax.kl import adapt_kl_coef
-from grpo_jax.learner import train_step
-from grpo_jax.log_probs import completion_log_probs, tokens_in_use
-from grpo_jax.model_card import write_card
-from grpo_jax.models import save_model
-from grpo_jax.notices import Notices
-from grpo_jax.parts import Parts, build, resolve_adapter
+from grpo_jax.models.loading import save_model
+from grpo_jax.models.peft import save_adapters
+from grpo_jax.objective.kl import adapt_kl_coef
 from grpo_jax.plan import make_plan
-from grpo_jax.progress import Progress, restore, resume_sources, save, start
-from grpo_jax.reference import is_reference, mix_params
-from grpo_jax.rewards import close_rewards
-from grpo_jax.runs import config_dict, keep_first_date, read_config, write_config
+from grpo_jax.policy.decoding import generate
+from grpo_jax.policy.log_probs import completion_log_probs, tokens_in_use
+from grpo_jax.rewards.loading import close_rewards
+from grpo_jax.run.best_model import check_best_metric, forget_best, keep_best, outdate_best
+from grpo_jax.run.build import Parts, build, resolve_adapter
+from grpo_jax.run.continuing import describe_start, same_evaluation
+from grpo_jax.run.diagnostics import Notices
+from grpo_jax.run.directory import config_dict, keep_first_date, read_config, write_config
+from grpo_jax.run.model_card import write_card
+from grpo_jax.run.progress import Progress, restore, resume_sources, save, start
 from grpo_jax.trackers import Trackers, make_trackers
 from grpo_jax.trackers.console import spread
+from grpo_jax.training.actor import Actor, collect
+from grpo_jax.training.learner import train_step
+from grpo_jax.training.reference import is_reference, mix_params
 
 _JIT_BOUNDARIES = (generate, completion_log_probs, train_step)
 _MAX_SKIPPED = 5  # updates in a row without a finite gradient before the run stops

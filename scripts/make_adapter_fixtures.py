@@ -25,9 +25,9 @@ def write(name: str) -> None:
     """Writes an adapter of random numbers, none of them 0."""
     import jax
 
-    from grpo_jax.adapters import make_lora, save_adapters
-    from grpo_jax.lora import init_adapters
-    from grpo_jax.models import load_model
+    from grpo_jax.models.loading import load_model
+    from grpo_jax.models.peft import make_lora, save_adapters
+    from grpo_jax.policy.lora import init_adapters
 
     model = load_model(str(FIXTURES / "models" / name))
     lora = make_lora(model, **ADAPTERS[name])

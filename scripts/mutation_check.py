@@ -25,23 +25,23 @@ ROOT = Path(__file__).parent.parent
 # file -> the test modules that hold it, the quickest first: the run of a mutant ends with its first failure.
 # test_every_recipe is not among them: it takes minutes, and no mutant needs it.
 TESTS = {
-    "advantages.py": ("advantages",),
-    "kl.py": ("kl",),
-    "surrogates.py": ("surrogates",),
-    "losses.py": ("losses", "golden"),
-    "shaping.py": ("shaping",),
-    "experience.py": ("experience",),
-    "groups.py": ("groups",),
-    "metrics.py": ("metrics",),
-    "log_probs.py": ("log_probs", "packing"),
-    "learner.py": ("learner",),
-    "reference.py": ("learner",),
-    "lora.py": ("lora",),
+    "objective/advantages.py": ("objective/advantages",),
+    "objective/kl.py": ("objective/kl",),
+    "objective/surrogates.py": ("objective/surrogates",),
+    "objective/losses.py": ("objective/losses", "objective/golden"),
+    "objective/shaping.py": ("objective/shaping",),
+    "training/experience.py": ("training/experience",),
+    "training/dynamic_sampling.py": ("training/dynamic_sampling",),
+    "training/metrics.py": ("training/metrics",),
+    "policy/log_probs.py": ("policy/log_probs", "policy/packing"),
+    "training/learner.py": ("training/learner",),
+    "training/reference.py": ("training/learner",),
+    "policy/lora.py": ("policy/lora",),
 }
 
 # file -> (what is broken, the text, its replacement)
 MUTANTS = {
-    "advantages.py": [
+    "objective/advantages.py": [
         ("sign of the baseline", "jnp.where(valid & alive, rewards - mean, 0)", "jnp.where(valid & alive, rewards + mean, 0)"),
         ("no baseline", "jnp.where(valid & alive, rewards - mean, 0)", "jnp.where(valid & alive, rewards, 0)"),
         ("float noise of dead groups", "jnp.where(valid & alive, rewards - mean, 0)", "jnp.where(valid, rewards - mean, 0)"),
@@ -58,7 +58,7 @@ MUTANTS = {
         ("a function applies to every group", "applies = counts.any(axis=-2, keepdims=True)", "applies = weights != 0"),
         ("dropped rows in the statistics", "valid & (row_weights != 0))", "valid)"),
     ],
-    "kl.py": [
+    "objective/kl.py": [
         ("sign of k1", "    return log_probs - ref_log_probs\n", "    return ref_log_probs - log_probs\n"),
         ("k2 without the half", "0.5 * (log_probs", "1.0 * (log_probs"),
         ("direction of k3", "difference = ref_log_probs - log_probs", "difference = log_probs - ref_log_probs"),
@@ -68,7 +68,7 @@ MUTANTS = {
         ("controller pushes the wrong way", "1.0 + kl_adaptation", "1.0 - kl_adaptation"),
         ("controller not clipped", "jnp.clip(kl / kl_target - 1.0, -0.2, 0.2)", "kl / kl_target - 1.0"),
     ],
-    "surrogates.py": [
+    "objective/surrogates.py": [
         ("clip on the wrong side", "-jnp.minimum(capped", "-jnp.maximum(capped"),
         ("sign of the clipped surrogate", "losses = -jnp.minimum(", "losses = jnp.minimum("),
         ("lower clip bound", "jnp.clip(ratios, 1.0 - clip_range,", "jnp.clip(ratios, 1.0 + clip_range,"),
@@ -83,7 +83,7 @@ MUTANTS = {
         ("gmpo's mean over padding", "lengths = jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1)", "lengths = jnp.full(mask[:, :1].shape, mask.shape[1])"),
         ("sign of reinforce", "    return -advantages * log_probs\n", "    return advantages * log_probs\n"),
     ],
-    "losses.py": [
+    "objective/losses.py": [
         ("exp before the mask", "    log_probs = jnp.where(mask, log_probs, 0)\n    differences", "    differences"),
         ("gradient into the old policy", "jax.lax.stop_gradient(jnp.where(mask, old_log_probs, 0))", "jnp.where(mask, old_log_probs, 0)"),
         ("sequence ratio not normalised", "jnp.sum(differences, axis=-1, keepdims=True) / lengths", "jnp.sum(differences, axis=-1, keepdims=True)"),
@@ -105,14 +105,14 @@ MUTANTS = {
         ("gradient into advantages and weights", "= jax.lax.stop_gradient(\n        (old_log_probs, advantages[:, None], weights, penalty_weights)\n    )", "= (old_log_probs, advantages[:, None], weights, penalty_weights)"),
         ("clip fractions swapped", "clip_low=mean(clipped & (rho < 1))", "clip_low=mean(clipped & (rho > 1))"),
     ],
-    "shaping.py": [
+    "objective/shaping.py": [
         ("overlong penalty one buffer late", "(max_length - buffer - jnp", "(max_length - jnp"),
         ("KL penalty over padding", "jnp.where(mask, log_probs - ref_log_probs, 0)", "(log_probs - ref_log_probs)"),
         ("lowest entropies kept", "mask & (entropies >= descending[last])", "mask & (entropies <= descending[last])"),
         ("importance weights uncapped", "jnp.minimum(bounded_exp(difference), cap)", "bounded_exp(difference)"),
         ("importance weights inverted", "bounded_exp(difference), cap", "bounded_exp(-difference), cap"),
     ],
-    "experience.py": [
+    "training/experience.py": [
         ("filled rows train", "jnp.asarray(rollout.mask) & live[:, None]", "jnp.asarray(rollout.mask)"),
         ("filled rows count", "num_sequences=int(live[part].sum())", "num_sequences=None"),
         ("truncated completions train", "return finished if recipe.mask_truncated else", "return"),
@@ -121,29 +121,29 @@ MUTANTS = {
         ("dead groups feel the KL", "base if recipe.kl_on_dead_groups else base * signal[part, None]", "base"),
         ("weights of the whole rollout", "np.split(np.arange(rows), num_minibatches)", "[np.arange(rows)]"),
     ],
-    "groups.py": [
+    "training/dynamic_sampling.py": [
         ("a leftover group is lost", "range(count, live)", "range(count + 1, live)"),
         ("a group is used twice", "range(count, live)", "range(count - 1, live)"),
     ],
-    "metrics.py": [
+    "training/metrics.py": [
         ("slices averaged, not weighed", "share = tokens / jnp.maximum(jnp.sum(tokens), 1)", "share = jnp.ones_like(tokens) / tokens.shape[0]"),
     ],
-    "log_probs.py": [
+    "policy/log_probs.py": [
         ("scored one token late", "return hidden[:, prompt_length - 1 :]", "return jnp.roll(hidden, -1, axis=1)[:, prompt_length - 1 :]"),
         ("sign of the entropy", "entropies = log_total - jnp.sum(", "entropies = log_total + jnp.sum("),
         ("gradient of the drawn token's logit", "(drawn - probs)", "-probs"),
         ("gradient of the entropy", "by_entropy * probs * surprise", "by_entropy * probs"),
         ("gradient into the reference's parameters", "    ref_params, ref_hidden = jax.lax.stop_gradient((ref_params, ref_hidden))\n", ""),
     ],
-    "learner.py": [
+    "training/learner.py": [
         ("gradients of the last micro-batch", "return jax.tree.map(jnp.add, total, grads), (loss, aux)", "return grads, (loss, aux)"),
         ("non-finite updates applied", "jnp.where(finite & moving, new, old)", "jnp.where(moving, new, old)"),
         ("momentum moves without a gradient", "jnp.where(finite & moving, new, old)", "jnp.where(finite, new, old)"),
     ],
-    "reference.py": [
+    "training/reference.py": [
         ("reference mixed the wrong way", "incremental_update(params, ref_params, alpha)", "incremental_update(ref_params, params, alpha)"),
     ],
-    "lora.py": [
+    "policy/lora.py": [
         ("scale upside down", "return self.alpha / self.rank", "return self.rank / self.alpha"),
         ("scale forgotten", "jnp.matmul(lora.scale * a, b", "jnp.matmul(a, b"),
         ("transposed where it should not be", "(delta.T if target.output_first else delta)", "(delta if target.output_first or delta.shape != kernel.shape[::-1] else delta.T)"),
@@ -160,7 +160,7 @@ MUTANTS = {
 
 def run_tests(package: Path, modules: tuple[str, ...]) -> tuple[bool, str]:
     """Runs test modules against the copy of the package: (whether all passed, the first failing test)."""
-    paths = [f"tests/test_{module}.py" for module in modules]
+    paths = [f"tests/{folder}/test_{name}.py" for folder, name in (module.split("/") for module in modules)]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "--no-header", *paths]
     environment = {**os.environ, "PYTHONPATH": str(package), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, cwd=package, env=environment, capture_output=True, text=True)

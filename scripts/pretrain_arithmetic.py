@@ -27,8 +27,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from grpo_jax.tasks.arithmetic import split_problems
-from grpo_jax.weights import write_params
+from grpo_jax.data.tasks.arithmetic import split_problems
+from grpo_jax.models.tensor_files import write_params
 
 EOS, UNKNOWN = "<|endoftext|>", "<|unknown|>"
 VOCABULARY = [*"0123456789+-*= ", UNKNOWN, EOS]

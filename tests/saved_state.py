@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from grpo_jax.checkpoints import Checkpoints
+from grpo_jax.checkpoints.manager import Checkpoints
 
 
 @flax.struct.dataclass

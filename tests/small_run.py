@@ -11,11 +11,13 @@ import jax
 import numpy as np
 import yaml
 
-from grpo_jax import parts, runs, train
-from grpo_jax.checkpoints import Checkpoints
+from grpo_jax import train
+from grpo_jax.checkpoints.manager import Checkpoints
 from grpo_jax.cli import parse_record
-from grpo_jax.config import Config
-from grpo_jax.notices import Notices
+from grpo_jax.config.run import Config
+from grpo_jax.run import build as run_build
+from grpo_jax.run import directory as run_directory
+from grpo_jax.run.diagnostics import Notices
 from grpo_jax.trackers import is_timing
 
 ROOT = Path(__file__).parents[1]
@@ -62,13 +64,13 @@ def environment() -> dict[str, str]:
 def share_compilations(monkeypatch) -> None:
     """Lets the runs of one test process share a model and its optimizers, and so their compilations."""
     for name in ("load_model", "make_schedule", "make_optimizer"):
-        monkeypatch.setattr(parts, name, _shared(name))
-    monkeypatch.setattr(runs, "load_model", _shared("load_model"))
+        monkeypatch.setattr(run_build, name, _shared(name))
+    monkeypatch.setattr(run_directory, "load_model", _shared("load_model"))
 
 
 @functools.cache
 def _shared(name):
-    original, made = getattr(parts, name), {}
+    original, made = getattr(run_build, name), {}
 
     def get(*args, **kwargs):
         key = repr((args, kwargs))  # a dict among the arguments has no hash
@@ -112,7 +114,7 @@ def rows(run_dir, name: str = "metrics") -> list[dict]:
 @functools.cache
 def template():
     """Returns the shapes of a small run's state, the same for all of them."""
-    return jax.eval_shape(parts.build(config("unused")).init_state)
+    return jax.eval_shape(run_build.build(config("unused")).init_state)
 
 
 def leaves(run_dir, step=None) -> dict[str, np.ndarray]:

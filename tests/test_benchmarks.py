@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from grpo_jax.cli import parse_record
-from grpo_jax.config import Config
-from grpo_jax.decoding import generate
-from grpo_jax.log_probs import completion_hidden
-from grpo_jax.models import decode, encode, load_model, pad_prompts
+from grpo_jax.config.run import Config
+from grpo_jax.models.loading import decode, encode, load_model, pad_prompts
+from grpo_jax.policy.decoding import generate
+from grpo_jax.policy.log_probs import completion_hidden
 from grpo_jax.types import Rollout
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))

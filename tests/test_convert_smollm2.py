@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from grpo_jax.decoding import positions_from_mask
-from grpo_jax.models import decode, encode, load_model, pad_prompts
+from grpo_jax.models.loading import decode, encode, load_model, pad_prompts
+from grpo_jax.policy.decoding import positions_from_mask
 
 ROOT = Path(__file__).parent.parent
 FIXTURE = ROOT / "tests" / "fixtures" / "models" / "smollm2"

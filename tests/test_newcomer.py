@@ -9,7 +9,7 @@ import pytest
 import small_run
 
 from grpo_jax import export, score, train
-from grpo_jax.models import load_model
+from grpo_jax.models.loading import load_model
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 SECTION = README[README.index("## Bring your own") : README.index("## Import it")]

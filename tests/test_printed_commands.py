@@ -14,7 +14,7 @@ import pytest
 import small_run
 
 import grpo_jax
-from grpo_jax.sampling_config import SamplingConfig
+from grpo_jax.config.sampling import SamplingConfig
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = sorted((ROOT / "grpo_jax").rglob("*.py"))

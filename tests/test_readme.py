@@ -4,12 +4,12 @@ import dataclasses
 import re
 from pathlib import Path
 
-from grpo_jax import metrics
-from grpo_jax.advantages import ADVANTAGES
-from grpo_jax.config import AlgorithmConfig
-from grpo_jax.kl import KL_ESTIMATORS
-from grpo_jax.recipes import RECIPES
-from grpo_jax.surrogates import SURROGATES
+from grpo_jax.config.run import AlgorithmConfig
+from grpo_jax.objective.advantages import ADVANTAGES
+from grpo_jax.objective.kl import KL_ESTIMATORS
+from grpo_jax.objective.recipes import RECIPES
+from grpo_jax.objective.surrogates import SURROGATES
+from grpo_jax.training import metrics
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

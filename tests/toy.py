@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.log_probs import completion_log_probs
-from grpo_jax.losses import loss_weights
+from grpo_jax.objective.losses import loss_weights
+from grpo_jax.policy.log_probs import completion_log_probs
 from grpo_jax.types import Experience, Policy
 
 VOCAB, WIDTH, POSITIONS = 13, 16, 32

@@ -16,7 +16,7 @@ from grpo_jax.trackers.tensorboard import TensorBoardTracker
 from grpo_jax.trackers.wandb import WandbTracker
 
 if TYPE_CHECKING:
-    from grpo_jax.config import TrackingConfig
+    from grpo_jax.config.run import TrackingConfig
 
 __all__ = [
     "ConsoleTracker",

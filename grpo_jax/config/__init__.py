@@ -1,0 +1,1 @@
+"""What a user says: the records of the YAML file."""

@@ -1,0 +1,1 @@
+"""Prompts: files, data sets and tasks, and their order as a function of (seed, step)."""

@@ -1,0 +1,105 @@
+"""Examples with the tokens of their prompts: each prompt is rendered and encoded once per run."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from grpo_jax.data.bad_rows import BadRow
+from grpo_jax.data.tasks import Example
+from grpo_jax.models.loading import Model, encode
+from grpo_jax.models.text import try_encode
+
+_AT_ONCE = 4096  # prompts that are held while they are encoded
+
+
+class EncodedExamples(Sequence):
+    """Examples as they are asked for, each with its `tokens`.
+
+    The tokens lie in one array of 4 bytes each. The examples stay where they are, so that a task that makes
+    its problems when they are asked for is not held in memory.
+
+    Args:
+        examples: N examples.
+        tokens: the token ids of all prompts, one behind the other.
+        ends: where those of each prompt end.
+        rows: which of them there are, in this order; `None` means all.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        tokens: np.ndarray,
+        ends: np.ndarray,
+        rows: np.ndarray | None = None,
+    ):
+        self._examples, self._tokens, self._ends = examples, tokens, ends
+        self._rows = np.arange(len(ends)) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        row = int(self._rows[index])
+        start = int(self._ends[row - 1]) if row else 0
+        tokens = tuple(self._tokens[start : self._ends[row]].tolist())
+        return replace(self._examples[row], tokens=tokens)
+
+    def __eq__(self, other: object) -> bool:
+        """Says whether the examples are equal; tokens follow from them."""
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return len(self) == len(other) and all(
+            mine == theirs for mine, theirs in zip(self, other, strict=True)
+        )
+
+    __hash__ = None
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Token counts [N] of the prompts."""
+        return np.diff(self._ends, prepend=0)[self._rows]
+
+    def chosen(self, indices: Iterable[int]) -> "EncodedExamples":
+        """Returns some of the examples, by index."""
+        rows = self._rows[np.fromiter(indices, np.int64)]
+        return EncodedExamples(self._examples, self._tokens, self._ends, rows)
+
+
+def encode_examples(
+    examples: Sequence[Example], model: Model, what: str
+) -> tuple[EncodedExamples, list[BadRow]]:
+    """Encodes every prompt.
+
+    Args:
+        examples: may be empty.
+        model: whose tokens they are.
+        what: `training` or `evaluation`, for messages.
+
+    Returns:
+        (the examples that have tokens, those that have none with the reason).
+    """
+    tokens: list[np.ndarray] = []
+    lengths: list[int] = []
+    bad: list[BadRow] = []
+    for start in range(0, len(examples), _AT_ONCE):
+        part = [examples[i] for i in range(start, min(start + _AT_ONCE, len(examples)))]
+        found = try_encode(model, [example.prompt for example in part], ["the prompt"] * len(part))
+        for index, (example, result) in enumerate(zip(part, found, strict=True), start):
+            if isinstance(result, ValueError):
+                bad.append(BadRow(example.place or f"{what} prompt {index}", str(result)))
+                result = []
+            lengths.append(len(result))
+            tokens.append(np.asarray(result, np.int32))
+    flat = np.concatenate(tokens) if tokens else np.zeros(0, np.int32)
+    encoded = EncodedExamples(examples, flat, np.cumsum(lengths, dtype=np.int64))
+    return encoded.chosen(np.flatnonzero(encoded.lengths)) if bad else encoded, bad
+
+
+def tokens_of(model: Model, examples: Sequence[Example]) -> list[Sequence[int]]:
+    """Returns the token ids of prompts, encoded only where that was not done before."""
+    new = [i for i, example in enumerate(examples) if example.tokens is None]
+    fresh = dict(zip(new, encode(model, [examples[i].prompt for i in new]) if new else [], strict=True))
+    return [fresh[i] if example.tokens is None else example.tokens for i, example in enumerate(examples)]

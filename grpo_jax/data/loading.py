@@ -1,0 +1,262 @@
+"""Prompts: built-in tasks, files and data sets, and their order as a function of (seed, step)."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import grain
+
+from grpo_jax.config.data import DEFAULT_TASK, DataConfig
+from grpo_jax.data.bad_rows import BadRow, settle
+from grpo_jax.data.columns import rename
+from grpo_jax.data.hub import read_dataset
+from grpo_jax.data.prompts import Prompt, PromptForm, complete_prompt, make_prompt_form, row_prompt
+from grpo_jax.data.rows import Rows, find_files, read_rows, stem
+from grpo_jax.data.tasks import ROW_TASKS, Example, RowTask, Task, check_arguments, check_name, load_task
+
+__all__ = ["Example", "Task", "batch", "load_data", "load_task"]
+
+RESERVED_COLUMNS = ("prompts", "completions")  # a reward function's own arguments
+
+
+def load_data(data: DataConfig) -> Task:
+    """Loads the examples that the configuration names, and makes the prompts as it says.
+
+    Returns:
+        the task; one made of files has no default rewards, and no held-out examples unless the
+        configuration says where they come from.
+
+    Raises:
+        ValueError, OSError, ImportError: something in the section or in the data is wrong, in one line.
+    """
+    check_name(data.task)
+    form = make_prompt_form(
+        prompt_template=data.prompt_template,
+        system_prompt=data.system_prompt,
+        few_shot=[shot | rename(shot, data.columns, strict=False) for shot in data.few_shot],
+        few_shot_separator=data.few_shot_separator,
+    )
+    if data.task in ROW_TASKS:
+        task = _load_rows(data, ROW_TASKS[data.task], form)
+    elif data.has_source:
+        if data.task != DEFAULT_TASK:
+            raise ValueError(
+                f"data.task: {data.task} makes its own problems; leave out "
+                f"data.{'train_file' if data.train_file else 'dataset'}, or the task"
+            )
+        task = _load_rows(data, _plain(_name_of_source(data)), form)
+    else:
+        for name in ("columns", "eval_fraction"):
+            if getattr(data, name):
+                raise ValueError(
+                    f"data.{name} is for a train_file or dataset; {data.task} has its own prompts"
+                )
+        if data.on_bad_row != "error":
+            raise ValueError(f"data.on_bad_row is for a train_file or dataset; {data.task} has no bad rows")
+        task = _templated(load_task(data.task, data.task_arguments), form)
+    return _completed(task, form)
+
+
+def batch(examples: Sequence[Example], *, seed: int, step: int, num_prompts: int) -> list[Example]:
+    """Picks the prompts of one step: a pure function of its arguments, so that a resumed run skips nothing.
+
+    Consecutive steps walk through a shuffle of the examples, then through another one, and so on: every
+    epoch holds every example once. A step may lie across the border of two epochs. The cost is that of
+    `num_prompts` look-ups: the shuffle is computed per index and never stored.
+
+    Args:
+        examples: what to pick from; not empty.
+        seed: chooses the shuffles.
+        step: counted from 0.
+        num_prompts: N, examples to pick.
+    """
+    if len(examples) == 0:
+        raise ValueError("there are no examples to make a batch of")
+    if step < 0 or num_prompts < 1:
+        raise ValueError(f"step {step} must be at least 0 and num_prompts {num_prompts} at least 1")
+    # `seed()` hashes, where `shuffle(seed=...)` adds the epoch: runs with seeds 0 and 1 would share shuffles.
+    order = grain.MapDataset.source(examples).seed(seed).shuffle().repeat()
+    return [order[index] for index in range(step * num_prompts, (step + 1) * num_prompts)]
+
+
+def _name_of_source(data: DataConfig) -> str:
+    if data.train_file is not None:
+        return stem(find_files(data.train_file)[0])
+    return data.dataset.rstrip("/").rpartition("/")[2]
+
+
+def _plain(name: str) -> RowTask:
+    """Returns the task of a file whose rows are examples as they stand."""
+    return RowTask(name=name, make_rows=_as_it_stands, rewards=(), hub=None, eval_fraction=0.0)
+
+
+def _as_it_stands(row: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row]
+
+
+def _load_rows(data: DataConfig, task: RowTask, form: PromptForm) -> Task:
+    """Loads a task of rows, its held-out examples from wherever the configuration has them."""
+    check_arguments(task.name, task.make_rows, data.task_arguments)
+    if not data.has_source:
+        if task.hub is None:
+            raise ValueError(f"data.task: {task.name} needs data.train_file or data.dataset")
+        hub = task.hub
+        data = replace(
+            data,
+            dataset=hub.dataset,
+            dataset_config=hub.config,
+            train_split=hub.train_split,
+            eval_split=hub.eval_split if data.eval_fraction is None else None,
+        )
+
+    def of_files(names: str | list[str], what: str) -> tuple[list[Example], list[str]]:
+        return _examples([(name, read_rows(name)) for name in find_files(names)], data, task, form, what)
+
+    def of_split(name: str, what: str) -> tuple[list[Example], list[str]]:
+        rows = read_dataset(data.dataset, config=data.dataset_config, split=name)
+        return _examples([(f"{data.dataset} [{name}]", rows)], data, task, form, what)
+
+    if data.train_file is not None:
+        train, notes = of_files(data.train_file, "training")
+    else:
+        train, notes = of_split(data.train_split, "training")
+    evaluation: list[Example] = []
+    about_evaluation: list[str] = []
+    if data.eval_file is not None:
+        evaluation, about_evaluation = of_files(data.eval_file, "evaluation")
+    elif data.eval_split is not None:
+        evaluation, about_evaluation = of_split(data.eval_split, "evaluation")
+    elif fraction := task.eval_fraction if data.eval_fraction is None else data.eval_fraction:
+        train, evaluation = _split(train, fraction)
+    return Task(task.name, train, evaluation, task.rewards, notes=(*notes, *about_evaluation))
+
+
+def _examples(
+    sources: Sequence[tuple[str, Rows]], data: DataConfig, task: RowTask, form: PromptForm, what: str
+) -> tuple[list[Example], list[str]]:
+    """Turns rows into examples, without solved examples and system message: (examples, notes)."""
+    made: list[Example] = []
+    bad: dict[str, str] = {}  # place -> reason
+    num_rows = 0
+    for source, rows in sources:
+        for place, row in rows:
+            num_rows += 1
+            place = f"{source}, {place}"
+            try:
+                examples = _of_row(row, data, task, form)
+            except ValueError as error:
+                bad[place] = str(error)
+                continue
+            made += [replace(example, place=place) for example in examples]
+    first_source = sources[0][0]
+    if not num_rows or not (made or bad):
+        raise ValueError(
+            f"{first_source}: the file has no examples; each row is one, with a `prompt` or what makes it"
+            if task.make_rows is _as_it_stands
+            else f"{first_source}: there is no row of which {task.name} makes a prompt"
+        )
+    bad |= _odd_columns(made, short_places=len(sources) == 1)
+    note = settle(
+        [BadRow(place, reason) for place, reason in bad.items()],
+        num_rows,
+        on_bad_row=data.on_bad_row,
+        what=what,
+    )
+    return [example for example in made if example.place not in bad], [note] if note else []
+
+
+def _of_row(
+    row: Mapping[str, Any] | ValueError, data: DataConfig, task: RowTask, form: PromptForm
+) -> list[Example]:
+    """Makes the examples of one row.
+
+    Raises:
+        ValueError: the row cannot be used; the message does not say where it is.
+    """
+    if isinstance(row, ValueError):
+        raise row
+    renamed = rename(row, data.columns, strict=True)
+    # A template may call a column by its name in the file as well.
+    return [
+        _example(form, made, {**row, **renamed, **made})
+        for made in task.make_rows(renamed, **data.task_arguments)
+    ]
+
+
+def _odd_columns(examples: Sequence[Example], *, short_places: bool) -> dict[str, str]:
+    """Returns {place: reason} of the examples whose columns are not those that most examples have."""
+    kinds = Counter(frozenset(example.columns) for example in examples)
+    if len(kinds) < 2:
+        return {}
+    usual, _ = kinds.most_common(1)[0]  # the first of equals
+    first = next(example.place for example in examples if usual == example.columns.keys())
+    first = first.rpartition(", ")[2] if short_places else first
+    odd: dict[str, str] = {}
+    for example in examples:
+        missing = [name for name in usual if name not in example.columns]
+        new = [name for name in example.columns if name not in usual]
+        if missing:
+            odd[example.place] = f"column `{min(missing)}` is missing; {first} has it"
+        elif new:
+            odd[example.place] = f"column `{new[0]}` is new; {first} does not have it"
+    return odd
+
+
+def _example(form: PromptForm, row: Mapping[str, Any], known: Mapping[str, Any]) -> Example:
+    """Makes an example of a row; known: every name that a template may use."""
+    for name in RESERVED_COLUMNS:
+        if name in row:
+            raise ValueError(f"column `{name}` would hide a reward function's own argument; rename it")
+    prompt = row_prompt(form, row if form.template is None else known)
+    return Example(prompt, {name: value for name, value in row.items() if name != "prompt"})
+
+
+def _split(examples: Sequence[Example], fraction: float) -> tuple[list[Example], list[Example]]:
+    """Holds out a share of the prompts, each by its own text: (train, held out).
+
+    Equal prompts (white space aside) are on one side, and a prompt stays where it is when rows are added.
+    """
+    sides: tuple[list[Example], list[Example]] = ([], [])
+    for example in examples:
+        digest = hashlib.sha256(prompt_text(example.prompt).encode(errors="surrogatepass")).digest()
+        sides[int.from_bytes(digest[:8], "big") < fraction * 2**64].append(example)
+    for side, what in zip(sides, ("to train on", "held out"), strict=True):
+        if not side:
+            raise ValueError(
+                f"data.eval_fraction {fraction} of {len(examples)} prompts leaves none {what}; change it, or "
+                "give the held-out prompts in data.eval_file"
+            )
+    return sides
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """Returns one text for equal prompts, white space aside."""
+    parts = (
+        [prompt] if isinstance(prompt, str) else [part for m in prompt for part in (m["role"], m["content"])]
+    )
+    return "\0".join(" ".join(part.split()) for part in parts)
+
+
+def _templated(task: Task, form: PromptForm) -> Task:
+    """Applies a template to a task that makes its own problems."""
+    if form.template is None:
+        return task
+
+    def made(examples: Iterable[Example]) -> list[Example]:
+        rows = ({**example.columns, "prompt": example.prompt} for example in examples)
+        return [_example(form, row, row) for row in rows]
+
+    return replace(task, train=made(task.train), evaluation=made(task.evaluation))
+
+
+def _completed(task: Task, form: PromptForm) -> Task:
+    """Puts solved examples and system message before every prompt."""
+    if form.system_prompt is None and not form.shots:
+        return task
+
+    def completed(examples: Iterable[Example]) -> list[Example]:
+        return [replace(example, prompt=complete_prompt(form, example.prompt)) for example in examples]
+
+    return replace(task, train=completed(task.train), evaluation=completed(task.evaluation))

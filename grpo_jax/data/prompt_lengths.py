@@ -1,0 +1,167 @@
+"""Prompts over the limit in tokens: an error, dropped, or cut at the left."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from grpo_jax.data.bad_rows import settle
+from grpo_jax.data.encoded_examples import encode_examples
+from grpo_jax.data.tasks import Example
+from grpo_jax.models.loading import Model, encode
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Examples within the limit.
+
+    Args:
+        examples: what is left, with the tokens of their prompts.
+        lengths: token counts that occur among their prompts.
+        num_dropped: examples that are gone.
+        num_truncated: examples whose prompts were cut.
+        note: what to say about bad rows that were left out; None: there were none.
+    """
+
+    examples: Sequence[Example]
+    lengths: frozenset[int]
+    num_dropped: int = 0
+    num_truncated: int = 0
+    note: str | None = None
+
+
+def prompt_limit(model: Model, max_prompt_length: int | None, max_new_tokens: int) -> int | None:
+    """Returns the largest number of prompt tokens, None if nothing limits it.
+
+    Raises:
+        ValueError: prompt and completion do not fit the model's positions.
+    """
+    limit = max_prompt_length
+    if model.max_positions is None:
+        return limit
+    room = model.max_positions - max_new_tokens
+    if room < (limit or 1):
+        prompt, advice = "a prompt of 1 token", "lower sampling.max_new_tokens"
+        if limit is not None:
+            prompt, advice = f"data.max_prompt_length {limit}", "lower one of them"
+        raise ValueError(
+            f"{prompt} + sampling.max_new_tokens {max_new_tokens} exceed the {model.max_positions} positions "
+            f"of {model.source}; {advice}"
+        )
+    return room if limit is None else limit
+
+
+def fit_prompts(
+    examples: Sequence[Example],
+    model: Model,
+    limit: int | None,
+    over_length: str,
+    what: str,
+    *,
+    on_bad_row: str = "error",
+) -> Fitted:
+    """Encodes every prompt and makes it fit the limit.
+
+    Args:
+        examples: may be empty.
+        model: whose tokens count.
+        limit: tokens; None: no limit.
+        over_length: `error`, `drop` or `truncate_left`.
+        what: `training` or `evaluation`, for messages.
+        on_bad_row: `error`, or `drop` the prompts that the model cannot be given.
+
+    Raises:
+        ValueError: a prompt without tokens, or that the model cannot be given; one over the limit with
+            `error`; one that cannot be cut to it.
+    """
+    encoded, bad = encode_examples(examples, model, what)
+    note = settle(bad, len(examples), on_bad_row=on_bad_row, what=what)
+    lengths = encoded.lengths
+    over = [] if limit is None else np.flatnonzero(lengths > limit).tolist()
+    if not over:
+        return Fitted(encoded, frozenset(lengths.tolist()), note=note)
+    if over_length == "error":
+        first = encoded[over[0]].place or f"number {over[0]}"
+        raise ValueError(
+            f"{len(over)} of {len(lengths)} {what} prompts have more than {limit} tokens (the first is "
+            f"{first} with {lengths[over[0]]}); shorten them, raise data.max_prompt_length if the model's "
+            "positions allow, or set data.over_length: drop (or truncate_left)"
+        )
+    if over_length == "drop":
+        kept = encoded.chosen(np.flatnonzero(lengths <= limit))
+        return Fitted(kept, frozenset(kept.lengths.tolist()), num_dropped=len(over), note=note)
+    cut = list(encoded)
+    for i in over:
+        prompt = cut[i].prompt
+        shorter = (
+            _cut_text(model, prompt, limit) if isinstance(prompt, str) else _cut_chat(model, prompt, limit)
+        )
+        if shorter is None:
+            raise ValueError(
+                f"{cut[i].place or f'{what} prompt {i}'} has {lengths[i]} tokens and cannot be cut at the "
+                f"left to {limit}: the chat template alone is longer than that; raise data.max_prompt_length "
+                "or set data.over_length: drop"
+            )
+        cut[i] = replace(cut[i], prompt=shorter, tokens=tuple(encode(model, [shorter])[0]))
+    return Fitted(cut, frozenset(len(example.tokens) for example in cut), num_truncated=len(over), note=note)
+
+
+def _length(model: Model, prompt: str | list[dict[str, str]]) -> int:
+    return len(encode(model, [prompt])[0])
+
+
+def _cut_text(model: Model, text: str, limit: int) -> str | None:
+    """Returns the longest end of a text, from a token's start on, that fits; None: not one token does."""
+    return _first_fitting(model, (text[start:] for start in _token_starts(model, text)[-limit:]), limit)
+
+
+def _cut_chat(model: Model, messages: list[dict[str, str]], limit: int) -> list[dict[str, str]] | None:
+    """Removes the oldest turns up to a later user's, then the beginning of the last message.
+
+    A leading system message stays.
+    """
+    head = messages[:1] if messages[0]["role"] == "system" else []
+    rest = messages[len(head) :]
+    if not rest:
+        return None
+    starts = [i for i, message in enumerate(rest) if i and message["role"] == "user"]
+    for turns in (rest[start:] for start in starts):
+        if _length(model, head + turns) <= limit:
+            return head + turns
+    last = rest[starts[-1] :] if starts else rest
+    *before, final = last
+    content = final["content"]
+    cuts = (content[start:] for start in _token_starts(model, content)[-limit:])
+    return _first_fitting(model, ([*head, *before, {**final, "content": cut}] for cut in cuts), limit)
+
+
+def _token_starts(model: Model, text: str) -> list[int]:
+    """Returns the position in the text at which each of its tokens begins."""
+    encoded = model.tokenizer(
+        text, return_offsets_mapping=True, split_special_tokens=True, add_special_tokens=False, verbose=False
+    )
+    return [start for start, end in encoded["offset_mapping"] if end > start]
+
+
+def _first_fitting(model: Model, candidates: Iterable[Any], limit: int) -> Any:
+    """Returns the first prompt that fits. Text cut anew may have other tokens, so each is counted."""
+    return next((prompt for prompt in candidates if _length(model, prompt) <= limit), None)
+
+
+def bucket_length(length: int, limit: int) -> int:
+    """Returns the padded prompt length: 8, 16, 24, 32, 48, 64, 96, 128, ..., at most limit.
+
+    Two sizes per octave bound both the padding (a third) and the number of compilations.
+    """
+    size = 8
+    while size < length:
+        octave = 1 << (size.bit_length() - 1)
+        size += max(octave // 2, 8)
+    return min(size, limit)
+
+
+def padded_length(model: Model, prompt_length: int, max_new_tokens: int) -> int:
+    """Returns the bucket of prompts of so many tokens, within what the model's positions leave for them."""
+    room = max(prompt_length, (model.max_positions or 10**9) - max_new_tokens)
+    return bucket_length(prompt_length, room)

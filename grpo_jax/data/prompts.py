@@ -1,0 +1,117 @@
+"""From a row of data to the prompt that the model sees: template, solved examples, system message."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from grpo_jax.data.chat_rows import Prompt, check_text, read_prompt
+from grpo_jax.data.templates import Template, compile_template, render
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptForm:
+    """What is made of every row's prompt.
+
+    Args:
+        template: makes the prompt from the row's columns; None: it is the column `prompt`.
+        system_prompt: content of the system message; None: none is added.
+        shots: (prompt, completion) of the solved examples.
+        separator: stands after each example of a plain-text prompt.
+    """
+
+    template: Template | None = None
+    system_prompt: str | None = None
+    shots: tuple[tuple[str, str], ...] = field(default=())
+    separator: str = "\n\n"
+
+
+def make_prompt_form(
+    *,
+    prompt_template: str | None = None,
+    system_prompt: str | None = None,
+    few_shot: Sequence[Mapping[str, str]] = (),
+    few_shot_separator: str = "\n\n",
+) -> PromptForm:
+    """Compiles the template and renders the examples.
+
+    Args:
+        prompt_template: jinja2 source.
+        system_prompt: content of the system message.
+        few_shot: examples, each with `completion` and the columns that make its prompt.
+        few_shot_separator: stands after each example of a plain-text prompt.
+
+    Raises:
+        ValueError: a broken template, or an example that lacks one of its columns.
+    """
+    template = None if prompt_template is None else compile_template(prompt_template)
+    form = PromptForm(template=template, system_prompt=system_prompt, separator=few_shot_separator)
+    shots = []
+    for i, shot in enumerate(few_shot):
+        columns = {name: value for name, value in shot.items() if name != "completion"}
+        try:
+            shots.append((row_prompt(form, columns), shot["completion"]))
+        except ValueError as error:
+            raise ValueError(f"data.few_shot[{i}]: {error}") from None
+    return PromptForm(
+        template=template, system_prompt=system_prompt, shots=tuple(shots), separator=few_shot_separator
+    )
+
+
+def row_prompt(form: PromptForm, row: Mapping[str, Any]) -> Prompt:
+    """Returns the prompt of a row, without examples and system message.
+
+    Args:
+        form: with or without a template.
+        row: columns by name.
+
+    Raises:
+        ValueError: there is none: a missing column, a template that fails, or no text.
+    """
+    if form.template is None:
+        if "prompt" not in row:
+            raise ValueError(
+                f"`prompt` is missing; the keys are: {', '.join(row) or 'none'} (data.columns names one of "
+                f"them{_likely_column(row)}, data.prompt_template makes it from them)"
+            )
+        prompt = read_prompt(row["prompt"])
+    else:
+        prompt = render(form.template, row)
+        if not prompt.strip():
+            raise ValueError("data.prompt_template makes an empty prompt of this row")
+        check_text(prompt)
+    return prompt
+
+
+def _likely_column(row: Mapping[str, Any]) -> str:
+    """Returns how to name the column of a row that is probably its prompt; else an empty string."""
+    names = ("question", "problem", "messages", "conversations", "instruction", "query", "input")
+    found = [name for name in names if name in row]
+    return f", such as {{prompt: {found[0]}}}" if len(found) == 1 else ""
+
+
+def complete_prompt(form: PromptForm, prompt: Prompt) -> Prompt:
+    """Puts the solved examples and the system message before a prompt.
+
+    Plain text becomes ``prompt + completion + separator`` of every example, then the prompt; nothing else is
+    inserted. In a chat each example is a user's and an assistant's turn, after the system message. A chat
+    that has a system message keeps its own.
+
+    Args:
+        form: says what is added.
+        prompt: text or messages; not changed.
+
+    Returns:
+        text, or messages where there is a system message or the prompt is a list.
+    """
+    if isinstance(prompt, str) and form.system_prompt is None:
+        return "".join(q + a + form.separator for q, a in form.shots) + prompt
+    messages = [_message("user", prompt)] if isinstance(prompt, str) else list(prompt)
+    system = [messages.pop(0)] if messages[0]["role"] == "system" else []
+    if not system and form.system_prompt is not None:
+        system = [_message("system", form.system_prompt)]
+    turns = [_message(role, text) for q, a in form.shots for role, text in (("user", q), ("assistant", a))]
+    return system + turns + messages
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}

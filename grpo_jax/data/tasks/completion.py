@@ -1,0 +1,47 @@
+"""Continue a text: prompts cut at word borders from the `text` of a file's or data set's rows."""
+
+import re
+from typing import Any
+
+from grpo_jax.data.tasks.task import RowTask, require
+
+
+def make_rows(row: dict[str, Any], *, num_words: int = 16) -> list[dict[str, Any]]:
+    """Cuts a text into blocks of 2 * num_words words: the first half a prompt, the second its continuation.
+
+    Blocks do not overlap, so no held-out text is part of a training row. A last block without a word after
+    its prompt is left out; so is a text that short.
+
+    Args:
+        row: with the column `text`.
+        num_words: of every prompt.
+
+    Returns:
+        rows of `prompt`, `continuation`, both as they stand in the text, and the row's other columns.
+
+    Raises:
+        ValueError: the column is missing or no text.
+    """
+    require(num_words >= 1, f"num_words: {num_words}; at least 1")
+    if "text" not in row:
+        raise ValueError(
+            f"completion needs the column `text`; there are: {', '.join(row) or 'none'} (data.columns names "
+            "it: {text: ...})"
+        )
+    text = row["text"]
+    if not isinstance(text, str):
+        raise ValueError(f"`text` must be text, not {type(text).__name__}")
+    columns = {name: value for name, value in row.items() if name not in ("text", "prompt")}
+    words = [match.span() for match in re.finditer(r"\S+", text)]
+    rows = []
+    for start in range(0, len(words) - num_words, 2 * num_words):
+        border = words[start + num_words - 1][1]
+        end = words[min(start + 2 * num_words, len(words)) - 1][1]
+        prompt, continuation = text[words[start][0] : border], text[border:end]
+        rows.append({**columns, "prompt": prompt, "continuation": continuation})
+    return rows
+
+
+COMPLETION = RowTask(
+    name="completion", make_rows=make_rows, rewards=("distinct_words",), hub=None, eval_fraction=0.1
+)

@@ -1,0 +1,101 @@
+"""Countdown: reach a target from a few numbers, each used at most once. Every problem has a solution."""
+
+import hashlib
+import random
+from dataclasses import dataclass
+from fractions import Fraction
+
+from grpo_jax.data.tasks.task import Example, Task, require
+
+_ATTEMPTS = 100  # problems drawn, at most, per problem wanted
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Numbers in the order shown, what to make of them, and one way to do it."""
+
+    numbers: tuple[int, ...]
+    target: int
+    solution: str
+
+    @property
+    def key(self) -> str:
+        """Names the problem, whatever the order of its numbers."""
+        return f"{sorted(self.numbers)} -> {self.target}"
+
+
+def _draw(rng: random.Random, num_numbers: int, max_number: int) -> Problem | None:
+    """Combines random numbers by random operations; None where a step is no positive whole number."""
+
+    def below(n: int) -> int:
+        return int(rng.random() * n)  # `random` alone gives the same numbers in every version of Python
+
+    numbers = [1 + below(max_number) for _ in range(num_numbers)]
+    terms = [(Fraction(number), str(number)) for number in numbers]
+    while len(terms) > 1:
+        (a, left), (b, right) = (terms.pop(below(len(terms))) for _ in range(2))
+        sign = "+-*/"[below(4)]
+        value = {"+": a + b, "-": a - b, "*": a * b, "/": a / b}[sign]
+        if value <= 0 or value.denominator != 1:
+            return None
+        terms.append((value, f"({left} {sign} {right})"))
+    value, solution = terms[0]
+    return Problem(tuple(numbers), int(value), solution[1:-1])
+
+
+def draw_problems(*, count: int, num_numbers: int, max_number: int, max_target: int) -> list[Problem]:
+    """Draws different problems, the same ones in every run, in a fixed pseudo-random order.
+
+    Raises:
+        ValueError: there are not so many, or they are too rare.
+    """
+    rng = random.Random(0)
+    problems: dict[str, Problem] = {}
+    for _ in range(_ATTEMPTS * count):
+        problem = _draw(rng, num_numbers, max_number)
+        if problem and problem.target <= max_target and problem.target not in problem.numbers:
+            problems.setdefault(problem.key, problem)
+            if len(problems) == count:
+                return sorted(problems.values(), key=lambda p: hashlib.sha256(p.key.encode()).digest())
+    raise ValueError(
+        f"data.task_arguments: only {len(problems)} of {count} countdown problems (size + held_out) were "
+        "found; lower these or raise max_number, max_target or num_numbers"
+    )
+
+
+def make_countdown(
+    *,
+    num_numbers: int = 3,
+    max_number: int = 25,
+    max_target: int = 100,
+    size: int = 4096,
+    held_out: int = 512,
+) -> Task:
+    """Builds the task: columns `numbers`, `target` and one `solution`.
+
+    Args:
+        num_numbers: numbers of a problem, 2 to 6; its solution uses all of them.
+        max_number: largest of them; the smallest is 1.
+        max_target: largest target; the smallest is 1.
+        size: training problems.
+        held_out: held-out problems. No problem is on both sides, in no order of its numbers.
+    """
+    require(2 <= num_numbers <= 6, f"num_numbers: {num_numbers}; 2 to 6")
+    for name, value in (("max_number", max_number), ("max_target", max_target), ("size", size)):
+        require(value >= 1, f"{name}: {value}; at least 1")
+    require(held_out >= 0, f"held_out: {held_out}; 0 or more")
+    problems = draw_problems(
+        count=size + held_out, num_numbers=num_numbers, max_number=max_number, max_target=max_target
+    )
+    examples = [_example(problem) for problem in problems]
+    return Task("countdown", examples[held_out:], examples[:held_out], ("countdown",))
+
+
+def _example(problem: Problem) -> Example:
+    shown = ", ".join(map(str, problem.numbers))
+    prompt = (
+        f"Use the numbers {shown}, each at most once, with + - * / and parentheses to make "
+        f"{problem.target}.\nExpression:"
+    )
+    columns = {"numbers": list(problem.numbers), "target": problem.target, "solution": problem.solution}
+    return Example(prompt, columns)

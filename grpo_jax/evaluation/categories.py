@@ -1,0 +1,43 @@
+"""Held-out prompts by category: a column of the data says which."""
+
+from collections.abc import Sequence
+
+from grpo_jax.data.loading import Example
+
+MAX_CATEGORIES = 20  # each gets metrics of its own in every evaluation
+
+
+def rows_by_category(examples: Sequence[Example], column: str | None) -> dict[str, list[int]]:
+    """Groups examples by what a column says of them.
+
+    Args:
+        examples: N held-out examples.
+        column: its name; None: there are no categories.
+
+    Returns:
+        category -> its rows, in the order of their first appearance.
+
+    Raises:
+        ValueError: there is no such column, its values are no names, or there are more than MAX_CATEGORIES.
+    """
+    if column is None or not examples:
+        return {}
+    if column not in examples[0].columns:
+        there = ", ".join(f"`{name}`" for name in examples[0].columns) or "none"
+        raise ValueError(f"evaluation.category: {column!r} is no column of the held-out prompts: {there}")
+    rows: dict[str, list[int]] = {}
+    for row, example in enumerate(examples):
+        value = example.columns[column]
+        if not isinstance(value, str | int | float) or value == "":
+            raise ValueError(
+                f"evaluation.category: `{column}` of held-out prompt {row} is {value!r:.80}; a category is a "
+                "text, a number or a bool"
+            )
+        # Slashes part the names of metrics.
+        rows.setdefault(str(value).replace("/", "_"), []).append(row)
+    if len(rows) > MAX_CATEGORIES:
+        raise ValueError(
+            f"evaluation.category: `{column}` has {len(rows)} values among {len(examples)} held-out "
+            f"prompts; {MAX_CATEGORIES} at most, each has metrics of its own"
+        )
+    return rows

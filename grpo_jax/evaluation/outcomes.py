@@ -1,0 +1,210 @@
+"""What a model makes of prompts, with k samples of each: sampled, judged, summarized, compared."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from grpo_jax.data.encoded_examples import tokens_of
+from grpo_jax.data.loading import Example
+from grpo_jax.data.prompt_lengths import padded_length
+from grpo_jax.evaluation.statistics import doublings, paired_bootstrap, pass_at_k
+from grpo_jax.evaluation.verdicts import Correct, choose_correct
+from grpo_jax.models.endings import end_arguments
+from grpo_jax.models.loading import Model, decode, pad_prompts
+from grpo_jax.policy.decoding import generate
+from grpo_jax.rewards.loading import Reward, reward_means
+from grpo_jax.training.actor import judge
+from grpo_jax.training.experience import combine
+from grpo_jax.types import Params
+
+# Evaluation noise must not repeat any training step's: steps count up from 0 and never get here.
+_NOISE_STEP = 2**31 - 1
+
+
+def sample_texts(
+    model: Model,
+    params: Params,
+    examples: Sequence[Example],
+    *,
+    group_size: int,
+    prompt_length: int,
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
+    sampling: Mapping[str, float],
+) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Samples group_size completions of each example, a fixed number of prompts at a time.
+
+    Returns:
+        (texts [N*G] prompt-major, lengths [N*G] in tokens, finished [N*G] bool).
+    """
+    key = jax.random.fold_in(jax.random.key(seed), _NOISE_STEP)
+    sequences = tokens_of(model, examples)
+    size = min(max(1, batch_size // group_size), len(sequences))
+    texts, lengths, finished = [], [], []
+    for start in range(0, len(sequences), size):
+        part = sequences[start : start + size]
+        rows = len(part) * group_size
+        # The last part is filled up to the one compiled shape; its extra rows are dropped.
+        filled = part + [part[0]] * (size - len(part))
+        rollout = generate(
+            model.policy,
+            params,
+            pad_prompts(filled, prompt_length),
+            key,
+            group_size=group_size,
+            max_new_tokens=max_new_tokens,
+            **end_arguments(model),
+            first_row=start * group_size,
+            **sampling,
+        )
+        mask = np.asarray(rollout.mask)[:rows]
+        texts += decode(model, np.asarray(rollout.tokens)[:rows], mask)
+        lengths.append(mask.sum(axis=1))
+        finished.append(np.asarray(rollout.finished)[:rows])
+    return texts, np.concatenate(lengths), np.concatenate(finished)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a model made of N held-out prompts, with k samples of each."""
+
+    greedy: np.ndarray  # [N] bool, the greedy completion is correct
+    correct: np.ndarray  # [N,k] bool, of the samples
+    scores: np.ndarray  # [N*k,R] float32, NaN for missing; those of evaluation only stand last
+    totals: np.ndarray  # [N,k] float32, weighted sums of the training rewards
+    valid: np.ndarray  # [N,k] bool, where totals count
+    lengths: np.ndarray  # [N*k] tokens
+    finished: np.ndarray  # [N*k] bool
+
+
+def observe(
+    model: Model,
+    params: Params,
+    examples: Sequence[Example],
+    rewards: Sequence[Reward],
+    *,
+    num_samples: int,
+    max_new_tokens: int,
+    sampling: Mapping[str, float],
+    batch_size: int = 256,
+    prompt_length: int | None = None,
+    seed: int = 0,
+    eval_rewards: Sequence[Reward] = (),
+    correct: Correct | None = None,
+) -> Outcome:
+    """Completes held-out prompts, once greedily and with num_samples samples per prompt, and judges that.
+
+    The noise depends on the seed alone, so outcomes of two models, or of two steps of one run, are paired.
+
+    Args:
+        model: functions and tokenizer.
+        params: parameters to evaluate.
+        examples: held-out prompts with their columns; at least one.
+        rewards: reward functions of the training; their weighted sum is the total.
+        num_samples: k.
+        max_new_tokens: T.
+        sampling: temperature, top_k, top_p, min_p of the sampled part.
+        batch_size: completions decoded at once.
+        prompt_length: longest prompt in tokens; None: found out.
+        seed: of the noise.
+        eval_rewards: reward functions that take no part in the total.
+        correct: when a completion is correct; None: as `choose_correct` decides.
+
+    Raises:
+        ValueError: no examples. RewardError: a reward function failed.
+    """
+    if not examples:
+        raise ValueError("evaluation needs at least one held-out prompt; there are none")
+    if prompt_length is None:
+        prompt_length = max(len(s) for s in tokens_of(model, examples))
+    settings = {
+        "prompt_length": padded_length(model, prompt_length, max_new_tokens),
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    functions = [*rewards, *eval_rewards]
+    if correct is None:
+        correct = choose_correct(rewards, eval_rewards, columns=examples[0].columns)
+    greedy = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    texts, _, _ = sample_texts(model, params, examples, group_size=1, sampling=greedy, **settings)
+    greedy_scores = judge([functions[correct.index]], examples, texts)[:, 0]
+
+    texts, lengths, finished = sample_texts(
+        model, params, examples, group_size=num_samples, sampling=sampling, **settings
+    )
+    repeated = [example for example in examples for _ in range(num_samples)]
+    scores = judge(functions, repeated, texts)
+    totals, valid = combine(
+        scores[:, : len(rewards)], [reward.weight for reward in rewards], group_size=num_samples
+    )
+    groups = (len(examples), num_samples)
+    return Outcome(
+        greedy=correct.judge(greedy_scores),
+        correct=correct.judge(scores[:, correct.index]).reshape(groups),
+        scores=scores,
+        totals=totals.reshape(groups),
+        valid=valid.reshape(groups),
+        lengths=lengths,
+        finished=finished,
+    )
+
+
+def summarize(
+    outcome: Outcome, rewards: Sequence[Reward], categories: Mapping[str, Sequence[int]]
+) -> dict[str, float]:
+    """Turns an outcome into metrics, which `grpo_jax.training.metrics` defines.
+
+    Args:
+        outcome: of N prompts.
+        rewards: the R reward functions of its scores.
+        categories: category -> rows of its prompts.
+    """
+    k, valid = outcome.correct.shape[1], outcome.valid
+    # What was lost to a timeout is missing as well.
+    figures = {
+        f"eval/{name}": value
+        for name, value in reward_means(rewards, outcome.scores).items()
+        if name.endswith("/mean") or (name.endswith("/missing") and value > 0)
+    }
+    results = {
+        "eval/greedy_accuracy": float(outcome.greedy.mean()),
+        f"eval/mean@{k}": float(outcome.correct.mean()),
+        # pass@1 is mean@k.
+        **{f"eval/pass@{j}": pass_at_k(outcome.correct, j) for j in doublings(k) if j > 1 or k == 1},
+        "eval/reward": float(outcome.totals[valid].mean()) if valid.any() else 0.0,
+        **figures,
+        "eval/mean_length": float(outcome.lengths.mean()),
+        "eval/clipped_ratio": float(1.0 - outcome.finished.mean()),
+    }
+    for category, rows in categories.items():
+        correct = outcome.correct[list(rows)]
+        results[f"eval/{category}/greedy_accuracy"] = float(outcome.greedy[list(rows)].mean())
+        results[f"eval/{category}/mean@{k}"] = float(correct.mean())
+        results[f"eval/{category}/pass@{k}"] = pass_at_k(correct, k)
+    return results
+
+
+def compare(outcome: Outcome, baseline: Outcome, *, seed: int = 0) -> dict[str, tuple[float, float, float]]:
+    """Compares two outcomes on the same prompts.
+
+    Returns:
+        metric -> (difference, low, high): the outcome's minus the baseline's, and the 95 % interval of a
+        paired bootstrap over prompts.
+    """
+    k = outcome.correct.shape[1]
+    pairs = {
+        "eval/greedy_accuracy": [(one.greedy, None) for one in (outcome, baseline)],
+        f"eval/mean@{k}": [(one.correct.mean(axis=1), None) for one in (outcome, baseline)],
+        "eval/reward": [
+            ((one.totals * one.valid).sum(axis=1, dtype=np.float64), one.valid.sum(axis=1))
+            for one in (outcome, baseline)
+        ],
+    }
+    return {
+        name: paired_bootstrap(mine, theirs, counts=my_counts, baseline_counts=their_counts, seed=seed)
+        for name, ((mine, my_counts), (theirs, their_counts)) in pairs.items()
+    }

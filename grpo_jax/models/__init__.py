@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints: configurations, tensor files, tokenizers, adapters."""

@@ -1,0 +1,90 @@
+"""From a model's name to a local directory: a path, a hub id, or a packaged model."""
+
+import json
+from importlib.resources import files
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.errors import (
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from grpo_jax.models import flax_families
+from grpo_jax.models.implementations import choose_implementation
+
+PACKAGED = Path(str(files("grpo_jax"))) / "packaged"
+
+
+def find_directory(name: str, *, revision: str | None) -> Path:
+    """Returns the local directory of a model, downloading a hub id."""
+    packaged = name.removeprefix("packaged:")
+    path = Path(name).expanduser() if packaged == name else PACKAGED / packaged
+    is_path = packaged != name or path.is_dir() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if not is_path:
+        return _download(name, revision)
+    if revision is not None:
+        raise ValueError(f"revision {revision!r} is for hub ids; {name} is local")
+    if packaged != name and ("/" in packaged or not path.is_dir()):
+        there = ", ".join(sorted(p.name for p in PACKAGED.glob("*/"))) or "none"
+        raise FileNotFoundError(f"{name}: no such packaged model; there are: {there}")
+    if not path.is_dir():
+        raise FileNotFoundError(f"{name}: no such directory")
+    return path
+
+
+def check_no_adapter(directory: Path, name: str) -> None:
+    """Raises ValueError if a directory holds a PEFT adapter and no model."""
+    content = read_json(directory / ADAPTER_CONFIG)
+    weights = ("model*.safetensors", "flax_model*.msgpack", "*.index.json")
+    if content is None or any(any(directory.glob(pattern)) for pattern in weights):
+        return
+    base = content.get("base_model_name_or_path") or "its base model"
+    raise ValueError(
+        f"{name}: this is a PEFT adapter, not a model. To go on from it, give {base} as model.hf_model_name "
+        "and the adapter as lora.start_from; or merge it first, by merge_and_unload() in PEFT"
+    )
+
+
+_SMALL_FILES = ["config.json", "generation_config.json", "tokenizer*", "vocab.json", "merges.txt", "*.model"]
+_SMALL_FILES += ["special_tokens_map.json", "added_tokens.json", "chat_template*", "*.index.json"]
+ADAPTER_CONFIG = "adapter_config.json"
+_SMALL_FILES += [ADAPTER_CONFIG]
+
+
+def _download(name: str, revision: str | None) -> Path:
+    # Configuration first: a model that will be refused costs no gigabytes. Then the first format there is.
+    stages = (_SMALL_FILES, ["model.safetensors", "model-*.safetensors"], ["flax_model*.msgpack"])
+    try:
+        for patterns in stages:
+            folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
+            if patterns is _SMALL_FILES and (raw := read_json(folder / "config.json")) is not None:
+                choose_implementation(flax_families.read_config(raw, name), "auto", source=name)
+            if patterns is _SMALL_FILES and raw is None:
+                check_no_adapter(folder, name)
+            if any(folder.glob("*.safetensors")) or any(folder.glob("*.msgpack")):
+                break
+        return folder
+    except RevisionNotFoundError:
+        raise FileNotFoundError(f"{name}: the hub has no revision {revision!r} of it") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        reason = "the hub has no such (public) model"
+    except OSError as error:
+        if error.errno is not None:  # the disk, not the client's connection errors
+            raise
+        reason = "the hub could not be reached, and the model is not in the local cache"
+    raise FileNotFoundError(f"{name}: no such directory here, and {reason}; a local directory works offline")
+
+
+def read_json(path: Path) -> dict | None:
+    """Returns the contents of a JSON file, None if there is no such file."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return content

@@ -1,0 +1,1 @@
+"""The objective of the paper: advantages, ratios, surrogates, KL, reductions and recipes."""

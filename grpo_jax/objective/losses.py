@@ -1,0 +1,346 @@
+"""The policy loss: ratio level x surrogate x KL estimator x reduction, each a pure function.
+
+Every loss is ``sum(weights * per_token_loss)`` with weights [B,T] computed once from the mask of the
+whole optimizer batch (`loss_weights`), so slicing the batch and adding up the slices changes nothing.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from grpo_jax.objective.kl import bounded_exp, kl_k3
+from grpo_jax.objective.surrogates import *  # noqa: F403  the surrogates are part of the losses
+from grpo_jax.objective.surrogates import clipped_surrogate, with_mask
+
+
+@chex.dataclass(frozen=True, mappable_dataclass=False)
+class LossMetrics:
+    """What `grpo_loss` saw, per call; `metrics.merge_loss_metrics` joins the slices of a batch.
+
+    Means and shares are over masked-in tokens; a batch without any gives zeros.
+    """
+
+    policy_loss: Array  # [] sum(weights * surrogate)
+    kl: Array  # [] mean estimate of KL(pi || ref), nats; 0 without a reference
+    ratio_mean: Array  # [] mean importance ratio
+    ratio_max: Array  # [] largest importance ratio
+    clip_low: Array  # [] share of tokens whose gradient the surrogate cuts at a ratio below 1
+    clip_high: Array  # [] the same at a ratio above 1
+    stale: Array  # [] share of tokens in sequences dropped as stale
+    num_tokens: Array  # [] masked-in tokens
+
+
+def token_log_ratios(differences: Array, log_probs: Array, mask: Array) -> Array:
+    """Returns each token's own log ratio, as PPO and GRPO have it."""
+    return differences
+
+
+def sequence_log_ratios(differences: Array, log_probs: Array, mask: Array) -> Array:
+    """Returns the mean log ratio of the row's tokens, the same at every token.
+
+    This is the length-normalised sequence ratio of GSPO, https://arxiv.org/abs/2507.18071, equation 7.
+    """
+    return jnp.where(mask, _row_means(differences, mask), 0)
+
+
+def sequence_token_log_ratios(differences: Array, log_probs: Array, mask: Array) -> Array:
+    """Returns the value of the sequence's log ratio with the gradient of the token's own log-prob.
+
+    GSPO-token, https://arxiv.org/abs/2507.18071, equation 14.
+    """
+    means = jax.lax.stop_gradient(_row_means(differences, mask))
+    return jnp.where(mask, means + log_probs - jax.lax.stop_gradient(log_probs), 0)
+
+
+def _row_means(differences: Array, mask: Array) -> Array:
+    """Returns the mean of each row's masked-in values [B,1], given 0 at the others."""
+    lengths = jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1).astype(differences.dtype)
+    return jnp.sum(differences, axis=-1, keepdims=True) / lengths
+
+
+# name -> f(differences [B,T], log_probs [B,T], mask [B,T]) -> [B,T]. The differences are log(pi / pi_old) of
+# the tokens. Both are 0 at masked positions, and so is the result.
+RATIO_LEVELS: dict[str, Callable[[Array, Array, Array], Array]] = {
+    "token": token_log_ratios,
+    "sequence": sequence_log_ratios,
+    "sequence_token": sequence_token_log_ratios,
+}
+
+
+def log_ratios(log_probs: Array, old_log_probs: Array, mask: Array, *, level: str = "token") -> Array:
+    """Computes the log importance ratios log(pi / pi_old) at one of the `RATIO_LEVELS`.
+
+        token           each token's own ratio (PPO, GRPO)
+        sequence        one ratio per row, the mean over its tokens (GSPO, equation 7)
+        sequence_token  that value with the gradient of the token's own (GSPO-token, equation 14)
+
+    Args:
+        log_probs: [B,T], under the policy being trained.
+        old_log_probs: [B,T], under the policy that sampled. No gradient flows into it.
+        mask: [B,T] bool. Values at masked positions, inf and NaN included, have no influence.
+        level: a key of `RATIO_LEVELS`.
+
+    Returns:
+        [B,T], 0 at masked positions.
+
+    Raises:
+        ValueError: unknown level.
+    """
+    if level not in RATIO_LEVELS:
+        raise ValueError(f"level: {level!r}; choose one of {', '.join(RATIO_LEVELS)}")
+    chex.assert_rank([log_probs, old_log_probs, mask], 2)
+    chex.assert_equal_shape([log_probs, old_log_probs, mask])
+    mask = jnp.asarray(mask, bool)
+    # Mask before any arithmetic: exp of an extreme padded value gives 0 * inf = NaN in the gradient.
+    log_probs = jnp.where(mask, log_probs, 0)
+    differences = log_probs - jax.lax.stop_gradient(jnp.where(mask, old_log_probs, 0))
+    return RATIO_LEVELS[level](differences, log_probs, mask)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchSizes:
+    """What a reduction may know about the optimizer batch besides its mask.
+
+    Args:
+        num_rows: B, without rows of padding. It is traced where padding was added.
+        max_length: completion limit in tokens.
+        num_microbatches: M, equal slices of consecutive rows.
+    """
+
+    num_rows: int | Array
+    max_length: int
+    num_microbatches: int
+
+
+def sequence_weights(counted: Array, lengths: Array, sizes: BatchSizes) -> Array:
+    """Returns 1 / (B n_i): the mean over sequences of their mean over tokens. GRPO, equation 3."""
+    return counted / jnp.maximum(lengths, 1) / sizes.num_rows
+
+
+def token_weights(counted: Array, lengths: Array, sizes: BatchSizes) -> Array:
+    """Returns 1 / sum_i n_i: the mean over all tokens of the batch. DAPO, equation 8."""
+    return counted / jnp.maximum(jnp.sum(lengths), 1)
+
+
+def constant_weights(counted: Array, lengths: Array, sizes: BatchSizes) -> Array:
+    """Returns 1 / (B max_length), which has no length bias. Dr. GRPO, section 3.2."""
+    return counted / (sizes.num_rows * sizes.max_length)
+
+
+def sequence_sum_weights(counted: Array, lengths: Array, sizes: BatchSizes) -> Array:
+    """Returns 1 / B: the mean over sequences of their sum over tokens. RLOO."""
+    return counted / sizes.num_rows
+
+
+def local_token_weights(counted: Array, lengths: Array, sizes: BatchSizes) -> Array:
+    """Returns 1 / (M sum n_i of the row's micro-batch): the mean over M micro-batches of their token means.
+
+    TRL calls it "bnpo". By definition it depends on how the batch is split.
+
+    Raises:
+        ValueError: the rows do not divide into M slices.
+    """
+    rows = counted.shape[0]
+    slices = sizes.num_microbatches
+    if rows % slices:
+        raise ValueError(f"{rows} rows do not divide into {slices} micro-batches")
+    totals = jnp.sum(lengths.reshape(slices, -1), axis=1)
+    per_row = jnp.repeat(totals, rows // slices)[:, None]
+    return counted / jnp.maximum(per_row, 1) / slices
+
+
+# name -> f(counted [B,T], lengths [B,1], sizes) -> weights [B,T]. `counted` is 1.0 at the tokens that count
+# and 0.0 elsewhere; `lengths` are its row sums.
+REDUCTIONS: dict[str, Callable[[Array, Array, BatchSizes], Array]] = {
+    "sequence": sequence_weights,
+    "token": token_weights,
+    "constant": constant_weights,
+    "sequence_sum": sequence_sum_weights,
+    "local_token": local_token_weights,
+}
+
+
+def loss_weights(
+    mask: Array,
+    *,
+    reduction: str = "sequence",
+    max_length: int | None = None,
+    num_sequences: int | Array | None = None,
+    num_microbatches: int = 1,
+) -> Array:
+    """Turns a reduction into per-token weights. The loss is ``sum(weights * per_token_loss)``.
+
+        sequence      1 / (B n_i)         mean over sequences of the mean over tokens (GRPO)
+        token         1 / sum_i n_i       mean over all tokens of the batch (DAPO, equation 8)
+        constant      1 / (B max_length)  no length bias (Dr. GRPO, section 3.2)
+        sequence_sum  1 / B               mean over sequences of the sum over tokens (RLOO)
+        local_token   1 / (M sum_(i in slice) n_i)  mean over M micro-batches of their token means ("bnpo"
+            in TRL). It is the one reduction that depends, by definition, on how the batch is split.
+
+    Args:
+        mask: [B,T] bool of the *whole* optimizer batch, never of a micro-batch.
+        reduction: a key of `REDUCTIONS`.
+        max_length: completion limit in tokens, used by "constant" only. None means T.
+        num_sequences: B of the formulas. None means the number of rows. Give it when rows of padding were
+            added, which must not count.
+        num_microbatches: M, used by "local_token" only. The slices are B / M consecutive rows.
+
+    Returns:
+        float32 [B,T] (float64 if x64 is on), 0 where masked. A fully masked batch gives all zeros.
+
+    Raises:
+        ValueError: unknown reduction, or B rows that do not divide into M slices.
+
+    >>> loss_weights(jnp.array([[1, 1], [1, 0]], bool)).tolist()
+    [[0.25, 0.25], [0.5, 0.0]]
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: {reduction!r}; choose one of {', '.join(REDUCTIONS)}")
+    chex.assert_rank(mask, 2)
+    counted = jnp.asarray(mask, bool).astype(jnp.result_type(float))
+    lengths = jnp.sum(counted, axis=-1, keepdims=True)
+    sizes = BatchSizes(
+        num_rows=mask.shape[0] if num_sequences is None else jnp.maximum(num_sequences, 1),
+        max_length=mask.shape[1] if max_length is None else max_length,
+        num_microbatches=num_microbatches,
+    )
+    return REDUCTIONS[reduction](counted, lengths, sizes)
+
+
+def grpo_loss(
+    log_probs: Array,
+    old_log_probs: Array,
+    advantages: Array,
+    mask: Array,
+    weights: Array,
+    *,
+    ref_log_probs: Array | None = None,
+    ratio_level: str = "token",
+    surrogate: Callable[..., Array] = clipped_surrogate,
+    kl_estimator: Callable[[Array, Array], Array] = kl_k3,
+    kl_coef: float | Array = 0.0,
+    kl_ratio_corrected: bool = False,
+    kls: Array | None = None,
+    at_reference: Array | None = None,
+    entropies: Array | None = None,
+    entropy_coef: float | Array = 0.0,
+    penalty_weights: Array | None = None,
+    max_staleness: float | Array | None = None,
+) -> tuple[Array, LossMetrics]:
+    """Computes the GRPO loss, https://arxiv.org/abs/2402.03300, equation 3, and its whole family.
+
+    ``sum_it weights_it * surrogate_it + penalty_weights_it * (kl_coef * kl_it - entropy_coef * entropy_it)``
+
+    Args:
+        log_probs: [B,T], of the sampled tokens under the policy being trained; the gradient's path.
+        old_log_probs: [B,T], under the policy that sampled.
+        advantages: [B].
+        mask: [B,T] bool, True on completion tokens, the first eos included. Whatever stands at masked
+            positions, NaN and inf included, changes neither the loss nor its gradient.
+        weights: [B,T], from `loss_weights` over the whole optimizer batch.
+        ref_log_probs: [B,T], under the frozen reference; None: no KL term.
+        ratio_level: see `log_ratios`.
+        surrogate: ``f(log_ratios [B,T], log_probs [B,T], advantages [B,1]) -> [B,T]``, see
+            `grpo_jax.objective.surrogates`; set its clip keywords with `functools.partial`.
+        kl_estimator: ``f(log_probs, ref_log_probs) -> [...]``, see `grpo_jax.objective.kl`.
+        kl_coef: weight of the KL term, not negative.
+        kl_ratio_corrected: multiplies the estimator by the importance ratio (of the ratio level, and
+            differentiated). At the token level that is unbiased for the current policy, with the gradient
+            of KL(pi || ref).
+        kls: [B,T], exact KL(pi || ref) of every position's distribution (`kl_exact`), with the gradient's
+            path; used instead of the estimator.
+        at_reference: [B,T] bool, where the policy is known to be the reference: the KL of those tokens and
+            its gradient are exactly 0, where two programs would leave their rounding. None: nowhere.
+        entropies: [B,T], entropy of every position's distribution, with the gradient's path.
+        entropy_coef: weight of the entropy bonus; needs entropies.
+        penalty_weights: [B,T], weights of the KL term and of the entropy bonus; None: weights.
+        max_staleness: drops the policy term of sequences with a negative advantage whose mean log-prob
+            has fallen by more than this many nats since they were sampled. DeepSeek-V3.2,
+            https://arxiv.org/abs/2512.02556, section 3.1, "off-policy sequence masking". None: off.
+
+    Returns:
+        (loss [], LossMetrics). On-policy (ratio 1) the value of the policy loss is close to 0 because
+        advantages are centred; the gradient is what matters, and it is not.
+    """
+    chex.assert_rank([log_probs, old_log_probs, mask, weights], 2)
+    chex.assert_equal_shape([log_probs, old_log_probs, mask, weights])
+    chex.assert_shape(advantages, (log_probs.shape[0],))
+    mask = jnp.asarray(mask, bool)
+    log_probs = jnp.where(mask, log_probs, 0)
+    penalty_weights = weights if penalty_weights is None else penalty_weights
+    old_log_probs, advantages, weights, penalty_weights = jax.lax.stop_gradient(
+        (old_log_probs, advantages[:, None], weights, penalty_weights)
+    )
+    log_rho = log_ratios(log_probs, old_log_probs, mask, level=ratio_level)
+    surrogate = with_mask(surrogate, mask)
+    stale = _stale_rows(log_probs, old_log_probs, advantages, mask, max_staleness)
+    surrogates = jnp.where(mask & ~stale, surrogate(log_rho, log_probs, advantages), 0)
+    policy_loss = jnp.sum(weights * surrogates)
+    loss = policy_loss
+    apart = mask if at_reference is None else mask & ~at_reference
+    kls = _kls(kls, log_probs, ref_log_probs, log_rho, apart, kl_estimator, kl_ratio_corrected)
+    if kls is not None:
+        loss = loss + kl_coef * jnp.sum(penalty_weights * kls)
+    if entropies is not None:
+        chex.assert_equal_shape([log_probs, entropies])
+        loss = loss - entropy_coef * jnp.sum(penalty_weights * jnp.where(mask, entropies, 0))
+    clipped = _clipped_tokens(surrogate, log_rho, log_probs, advantages)
+    return loss, _loss_metrics(policy_loss, kls, log_rho, clipped, stale, mask)
+
+
+def _kls(kls, log_probs, ref_log_probs, log_rho, mask, kl_estimator, kl_ratio_corrected) -> Array | None:
+    """Returns the KL term of every token [B,T], 0 where masked; None without a reference."""
+    if kls is None and ref_log_probs is None:
+        return None
+    if kls is None:
+        chex.assert_equal_shape([log_probs, ref_log_probs])
+        ref_log_probs = jax.lax.stop_gradient(jnp.where(mask, ref_log_probs, 0))
+        kls = kl_estimator(log_probs, ref_log_probs)
+    chex.assert_equal_shape([log_probs, kls])
+    return jnp.where(mask, kls * bounded_exp(log_rho) if kl_ratio_corrected else kls, 0)
+
+
+def _stale_rows(log_probs, old_log_probs, advantages, mask, max_staleness) -> Array:
+    """Says which rows are dropped: bool [B,1]."""
+    if max_staleness is None:
+        return jnp.zeros((mask.shape[0], 1), bool)
+    fallen = -log_ratios(jax.lax.stop_gradient(log_probs), old_log_probs, mask, level="sequence")
+    return (advantages < 0) & jnp.any(fallen > max_staleness, axis=1, keepdims=True)
+
+
+def _clipped_tokens(surrogate, log_rho, log_probs, advantages) -> Array:
+    """Says where the surrogate lets no gradient through although the advantage is not zero: bool [B,T].
+
+    The derivative of the sum of all losses with respect to each token tells, without knowledge of any
+    surrogate's clip keywords, and also where a surrogate couples the tokens of a row.
+    """
+
+    def total(inputs):
+        return jnp.sum(surrogate(*inputs, advantages))
+
+    by_ratio, by_log_prob = jax.grad(total)(jax.lax.stop_gradient((log_rho, log_probs)))
+    return (by_ratio + by_log_prob == 0) & (advantages != 0)
+
+
+def _loss_metrics(policy_loss, kls, log_rho, clipped, stale, mask) -> LossMetrics:
+    num_tokens = jnp.sum(mask)
+
+    def mean(values):
+        return jnp.sum(jnp.where(mask, values, 0)) / jnp.maximum(num_tokens, 1)
+
+    rho = bounded_exp(log_rho)
+    metrics = LossMetrics(
+        policy_loss=policy_loss,
+        kl=mean(jnp.zeros_like(rho) if kls is None else kls),
+        ratio_mean=mean(rho),
+        ratio_max=jnp.max(jnp.where(mask, rho, 0)),
+        clip_low=mean(clipped & (rho < 1)),
+        clip_high=mean(clipped & (rho > 1)),
+        stale=mean(jnp.broadcast_to(stale, mask.shape)),
+        num_tokens=num_tokens,
+    )
+    return jax.lax.stop_gradient(metrics)

@@ -1,0 +1,327 @@
+"""Named compositions of the five axes: advantage x ratio level x surrogate x KL estimator x reduction.
+
+A recipe is to `grpo_loss` what `optax.adam` is to its chain: a record of choices with a citation.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import Array
+
+from grpo_jax.objective.advantages import ADVANTAGES, AGGREGATIONS, MISSING, group_advantages
+from grpo_jax.objective.kl import KL_ESTIMATORS, kl_exact, kl_k1, kl_k3
+from grpo_jax.objective.losses import RATIO_LEVELS, REDUCTIONS, LossMetrics, grpo_loss, loss_weights
+from grpo_jax.objective.surrogates import (
+    SURROGATES,
+    cispo_surrogate,
+    clip_keywords,
+    clipped_surrogate,
+    gmpo_surrogate,
+    reinforce_surrogate,
+    sapo_surrogate,
+)
+
+# `ratio_k1` and `ratio_k3` are k1 and k3 times the importance ratio, see `grpo_loss`; `exact` is `kl_exact`.
+KL_NAMES = (*KL_ESTIMATORS, "ratio_k1", "ratio_k3", "exact")
+KL_PLACEMENTS = ("loss", "reward")
+CLIP_KEYWORDS = frozenset(key for surrogate in SURROGATES.values() for key in clip_keywords(surrogate))
+
+
+_NUMBERS = ("clip", "kl_coef", "entropy_coef", "top_entropy", "max_staleness", "importance_cap")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One objective. Functions and names are static; numbers are leaves of the pytree and may change
+    between calls of a jitted function without compiling it again.
+    """
+
+    name: str
+    paper: str
+    # the five axes
+    advantage: Callable[..., Array] = group_advantages  # one of ADVANTAGES
+    ratio_level: str = "token"  # see log_ratios
+    surrogate: Callable[..., Array] = clipped_surrogate  # one of SURROGATES
+    clip: dict[str, float] = dataclasses.field(default_factory=dict)  # keywords of the surrogate
+    kl_estimator: Callable[[Array, Array], Array] = kl_k3  # of log-probs; or kl_exact, of logits
+    kl_ratio_corrected: bool = False  # see grpo_loss
+    kl_placement: str = "loss"  # or "reward": minus kl_coef times kl_penalty, and no KL term in the loss
+    kl_coef: float | Array = 0.0
+    reduction: str = "sequence"  # see loss_weights
+    # around them
+    aggregation: str = "sum_then_normalize"  # of several rewards: one of AGGREGATIONS
+    missing: str = "drop"  # see reward_weights
+    kl_on_dead_groups: bool = True  # whether groups without a signal feel the KL term
+    entropy_coef: float | None = None  # weight of the entropy bonus
+    top_entropy: float | None = None  # share of the tokens that train, see top_entropy_mask
+    max_staleness: float | None = None  # see grpo_loss
+    importance_cap: float | None = None  # see importance_weights
+    mask_truncated: bool = False  # completions cut off at the limit do not train, nor shift the baseline
+    overlong_share: float = 0.0  # of the limit: the buffer of overlong_penalty; 0: off
+    overlong_buffer: int | None = None  # the same in tokens, 0: off; None: overlong_share decides
+    dynamic_sampling: bool = False  # only groups with a signal train, see grpo_jax.training.actor
+
+    def replace(self, **changes: Any) -> "Recipe":
+        """Returns a copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def exact_kl(self) -> bool:
+        """Whether the KL term needs the reference's whole distributions and not only its log-probs."""
+        return self.kl_estimator is kl_exact
+
+    @property
+    def separate_penalty(self) -> bool:
+        """Whether KL and entropy terms have other weights than the policy term."""
+        factors = self.top_entropy is not None or self.importance_cap is not None
+        return factors or not self.kl_on_dead_groups
+
+    @property
+    def needs_old_log_probs(self) -> bool:
+        """Whether scores of the rollout are needed before the update, or may be of an earlier policy."""
+        used = (
+            self.top_entropy is not None or self.importance_cap is not None or self.kl_placement == "reward"
+        )
+        return used or self.dynamic_sampling  # groups left over were sampled by the policy of a step before
+
+    def overlong_tokens(self, max_length: int) -> int:
+        """Returns the buffer of `overlong_penalty` for a completion limit in tokens; 0: no penalty."""
+        if self.overlong_buffer is not None:
+            return self.overlong_buffer
+        return min(max(1, round(self.overlong_share * max_length)), max_length) if self.overlong_share else 0
+
+    def advantages(self, rewards: Array, *, valid: Array | None = None) -> Array:
+        """Computes the advantages [N,G] of rewards [N,G]."""
+        return self.advantage(rewards, valid=valid)
+
+    def weights(
+        self, mask: Array, *, max_length: int, num_microbatches: int = 1, num_sequences=None
+    ) -> Array:
+        """Computes the weights [B,T] of the whole optimizer batch's mask [B,T]."""
+        return loss_weights(
+            mask,
+            reduction=self.reduction,
+            max_length=max_length,
+            num_microbatches=num_microbatches,
+            num_sequences=num_sequences,
+        )
+
+    def loss(
+        self,
+        log_probs: Array,
+        old_log_probs: Array,
+        advantages: Array,
+        mask: Array,
+        weights: Array,
+        ref_log_probs: Array | None = None,
+        *,
+        penalty_weights: Array | None = None,
+        kls: Array | None = None,
+        at_reference: Array | None = None,
+        entropies: Array | None = None,
+    ) -> tuple[Array, LossMetrics]:
+        """Computes `grpo_loss` with this recipe's choices: (loss [], LossMetrics)."""
+        if self.exact_kl and kls is None and ref_log_probs is not None:
+            raise ValueError("an exact KL needs kls [B,T], see `token_log_probs_and_kls`")
+        return grpo_loss(
+            log_probs,
+            old_log_probs,
+            advantages,
+            mask,
+            weights,
+            ref_log_probs=ref_log_probs,
+            ratio_level=self.ratio_level,
+            surrogate=functools.partial(self.surrogate, **self.clip),
+            kl_estimator=self.kl_estimator,
+            kl_coef=self.kl_coef if self.kl_placement == "loss" else 0.0,
+            kl_ratio_corrected=self.kl_ratio_corrected,
+            kls=kls,
+            at_reference=at_reference,
+            entropies=None if self.entropy_coef is None else entropies,
+            entropy_coef=0.0 if self.entropy_coef is None else self.entropy_coef,
+            penalty_weights=penalty_weights,
+            max_staleness=self.max_staleness,
+        )
+
+
+jax.tree_util.register_dataclass(
+    Recipe,
+    data_fields=_NUMBERS,
+    meta_fields=[field.name for field in dataclasses.fields(Recipe) if field.name not in _NUMBERS],
+)
+
+grpo = Recipe(
+    name="grpo",
+    paper="Shao et al. 2024, https://arxiv.org/abs/2402.03300, equations 3 and 4",
+    clip={"clip_range": 0.2},
+    kl_coef=0.04,
+)
+
+dr_grpo = Recipe(
+    name="dr_grpo",
+    paper="Liu et al. 2025, https://arxiv.org/abs/2503.20783, section 3.2: no std, no length in the weights",
+    advantage=ADVANTAGES["none"],
+    clip={"clip_range": 0.2},
+    reduction="constant",
+)
+
+dapo = Recipe(
+    name="dapo",
+    paper="Yu et al. 2025, https://arxiv.org/abs/2503.14476, equations 8 to 13",
+    clip={"clip_range": 0.2, "clip_range_high": 0.28},
+    reduction="token",
+    overlong_share=0.2,  # section 4.1: 4,096 of 20,480 tokens
+    dynamic_sampling=True,
+)
+
+# Not the "Beta normalization" of arXiv 2506.02864: TRL gives this name to a mean over the tokens of each
+# micro-batch. The only recipe that depends on num_microbatches, by definition.
+bnpo = Recipe(
+    name="bnpo",
+    paper='loss_type="bnpo" of TRL, https://huggingface.co/docs/trl/grpo_trainer',
+    clip={"clip_range": 0.2},
+    reduction="local_token",
+)
+
+_GSPO_CLIP = {"clip_range": 3e-4, "clip_range_high": 4e-4}  # section 5.1; sequence ratios stay close to 1
+
+gspo = Recipe(
+    name="gspo",
+    paper="Zheng et al. 2025, https://arxiv.org/abs/2507.18071, equations 5 to 7",
+    ratio_level="sequence",
+    clip=_GSPO_CLIP,
+)
+
+gspo_token = Recipe(
+    name="gspo_token",
+    paper="Zheng et al. 2025, https://arxiv.org/abs/2507.18071, equations 13 and 14",
+    ratio_level="sequence_token",
+    clip=_GSPO_CLIP,
+)
+
+cispo = Recipe(
+    name="cispo",
+    paper="MiniMax 2025, https://arxiv.org/abs/2506.13585, equations 4 and 5",
+    surrogate=cispo_surrogate,
+    clip={"cap": 5.0},  # the paper gives no number; this is ScaleRL's, https://arxiv.org/abs/2510.13786
+    reduction="token",
+)
+
+sapo = Recipe(
+    name="sapo",
+    paper="Gao et al. 2025, https://arxiv.org/abs/2511.20347, equations 4 to 6",
+    surrogate=sapo_surrogate,
+    clip={"tau": 1.0, "tau_negative": 1.05},
+)
+
+gmpo = Recipe(
+    name="gmpo",
+    paper="Zhao et al. 2025, https://arxiv.org/abs/2507.20673, equation 3",
+    surrogate=gmpo_surrogate,
+    clip={"log_clip_range": 0.4},
+)
+
+# One action per completion: the log-prob of the whole sequence, and the KL in its reward.
+rloo = Recipe(
+    name="rloo",
+    paper="Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740, section 2.3",
+    advantage=ADVANTAGES["leave_one_out"],
+    ratio_level="sequence",
+    surrogate=reinforce_surrogate,
+    kl_estimator=kl_k1,
+    kl_placement="reward",
+    kl_coef=0.03,  # of its summarisation runs, appendix C; 0.10 in dialogue
+    reduction="sequence_sum",
+)
+
+# The check without any of it: centred rewards, the plain policy gradient. One pass per rollout.
+reinforce = Recipe(
+    name="reinforce",
+    paper="Williams 1992, https://doi.org/10.1007/BF00992696, with the group's mean as baseline",
+    advantage=ADVANTAGES["none"],
+    surrogate=reinforce_surrogate,
+    reduction="token",
+)
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (grpo, dr_grpo, dapo, bnpo, gspo, gspo_token, cispo, sapo, gmpo, rloo, reinforce)
+}
+
+# name of a choice -> what it may be called
+_CHOICES = {
+    "advantage": tuple(ADVANTAGES),
+    "ratio_level": tuple(RATIO_LEVELS),
+    "surrogate": tuple(SURROGATES),
+    "kl_estimator": KL_NAMES,
+    "kl_placement": KL_PLACEMENTS,
+    "reduction": tuple(REDUCTIONS),
+    "aggregation": AGGREGATIONS,
+    "missing": MISSING,
+}
+
+
+def make_recipe(name: str, **choices: Any) -> Recipe:
+    """Returns the named recipe with some of its choices replaced. None keeps the recipe's own.
+
+    Args:
+        name: a key of `RECIPES`.
+        **choices: fields of `Recipe`, where those that are functions go by their names (`ADVANTAGES`,
+            `SURROGATES`, `KL_NAMES`); and keywords of the surrogate, such as `clip_range`. Giving that
+            alone makes the clip symmetric, whatever the recipe's own upper bound is. Another surrogate than
+            the recipe's starts from its own defaults.
+
+    Raises:
+        ValueError: unknown recipe or name of a choice, a clip keyword that the surrogate does not have, a
+            negative kl_coef, or choices that contradict each other.
+
+    >>> make_recipe("grpo", clip_range_high=0.28, kl_coef=0.0).clip
+    {'clip_range': 0.2, 'clip_range_high': 0.28}
+    """
+    if name not in RECIPES:
+        raise ValueError(f"recipe: {name!r}; choose one of {', '.join(RECIPES)}")
+    choices = {key: value for key, value in choices.items() if value is not None}
+    for key, known in _CHOICES.items():
+        if key in choices and choices[key] not in known:
+            raise ValueError(f"{key}: {choices[key]!r}; choose one of {', '.join(known)}")
+    recipe = RECIPES[name]
+    if "surrogate" in choices:
+        surrogate = SURROGATES[choices.pop("surrogate")]
+        recipe = recipe.replace(
+            surrogate=surrogate, clip=recipe.clip if surrogate is recipe.surrogate else {}
+        )
+    if "advantage" in choices:
+        choices["advantage"] = ADVANTAGES[choices["advantage"]]
+    if "kl_estimator" in choices:
+        kl_name = choices.pop("kl_estimator")
+        choices["kl_ratio_corrected"] = kl_name.startswith("ratio_")
+        choices["kl_estimator"] = {**KL_ESTIMATORS, "exact": kl_exact}[kl_name.removeprefix("ratio_")]
+    fields = {field.name for field in dataclasses.fields(Recipe)} - {"name", "paper", "clip"}
+    recipe = recipe.replace(
+        clip=_clip(recipe, {key: value for key, value in choices.items() if key not in fields}),
+        **{key: value for key, value in choices.items() if key in fields},
+    )
+    if not recipe.kl_coef >= 0:
+        raise ValueError(
+            f"kl_coef: {recipe.kl_coef}; 0 or more (a negative one would push away from the reference)"
+        )
+    if recipe.kl_placement == "reward" and (recipe.kl_estimator is not kl_k1 or recipe.kl_ratio_corrected):
+        raise ValueError("kl_placement: 'reward' adds up k1, so kl_estimator must be 'k1' with it")
+    return recipe
+
+
+def _clip(recipe: Recipe, given: dict[str, float]) -> dict[str, float]:
+    """Returns the surrogate's keywords: the recipe's own, replaced by those given."""
+    for key in given:
+        if key not in clip_keywords(recipe.surrogate):
+            raise ValueError(
+                f"{key} means nothing to {recipe.surrogate.__name__}, the surrogate of {recipe.name!r}"
+            )
+    symmetric = {"clip_range", "log_clip_range"} & set(given)
+    return {**({} if symmetric else recipe.clip), **given}
+
+
+__all__ = ["RECIPES", "Recipe", "make_recipe", *RECIPES]

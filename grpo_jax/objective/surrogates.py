@@ -1,0 +1,176 @@
+"""The policy term of the loss, per token: one function per surrogate objective, all to be minimised.
+
+Every surrogate has the signature ``f(log_ratios [B,T], log_probs [B,T], advantages [B,1], **clip keywords)
+-> [B,T]``. One that couples the tokens of a row also names `mask` [B,T] among its keywords and is given it.
+"""
+
+import inspect
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from grpo_jax.objective.kl import bounded_exp
+
+
+def clipped_surrogate(
+    log_ratios: Array,
+    log_probs: Array,
+    advantages: Array,
+    *,
+    clip_range: float = 0.2,
+    clip_range_high: float | None = None,
+    delta: float | None = None,
+    dual_clip: float | None = None,
+) -> Array:
+    """Computes PPO's clipped objective, to be minimised.
+
+    ``-min(rho A, clip(rho, 1 - clip_range, 1 + clip_range_high) A)``: PPO,
+    https://arxiv.org/abs/1707.06347, equation 7; with clip_range_high > clip_range the "clip-higher"
+    of DAPO, https://arxiv.org/abs/2503.14476, equation 10.
+
+    Args:
+        log_ratios: [B,T], log(pi / pi_old).
+        log_probs: [B,T], not used; every surrogate has the same arguments.
+        advantages: [B,1], or anything that broadcasts to [B,T].
+        clip_range: how far below 1 the ratio may fall before the gradient stops; in [0, 1].
+        clip_range_high: how far above 1; None: clip_range.
+        delta: two-sided clipping, upper bound of rho in the first term (acts for A < 0 only); above
+            1 + clip_range_high. INTELLECT-2, https://arxiv.org/abs/2505.07291, section 3.4.
+        dual_clip: c > 1; for A < 0 the loss is at most -c A. https://arxiv.org/abs/1912.09729, equation 5.
+
+    Returns:
+        [B,T] losses. The gradient is exactly zero outside the clip on the side that A favours.
+    """
+    del log_probs
+    ratios = bounded_exp(log_ratios)
+    high = clip_range if clip_range_high is None else clip_range_high
+    clipped = jnp.clip(ratios, 1.0 - clip_range, 1.0 + high)
+    capped = ratios if delta is None else jnp.minimum(ratios, delta)
+    losses = -jnp.minimum(capped * advantages, clipped * advantages)
+    if dual_clip is not None:
+        losses = jnp.where(advantages < 0, jnp.minimum(losses, -dual_clip * advantages), losses)
+    return losses
+
+
+def cispo_surrogate(log_ratios: Array, log_probs: Array, advantages: Array, *, cap: float = 5.0) -> Array:
+    """Computes CISPO's objective, to be minimised: ``-sg(min(rho, cap)) A log pi``.
+
+    https://arxiv.org/abs/2506.13585, equations 4 and 5, without a lower bound as in the paper's runs. The
+    importance weight is capped and constant; no token ever loses its gradient.
+
+    Args:
+        log_ratios: [B,T], log(pi / pi_old); no gradient flows through it.
+        log_probs: [B,T], log pi; the gradient's path.
+        advantages: [B,1], or anything that broadcasts to [B,T].
+        cap: largest importance weight, an absolute ratio (not a distance from 1); above 0.
+
+    Returns:
+        [B,T] losses.
+    """
+    weights = jax.lax.stop_gradient(jnp.minimum(bounded_exp(log_ratios), cap))
+    return -weights * advantages * log_probs
+
+
+def sapo_surrogate(
+    log_ratios: Array, log_probs: Array, advantages: Array, *, tau: float = 1.0, tau_negative: float = 1.05
+) -> Array:
+    """Computes SAPO's softly gated objective, to be minimised: ``-(4/tau) sigmoid(tau (rho - 1)) A``.
+
+    https://arxiv.org/abs/2511.20347, equations 4 to 6. The gradient is that of REINFORCE at ratio 1 and
+    fades smoothly on both sides, faster for negative advantages.
+
+    Args:
+        log_ratios: [B,T], log(pi / pi_old).
+        log_probs: [B,T], not used; every surrogate has the same arguments.
+        advantages: [B,1], or anything that broadcasts to [B,T].
+        tau: sharpness of the gate for A > 0; above 0.
+        tau_negative: the same for A <= 0.
+
+    Returns:
+        [B,T] losses.
+    """
+    del log_probs
+    taus = jnp.where(advantages > 0, tau, tau_negative)
+    # The value of jax.nn.sigmoid, but its derivative is gate * exp(-x - softplus(-x)), not gate * (1 - gate),
+    # which loses its digits as the gate nears 1: in float32 it is off by 1e-3 at ratio 12, and 0 from 18 on.
+    gates = jnp.exp(jax.nn.log_sigmoid(taus * (bounded_exp(log_ratios) - 1.0)))
+    return -4.0 / taus * gates * advantages
+
+
+def gmpo_surrogate(
+    log_ratios: Array,
+    log_probs: Array,
+    advantages: Array,
+    *,
+    mask: Array,
+    log_clip_range: float = 0.4,
+    log_clip_range_high: float | None = None,
+) -> Array:
+    """Computes GMPO's objective, to be minimised: ``-A`` times the geometric mean of the clipped ratios.
+
+    https://arxiv.org/abs/2507.20673, equation 3, clipped token by token in log space before the mean is
+    taken, on the side that A favours: ``min(d, high)`` where A > 0, ``max(d, -low)`` where it is not.
+
+    Args:
+        log_ratios: [B,T], log(pi / pi_old) of the tokens, 0 at masked positions.
+        log_probs: [B,T], not used; every surrogate has the same arguments.
+        advantages: [B,1], or anything that broadcasts to [B,T] and is constant along T.
+        mask: [B,T] bool, the tokens of each row's mean.
+        log_clip_range: low; how far below 0 a log ratio may fall; not negative. The paper's ratios lie in
+            (exp(-0.4), exp(0.4)), section 4.1.
+        log_clip_range_high: high; None: log_clip_range.
+
+    Returns:
+        [B,T] losses, the same at every token of a row.
+    """
+    del log_probs
+    high = log_clip_range if log_clip_range_high is None else log_clip_range_high
+    clipped = jnp.where(
+        advantages > 0, jnp.minimum(log_ratios, high), jnp.maximum(log_ratios, -log_clip_range)
+    )
+    lengths = jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1).astype(log_ratios.dtype)
+    mean = jnp.sum(jnp.where(mask, clipped, 0), axis=-1, keepdims=True) / lengths
+    return jnp.broadcast_to(-bounded_exp(mean) * advantages, log_ratios.shape)
+
+
+def reinforce_surrogate(log_ratios: Array, log_probs: Array, advantages: Array) -> Array:
+    """Returns ``-A log pi``, whose gradient is the policy gradient of Williams (1992).
+
+    https://doi.org/10.1007/BF00992696. It knows no ratio: use it with one pass over a fresh rollout.
+
+    Args:
+        log_ratios: [B,T], not used; every surrogate has the same arguments.
+        log_probs: [B,T], log pi.
+        advantages: [B,1], or anything that broadcasts to [B,T].
+
+    Returns:
+        [B,T] losses.
+    """
+    del log_ratios
+    return -advantages * log_probs
+
+
+SURROGATES: dict[str, Callable[..., Array]] = {
+    "clipped": clipped_surrogate,
+    "cispo": cispo_surrogate,
+    "sapo": sapo_surrogate,
+    "gmpo": gmpo_surrogate,
+    "reinforce": reinforce_surrogate,
+}
+
+__all__ = ["SURROGATES", *(surrogate.__name__ for surrogate in SURROGATES.values())]
+
+
+def with_mask(surrogate: Callable[..., Array], mask: Array) -> Callable[..., Array]:
+    """Returns f(log_ratios, log_probs, advantages): the surrogate, given the mask if it names one."""
+    if "mask" not in inspect.signature(surrogate).parameters:
+        return surrogate
+    return lambda log_ratios, log_probs, advantages: surrogate(log_ratios, log_probs, advantages, mask=mask)
+
+
+def clip_keywords(surrogate: Callable[..., Array]) -> tuple[str, ...]:
+    """Lists the numbers that a surrogate can be given, such as `clip_range`."""
+    parameters = inspect.signature(surrogate).parameters.items()
+    return tuple(n for n, p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY and n != "mask")

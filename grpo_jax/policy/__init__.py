@@ -1,0 +1,1 @@
+"""The language model as pure functions: the decoder, sampling, decoding, log-probabilities, LoRA."""

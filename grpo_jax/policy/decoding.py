@@ -1,0 +1,241 @@
+"""Generation: prefill each prompt once, fork its cache to the group, decode until every row is done."""
+
+import functools
+from typing import Any
+
+import chex
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.policy.sampling import draw, process_logits, scale_logits
+from grpo_jax.types import Array, Cache, Params, Policy, Prompts, Rollout
+
+
+def positions_from_mask(mask: Array) -> Array:
+    """Returns int32 positions [...,L] that count real tokens only: left padding shifts nothing."""
+    return jnp.maximum(jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1, 0)
+
+
+def prefill(policy: Policy, params: Params, prompts: Prompts) -> tuple[Array, Cache]:
+    """Runs the prompts once and fills a cache of exactly their length; `Policy.grow_cache` makes room.
+
+    Args:
+        policy: the model's functions.
+        params: its parameters.
+        prompts: left-padded, [N,S].
+
+    Returns:
+        (hidden [N,D] at each prompt's last token, cache with N rows).
+    """
+    hidden, cache = policy.forward(
+        params,
+        prompts.tokens,
+        prompts.mask,
+        positions_from_mask(prompts.mask),
+        policy.init_cache(*prompts.tokens.shape),
+    )
+    return hidden[:, -1], cache
+
+
+def fork(tree: Any, group_size: int) -> Any:
+    """Repeats every row of every array of a pytree group_size times, prompt-major."""
+    return jax.tree.map(lambda x: jnp.repeat(x, group_size, axis=0), tree)
+
+
+def row_keys(key: Array, rows: Array) -> Array:
+    """Returns one key per row: noise belongs to the row's number, however the batch is cut."""
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+
+
+@flax.struct.dataclass
+class _Rows:
+    """What decoding needs of the rows still running, b of them; `row` says which of the B rows each is."""
+
+    row: Array  # [b]
+    cache: Cache
+    cache_mask: Array  # [b,L]
+    prompt_size: Array  # [b] prompt tokens
+    stop_state: Array | None  # [b] rows of the stop table; None without one
+    key: Array  # [b]
+    last: Array  # [b] the token drawn last
+    done: Array  # [b] bool
+
+
+@flax.struct.dataclass
+class _Decode:
+    """What the decoding loop carries."""
+
+    step: Array  # [] completion tokens drawn so far
+    rows: _Rows
+    tokens: Array  # [B,T], as are the next three
+    mask: Array
+    log_probs: Array
+    kept_mass: Array
+    finished: Array  # [B] bool, kept here because a row that leaves `rows` need not have ended
+
+
+def _draw_and_record(policy, params, carry: _Decode, hidden, eos_ids, stop_table, sampling) -> _Decode:
+    """Draws token `carry.step` of every running row from hidden [b,D] and writes it into the carry."""
+    logits = policy.unembed(params, hidden)
+    rows, t = carry.rows, carry.step
+    live = ~rows.done
+    uniforms = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, t)))(rows.key)
+    processed = process_logits(logits, **sampling)
+    tokens = jnp.where(live, draw(processed, uniforms), 0)
+    scaled = scale_logits(logits, sampling["temperature"])
+    log_normalizer = jax.nn.logsumexp(scaled, axis=-1)
+    log_probs = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0] - log_normalizer
+    # From what is dropped, so that it is exactly 1 if nothing is.
+    dropped = jnp.where(processed == -jnp.inf, jnp.exp(scaled - log_normalizer[:, None]), 0)
+    kept_mass = jnp.clip(1.0 - jnp.sum(dropped, axis=-1), 0, 1)
+    done = rows.done | jnp.any(tokens[:, None] == eos_ids, axis=1)
+    stop_state = rows.stop_state
+    if stop_table is not None:
+        stop_state = stop_table[stop_state, tokens]
+        done |= stop_state < 0  # a match; what a finished row looks up from then on means nothing
+    return carry.replace(
+        step=t + 1,
+        rows=rows.replace(stop_state=stop_state, last=tokens, done=done),
+        tokens=carry.tokens.at[rows.row, t].set(tokens),
+        mask=carry.mask.at[rows.row, t].set(live),
+        log_probs=carry.log_probs.at[rows.row, t].set(jnp.where(live, log_probs, 0)),
+        kept_mass=carry.kept_mass.at[rows.row, t].set(jnp.where(live, kept_mass, 0)),
+        finished=carry.finished.at[rows.row].set(done),
+    )
+
+
+def decode_stages(batch: int, max_new_tokens: int) -> tuple[tuple[int, int], ...]:
+    """Returns the (rows, slots) that decoding runs with, one after the other.
+
+    The cache starts with room for half of the tokens. As rows finish, B, B/2, B/4 and B/8 of them go on. Each
+    stage compiles the loop once more, so short completions and small batches have one.
+    """
+    if max_new_tokens < 32:
+        return ((batch, max_new_tokens),)
+    stages = [(batch, max_new_tokens // 2), (batch, max_new_tokens)]
+    while len(stages) < 5 and stages[-1][0] >= 8:
+        stages.append((-(-stages[-1][0] // 2), max_new_tokens))
+    return tuple(stages)
+
+
+def decoding_params(policy: Policy, params: Params, stages: tuple[tuple[int, int], ...]) -> Params:
+    """Returns params as decoding takes them: laid out for the few rows of the last of the `decode_stages`."""
+    return params if policy.for_decoding is None else policy.for_decoding(params, stages[-1][0])
+
+
+def _drop_finished(policy: Policy, rows: _Rows, size: int) -> _Rows:
+    """Keeps `size` rows, unfinished ones first. At the limit more may be unfinished: no step follows then."""
+    kept = jnp.argsort(rows.done, stable=True)[:size]
+    cache = policy.take_cache(rows.cache, kept)
+    return jax.tree.map(lambda x: x[kept], rows.replace(cache=None)).replace(cache=cache)
+
+
+@functools.partial(jax.jit, static_argnames=("group_size", "max_new_tokens"))
+def generate(
+    policy: Policy,
+    params: Params,
+    prompts: Prompts,
+    key: Array,
+    *,
+    group_size: int,
+    max_new_tokens: int,
+    eos_ids: Array,
+    stop_table: Array | None = None,
+    temperature: float | Array = 1.0,
+    top_k: int | Array = 0,
+    top_p: float | Array = 1.0,
+    min_p: float | Array = 0.0,
+    first_row: int | Array = 0,
+) -> Rollout:
+    """Samples group_size completions of each prompt. Compiled once per (N, S, G, T).
+
+    Args:
+        policy: the model's functions.
+        params: its parameters.
+        prompts: left-padded, [N,S].
+        key: PRNG key of this step, not consumed but folded with each row's number and each position:
+            completion g of prompt n is the same in whatever batch it is generated.
+        group_size: G.
+        max_new_tokens: T.
+        eos_ids: int32 [E], ids that end a completion; traced. Empty: none does.
+        stop_table: int16 [states,V], what each token does to the search for stop strings, see
+            `grpo_jax.models.stops.stop_table`; traced. None: there are none.
+        temperature: see `process_logits`; traced, as are the next three. 0 is greedy.
+        top_k: see `process_logits`.
+        top_p: see `process_logits`.
+        min_p: see `process_logits`.
+        first_row: number of the first row, when these prompts are a slice of a larger batch.
+
+    Returns:
+        A Rollout of B = N*G rows, prompt-major. Its log-probs are those of the temperature-scaled
+        *full* distribution (at temperature 0, of the unscaled one), whatever the truncation. The first
+        eos, or the first token that completes a stop string, is part of the completion, which is then
+        `finished`; tokens after it are 0.
+    """
+    chex.assert_rank([prompts.tokens, prompts.mask], 2)
+    num_prompts, prompt_length = prompts.tokens.shape
+    batch = num_prompts * group_size
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    eos_ids = jnp.asarray(eos_ids, jnp.int32).reshape(-1)
+
+    hidden, cache = prefill(policy, params, prompts)
+    prompt_tokens, prompt_mask, hidden = fork((prompts.tokens, prompts.mask, hidden), group_size)
+    rows = _Rows(
+        row=jnp.arange(batch),
+        cache=policy.fork_cache(cache, group_size),
+        cache_mask=jnp.concatenate([prompt_mask, jnp.ones((batch, max_new_tokens), bool)], axis=1),
+        prompt_size=jnp.sum(prompt_mask, axis=1, dtype=jnp.int32),
+        stop_state=None if stop_table is None else jnp.zeros(batch, stop_table.dtype),
+        key=row_keys(key, first_row + jnp.arange(batch)),
+        last=jnp.zeros(batch, jnp.int32),
+        done=jnp.zeros(batch, bool),
+    )
+    stages = decode_stages(batch, max_new_tokens)
+    params = decoding_params(policy, params, stages)
+    sample = functools.partial(
+        _draw_and_record, policy, params, eos_ids=eos_ids, stop_table=stop_table, sampling=sampling
+    )
+
+    def step(carry: _Decode, slots: int) -> _Decode:
+        rows = carry.rows
+        positions, mask = (
+            (rows.prompt_size + carry.step - 1)[:, None],
+            rows.cache_mask[:, : prompt_length + slots],
+        )
+        hidden, cache = policy.forward(params, rows.last[:, None], mask, positions, rows.cache)
+        return sample(carry.replace(rows=rows.replace(cache=cache)), hidden[:, -1])
+
+    empty = jnp.zeros((batch, max_new_tokens))
+    start = _Decode(
+        step=jnp.int32(0),
+        rows=rows,
+        tokens=empty.astype(jnp.int32),
+        mask=empty.astype(bool),
+        log_probs=empty,
+        kept_mass=empty,
+        finished=jnp.zeros(batch, bool),
+    )
+    # The first token needs no forward of its own (the prefill was it), and after the last none follows.
+    carry = sample(start, hidden)
+    for size, slots in stages:
+        rows = carry.rows if size == carry.rows.row.size else _drop_finished(policy, carry.rows, size)
+        carry = carry.replace(rows=rows.replace(cache=policy.grow_cache(rows.cache, prompt_length + slots)))
+        # A stage ends when its slots are full, or when fewer rows are enough: that may skip the next one.
+        enough = max((rows for rows, _ in stages if rows < size), default=0)
+        carry = jax.lax.while_loop(
+            lambda carry, slots=slots, enough=enough: (
+                (carry.step <= min(slots, max_new_tokens - 1)) & (jnp.sum(~carry.rows.done) > enough)
+            ),
+            functools.partial(step, slots=slots),
+            carry,
+        )
+    return Rollout(
+        prompt_tokens=prompt_tokens,
+        prompt_mask=prompt_mask,
+        tokens=carry.tokens,
+        mask=carry.mask,
+        log_probs=carry.log_probs,
+        kept_mass=carry.kept_mass,
+        finished=carry.finished,
+    )

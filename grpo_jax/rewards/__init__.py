@@ -1,0 +1,1 @@
+"""Reward functions: loading them, calling them, and those that come with the package."""

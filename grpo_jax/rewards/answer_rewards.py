@@ -1,0 +1,239 @@
+"""The built-in rewards that compare a completion with the column `answer`."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from grpo_jax.rewards.answers.equality import answers_equal, compare_answers, numbers_equal, texts_equal
+from grpo_jax.rewards.answers.extraction import (
+    PLACES,
+    Where,
+    as_number,
+    extract_answer,
+    extract_number,
+    find_numbers,
+    has_open_mark,
+    marked_answer,
+)
+from grpo_jax.rewards.answers.gold import MissingAnswerError, accepted_answers
+from grpo_jax.rewards.answers.mathematics import load_math_verify, math_equal
+from grpo_jax.rewards.answers.quantities import read_quantity
+from grpo_jax.rewards.answers.text import clean_answer, for_math, stated_answer, without_lead
+from grpo_jax.rewards.completions import Completion, completion_text
+
+_HEDGES = re.compile(r"\b(?:or|maybe|perhaps|possibly|either|could|might)\b", re.I)
+_LIST_AT_END = re.compile(r"[0-9], (?:and )?[-+$]{0,2}[0-9][0-9.,]*\W*$")
+
+
+def exact_match(completions: Sequence[Completion], answer: Sequence[Any]) -> list[float]:
+    """Rewards 1 if the completion is the answer, white space around them aside, else 0.
+
+    Args:
+        completions: B completions.
+        answer: column of texts, numbers, bools, UTF-8 bytes, or lists of accepted ones. A float that is whole
+            is that integer. A row without an answer (null, NaN, an empty text) pays nobody.
+
+    Raises:
+        ValueError: an answer of another type.
+    """
+    rewards = []
+    for completion, expected in zip(completions, answer, strict=True):
+        text = completion_text(completion)
+        rewards.append(float(any(texts_equal(text, accepted) for accepted in _accepted(expected))))
+    return rewards
+
+
+def _accepted(value: Any) -> tuple[str, ...]:
+    """Returns the accepted answers of a row, none where the row has no answer."""
+    try:
+        return accepted_answers(value)
+    except MissingAnswerError:
+        return ()
+
+
+def check_answer(columns: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+    """Checks the column `answer` of one row for a reward that compares texts.
+
+    Raises:
+        ValueError: there is no answer, or one of a type that cannot be read.
+    """
+    accepted_answers(columns.get("answer"))
+
+
+def numeric_answer(
+    completions: Sequence[Completion],
+    answer: Sequence[Any],
+    *,
+    which: Literal["last", "first"] = "last",
+    tolerance: float = 1e-6,
+) -> list[float]:
+    r"""Rewards 1 if the completion's number equals the answer's, else 0 (also without a number).
+
+    What a ``\boxed{}`` or ``####`` marks has to be one number, with or without a unit. Without a mark the
+    last or first number of the text counts. Whole numbers are compared exactly, others by
+    |a - b| <= tolerance * |b|. The unit is not compared: answer_match does that.
+
+    Args:
+        completions: B completions.
+        answer: column of numbers, of texts that are one number (`42`, `1,250.5`, `3/4`, `18 dollars`) or that
+            mark one (`... #### 18`), or of lists of these, of which any is right.
+        which: `last` or `first` number of a text without a mark.
+        tolerance: relative, in [0, 1), for numbers that are not whole; 0 means exactly equal.
+
+    Raises:
+        ValueError: an answer that is no number, or more than a number, such as `\sqrt{2}` or `17 or 18`.
+    """
+    if which not in ("last", "first"):
+        raise ValueError(f"which={which!r}: choose 'last' or 'first'")
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance={tolerance}: must be in [0, 1)")
+    rewards = []
+    for completion, expected in zip(completions, answer, strict=True):
+        number = extract_number(completion_text(completion), which=which)
+        targets = [as_number(accepted) for accepted in accepted_answers(expected)]
+        equal = number is not None and any(numbers_equal(number, t, tolerance=tolerance) for t in targets)
+        rewards.append(float(equal))
+    return rewards
+
+
+def check_number(columns: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+    """Checks the column `answer` of one row for a reward that compares numbers.
+
+    Raises:
+        ValueError: there is no answer, or one that is not a number.
+    """
+    for accepted in accepted_answers(columns.get("answer")):
+        as_number(accepted)
+
+
+def _check_place(where: str | None) -> None:
+    if where is not None and where not in PLACES:
+        raise ValueError(f"where={where!r}: choose one of {', '.join(PLACES)}")
+
+
+def _expected_answer(text: str, *, where: Where | None, tag: str = "answer") -> str:
+    """Returns what a gold text gives as its answer.
+
+    That is what is behind GSM8K's `####`, else in the tag or box, else what a solution states at its end,
+    else all of the text.
+    """
+    if where == "text":
+        return text
+    for place in ("hashes", "tag" if where == "tag" else "boxed", "boxed"):
+        if (found := extract_answer(text, where=place, tag=tag)) is not None:
+            return found
+    stated = stated_answer(text) if len(text.split()) > 3 else None
+    return without_lead(text) if stated is None else stated
+
+
+def answer_match(
+    completions: Sequence[Completion],
+    answer: Sequence[Any],
+    *,
+    where: Where,
+    tag: str = "answer",
+    tolerance: float = 1e-6,
+) -> list[float]:
+    r"""Rewards 1 if the answer stands where it has to and equals the expected one, else 0.
+
+    Formatting does not count (``\text{}``, ``$``, ``**``, thin spaces). Numbers are compared as numbers, and
+    a unit only where both answers have one. Lists, intervals, simple expressions and words are understood.
+    `docs/rewards.md` has the rules. math_answer knows more mathematics: use it where its extra is installed.
+
+    Args:
+        completions: B completions.
+        answer: column of texts, numbers, or lists of these, of which any is right. A text may mark its answer
+            by ``####`` (GSM8K), by a box, or by the tag. A row without an answer pays nobody.
+        where: `boxed` (the last complete ``\boxed{}``), `hashes` (the line behind the last ``####``), `tag`
+            (the last complete ``<answer>...</answer>``), `last_number`, `first_number`, or `text`, the whole
+            completion.
+        tag: name of the tag for `tag`.
+        tolerance: relative, in [0, 1), for numbers that are not whole; 0 means exactly equal.
+    """
+    _check_place(where)
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance={tolerance}: must be in [0, 1)")
+    rewards = []
+    for completion, expected in zip(completions, answer, strict=True):
+        found = extract_answer(completion_text(completion), where=where, tag=tag)
+        targets = [_expected_answer(a, where=where, tag=tag) for a in _accepted(expected)]
+        equal = found is not None and any(answers_equal(found, t, tolerance=tolerance) for t in targets)
+        rewards.append(float(equal))
+    return rewards
+
+
+def check_match(columns: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+    """Checks the column `answer` of one row for `answer_match` with its arguments.
+
+    Raises:
+        ValueError: there is no answer, or one that cannot stand where the reward looks.
+    """
+    where, tag = arguments["where"], arguments.get("tag", "answer")
+    for accepted in accepted_answers(columns.get("answer")):
+        target = _expected_answer(accepted, where=where, tag=tag)
+        if where in ("last_number", "first_number"):
+            as_number(target)
+        elif not target.strip():
+            raise MissingAnswerError("the expected answer has an empty mark")
+
+
+def math_answer(
+    completions: Sequence[Completion],
+    answer: Sequence[Any],
+    *,
+    where: Where | None = None,
+    tag: str = "answer",
+) -> list[float | None]:
+    r"""Rewards 1 if the completion's answer equals the expected one as mathematics, else 0.
+
+    The rules of answer_match decide first. What they leave open, such as `(x^2-1)/(x+1)` against `x-1`, is
+    decided by math-verify (extra `math`). It needs seconds now and then: give the reward a `timeout`.
+
+    Args:
+        completions: B completions.
+        answer: column as in answer_match. The reward is None where it has no answer, or no mathematics.
+        where: the place of the completion's answer, see answer_match. None means the last mark of any kind
+            (box, tag or ``####``), or what math-verify finds in a completion without a mark. An open mark is
+            no answer, nor is a last sentence that offers several numbers (`17 or 18`).
+        tag: name of the tag.
+
+    Raises:
+        ImportError: math-verify is not installed.
+    """
+    _check_place(where)
+    load_math_verify()
+    rewards: list[float | None] = []
+    for completion, expected in zip(completions, answer, strict=True):
+        text = completion_text(completion)
+        found = marked_answer(text, tag=tag) if where is None else extract_answer(text, where=where, tag=tag)
+        targets = [_expected_answer(accepted, where=where, tag=tag) for accepted in _accepted(expected)]
+        if found is None and (where is not None or has_open_mark(text, tag=tag)):
+            rewards.append(_best([False for _ in targets]))
+        else:
+            rewards.append(_best([_same_mathematics(text, found, target) for target in targets]))
+    return rewards
+
+
+def _same_mathematics(text: str, found: str | None, target: str) -> bool | None:
+    """Compares the answer found with the expected one, by math-verify where our own rules do not decide."""
+    if found is None:  # no mark: the whole text, or what math-verify finds in it
+        if compare_answers(text, target):
+            return True
+        is_number = read_quantity(clean_answer(target)) is not None
+        return False if is_number and _is_hedged(text) else math_equal(text, target)
+    decided = compare_answers(found, target)
+    return math_equal(f"\\boxed{{{for_math(found)}}}", target) if decided is None else decided
+
+
+def _is_hedged(text: str) -> bool:
+    """Tells whether the last sentence with a number gives several as possible answers."""
+    sentences = [part for part in re.split(r"[.!?]\s|\n", text) if find_numbers(part)]
+    if not sentences:
+        return False
+    last = sentences[-1]
+    return len(find_numbers(last)) > 1 and (_HEDGES.search(last) or _LIST_AT_END.search(last)) is not None
+
+
+def _best(verdicts: Sequence[bool | None]) -> float | None:
+    """Returns 1 if any verdict is True, 0 if any is False, None if there is no verdict at all."""
+    return max((float(verdict) for verdict in verdicts if verdict is not None), default=None)

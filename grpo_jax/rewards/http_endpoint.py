@@ -1,0 +1,247 @@
+"""Rewards from a server: any HTTP endpoint that scores a batch of completions.
+
+The request is a POST of one JSON object, a list per key with one entry per completion:
+
+    {"prompts": [...], "completions": [...], "<column of the data>": [...], ...}
+
+and the answer is `{"scores": [...]}` with as many numbers; null: no reward for that completion. The argument
+`columns` names the columns to send. Without it every column is sent that JSON has a form for. In these, NaN
+and infinity are null.
+"""
+
+import http.client
+import json
+import math
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.parse import urlsplit
+
+_MAX_ANSWER = 64 * 2**20  # bytes
+_LONGEST_PAUSE = 30.0  # seconds
+_PATIENCE = 5.0  # seconds for the answer that only says that somebody is there
+
+
+class EndpointError(RuntimeError):
+    """The endpoint gave no scores; no row is to blame."""
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect would carry the headers, and what is secret in them, to another host."""
+
+    def redirect_request(self, *_):
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirects)
+
+
+def http_score(
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    *,
+    url: str,
+    timeout: float = 60.0,
+    retries: int = 3,
+    backoff: float = 1.0,
+    max_concurrency: int = 4,
+    batch_size: int = 32,
+    headers: Mapping[str, str] | None = None,
+    columns: Sequence[str] | None = None,
+    **data: Sequence[Any],
+) -> list[float | None]:
+    """Asks an HTTP endpoint for the rewards; `grpo_jax/rewards/http_endpoint.py` has the protocol.
+
+    Args:
+        prompts: B prompts.
+        completions: B completions; none: nothing is sent but a HEAD, to see whether there is a server.
+        url: of the endpoint, http or https.
+        timeout: seconds until an answer must have begun, and between its parts.
+        retries: further tries after a refused or lost connection, a timeout, or a status of 429 or 5xx.
+        backoff: seconds before the first of them; doubles each time, up to 30.
+        max_concurrency: requests at a time.
+        batch_size: completions in a request.
+        headers: header -> environment variable with its value, such as {Authorization: REWARD_AUTHORIZATION};
+            so no secret stands in a config.
+        columns: columns of the data to send; every value must have a form in JSON, which the start of a run
+            checks. None: all columns, but for those that hold something else, such as a date or bytes.
+        data: all columns of the data.
+
+    Returns:
+        B numbers, None where the endpoint had null.
+
+    Raises:
+        EndpointError: no answer after the retries, or one that is no list of scores; or a value in one of
+            `columns` that JSON has no form for.
+        ValueError: an argument; without completions also a server that is not there.
+    """
+    _check(url, timeout, retries, backoff, max_concurrency, batch_size)
+    _check_names(columns)
+    fixed = {"Content-Type": "application/json", "Accept": "application/json", **_from_environment(headers)}
+    if not completions:
+        _check_there(url)
+        return []
+    everything = {**_sent(data, columns), "prompts": prompts, "completions": completions}
+    starts = range(0, len(completions), batch_size)
+    batches = [{name: list(x[i : i + batch_size]) for name, x in everything.items()} for i in starts]
+    try:
+        bodies = [json.dumps(batch, allow_nan=False).encode() for batch in batches]
+    except (TypeError, ValueError) as error:
+        raise EndpointError(f"the prompts cannot be sent as JSON: {error}") from None
+
+    def ask(body, batch):
+        request = urllib.request.Request(url, data=body, headers=fixed, method="POST")
+        answer = _ask(request, timeout=timeout, retries=retries, backoff=backoff)
+        return _scores(answer, len(batch["completions"]), _shown(url))
+
+    pool = ThreadPoolExecutor(max_workers=max_concurrency)
+    try:
+        parts = list(pool.map(ask, bodies, batches))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    return [score for part in parts for score in part]
+
+
+def check_sent(columns: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+    """Checks that the columns of one row that the arguments ask for can be sent.
+
+    Raises:
+        ValueError: names the column and what JSON has no form for.
+    """
+    for name in arguments.get("columns") or ():
+        try:
+            _json_form(columns[name], strict=True)
+        except _NoForm as found:
+            raise ValueError(
+                f"column `{name}` cannot be sent as JSON: it has {found}. Leave it out of `columns`, or "
+                "change the data"
+            ) from None
+
+
+class _NoForm(Exception):
+    """A value that JSON has no form for; the text names it."""
+
+
+def _sent(data: Mapping[str, Sequence[Any]], wanted: Sequence[str] | None) -> dict[str, list[Any]]:
+    """Returns the columns to send: those wanted, or else those that JSON has a form for."""
+    sent = {}
+    for name in data if wanted is None else wanted:
+        try:
+            sent[name] = [_json_form(value, strict=wanted is not None) for value in data[name]]
+        except _NoForm as found:
+            if wanted is not None:
+                raise EndpointError(f"column `{name}` cannot be sent as JSON: it has {found}") from None
+    return sent
+
+
+def _json_form(value: Any, *, strict: bool) -> Any:
+    """Returns what stands for a value in JSON. For NaN and infinity that is null, or an error if strict."""
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        if strict and not math.isfinite(value):
+            raise _NoForm(str(value))
+        return value if math.isfinite(value) else None
+    if isinstance(value, list | tuple):
+        return [_json_form(each, strict=strict) for each in value]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _json_form(each, strict=strict) for key, each in value.items()}
+    raise _NoForm(f"{value!r:.60} of type {type(value).__name__}")
+
+
+def _check_names(columns: Sequence[str] | None) -> None:
+    if columns is not None and (
+        isinstance(columns, str) or not all(isinstance(name, str) for name in columns)
+    ):
+        raise ValueError(f"columns={columns!r}: give a list of names of columns, such as [answer]")
+
+
+def _check(url, timeout, retries, backoff, max_concurrency, batch_size) -> None:
+    parts = urlsplit(url) if isinstance(url, str) else None
+    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"url={url!r}: give an address like http://localhost:8000/score")
+    if parts.username or parts.password:
+        raise ValueError("url: it holds a user or password; give them in `headers`, by environment variable")
+    if not timeout > 0 or not backoff >= 0:
+        raise ValueError(f"timeout={timeout}, backoff={backoff}: seconds, above 0 and at least 0")
+    if retries < 0 or max_concurrency < 1 or batch_size < 1:
+        raise ValueError(
+            f"retries={retries}, max_concurrency={max_concurrency}, batch_size={batch_size}: retries is 0 or "
+            "more, the others at least 1"
+        )
+
+
+def _check_there(url: str) -> None:
+    """Raises ValueError where nobody listens. Any answer will do, and a server that is too busy is there."""
+    try:
+        _OPENER.open(urllib.request.Request(url, method="HEAD"), timeout=_PATIENCE).close()
+    except (urllib.error.HTTPError, http.client.HTTPException, TimeoutError):
+        pass
+    except urllib.error.URLError as error:
+        if not isinstance(error.reason, TimeoutError):
+            raise ValueError(f"{_shown(url)} cannot be reached ({error.reason}): is the server up?") from None
+
+
+def _from_environment(headers: Mapping[str, str] | None) -> dict[str, str]:
+    values = {}
+    for name, variable in (headers or {}).items():
+        value = os.environ.get(variable)
+        if not value:
+            raise ValueError(
+                f"headers: {name} is to come from the environment variable {variable!r:.60}, which is not set"
+            )
+        values[name] = value
+    return values
+
+
+def _shown(url: str) -> str:
+    """Returns a URL without its query, which may hold a key."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}{parts.path}"
+
+
+def _ask(request: urllib.request.Request, *, timeout: float, retries: int, backoff: float) -> Any:
+    """Sends a request until there is an answer; returns its JSON."""
+    shown = _shown(request.full_url)
+    for attempt in range(retries + 1):
+        try:
+            with _OPENER.open(request, timeout=timeout) as response:
+                body = response.read(_MAX_ANSWER + 1)
+            break
+        except urllib.error.HTTPError as error:
+            reason, status = f"status {error.code} {error.reason}", error.code
+            error.close()
+            if status != 429 and status < 500:
+                raise EndpointError(f"{shown} answers with {reason}") from None
+        except TimeoutError:
+            reason = f"no answer within {timeout:g} s"
+        except (OSError, http.client.HTTPException) as error:
+            cause = error.reason if isinstance(error, urllib.error.URLError) else error
+            timed_out = isinstance(cause, TimeoutError)
+            reason = f"no answer within {timeout:g} s" if timed_out else (str(cause) or type(cause).__name__)
+        if attempt == retries:
+            tries = f" ({retries + 1} tries)" if retries else ""
+            raise EndpointError(f"{shown} gives no scores: {reason}{tries}")
+        time.sleep(min(backoff * 2**attempt, _LONGEST_PAUSE))
+    if len(body) > _MAX_ANSWER:
+        raise EndpointError(f"{shown} answers with more than {_MAX_ANSWER >> 20} MiB")
+    try:
+        return json.loads(body)
+    except ValueError:
+        raise EndpointError(f"{shown} answers with what is not JSON: {body[:60]!r}") from None
+
+
+def _scores(answer: Any, size: int, shown: str) -> list[float | None]:
+    scores = answer.get("scores") if isinstance(answer, dict) else None
+    if not isinstance(scores, list):
+        raise EndpointError(f'{shown} answers with {str(answer)[:60]!r}, not {{"scores": [...]}}')
+    if len(scores) != size:
+        raise EndpointError(f"{shown} answers with {len(scores)} scores for {size} completions")
+    for row, score in enumerate(scores):
+        if score is not None and (isinstance(score, bool) or not isinstance(score, int | float)):
+            raise EndpointError(f"{shown}: score {row} is {str(score)[:60]!r}, not a number or null")
+    return scores

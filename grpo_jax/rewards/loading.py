@@ -1,0 +1,293 @@
+"""Reward functions on strings: loading them, checking them, adding up what they give.
+
+`grpo_jax/rewards/scoring.py` has their signature, and how one is called.
+"""
+
+import inspect
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from grpo_jax.rewards.builtin import REWARDS, ROW_CHECKS, Completion
+from grpo_jax.rewards.pool import RewardPool
+from grpo_jax.rewards.scoring import (
+    Prompt,
+    Reward,
+    RewardError,
+    begin_call,
+    finish_call,
+    named,
+    parameters_of,
+)
+from grpo_jax.rewards.sources import find_function
+from grpo_jax.rewards.verl import PREFIX, TRUTHS, adapt_compute_score, check_truth
+from grpo_jax.spelling import nearest
+
+if TYPE_CHECKING:
+    from grpo_jax.config.run import RewardConfig
+    from grpo_jax.data.tasks.task import Example
+
+__all__ = [
+    "REWARDS",
+    "Reward",
+    "RewardError",
+    "check_columns",
+    "check_rows",
+    "close_rewards",
+    "load_rewards",
+    "reward_means",
+    "score",
+]
+
+
+# What TRL gives reward functions and we do not.
+_ONLY_TRL = ("completion_ids", "trainer_state", "log_metric", "log_extra", "environments")
+
+
+def load_rewards(specs: "Sequence[RewardConfig]") -> tuple[Reward, ...]:
+    """Loads the reward functions of a config.
+
+    Args:
+        specs: function (a name in REWARDS, `package.module:function`, `path/file.py:function`, or one of
+            these two for verl's compute_score as `verl:...`), weight and arguments of each. A name that
+            comes twice gets `_2`, `_3`, ... One with a timeout gets processes of its own, which start with
+            the first batch and end with `close_rewards`, or with this process.
+
+    Returns:
+        R rewards in the order given.
+
+    Raises:
+        ValueError: a function that cannot be loaded, or arguments that it does not take, in one line.
+    """
+    rewards: list[Reward] = []
+    for spec in specs:
+        reward = _load(spec)
+        taken, name = {reward.name for reward in rewards}, reward.name
+        unique = next(n for n in (name, *(f"{name}_{i}" for i in range(2, len(specs) + 2))) if n not in taken)
+        reward = replace(reward, name=unique)
+        _check_reward(reward)
+        rewards.append(replace(reward, pool=_make_pool(reward, spec)))
+    return tuple(rewards)
+
+
+def _load(spec: "RewardConfig") -> Reward:
+    weight, arguments = float(spec.weight), dict(spec.arguments)
+    if spec.function in REWARDS:
+        function = REWARDS[spec.function]
+        check = ROW_CHECKS.get(spec.function)
+        check_row = None if check is None else partial(check, arguments=arguments)
+        return Reward(
+            name=spec.function, function=function, weight=weight, arguments=arguments, check_row=check_row
+        )
+    own = spec.function.removeprefix(PREFIX)
+    name, function, source = find_function(own, built_in=tuple(REWARDS))
+    if own == spec.function:
+        return Reward(name=name, function=function, weight=weight, arguments=arguments, source=source)
+    try:
+        adapted = adapt_compute_score(function, arguments)
+    except ValueError as error:
+        raise ValueError(f"reward `{name}` ({source}): {error}") from None
+    return Reward(
+        name=name, function=adapted, weight=weight, source=source, one_of=TRUTHS, check_row=check_truth
+    )
+
+
+def _make_pool(reward: Reward, spec: "RewardConfig") -> RewardPool | None:
+    if spec.timeout is None:
+        return None
+    if reward.function is REWARDS["reward_model"]:
+        raise ValueError(f"{named(reward)} computes on the device that trains; it takes no timeout")
+    return RewardPool(
+        who=named(reward),
+        function=spec.function,
+        arguments=spec.arguments,
+        timeout=spec.timeout,
+        workers=spec.workers,
+        rows_per_call=spec.rows_per_call,
+    )
+
+
+def close_rewards(rewards: Sequence[Reward]) -> None:
+    """Ends the processes of those rewards that have some."""
+    for reward in rewards:
+        if reward.pool is not None:
+            reward.pool.close()
+
+
+def _check_reward(reward: Reward) -> None:
+    who, arguments = named(reward), reward.arguments
+    if not math.isfinite(reward.weight):
+        raise ValueError(f"{who}: weight {reward.weight} is not a finite number")
+    try:
+        parameters, takes_any = parameters_of(reward)
+    except (ValueError, TypeError):
+        raise ValueError(f"{who}: its signature cannot be read; wrap it in a Python function") from None
+    if "completions" not in parameters and not takes_any:
+        raise ValueError(
+            f"{who} has no parameter `completions`; the signature is f(prompts, completions, **columns)"
+        )
+    for name in arguments:
+        if name in ("prompts", "completions"):
+            raise ValueError(f"{who}: `{name}` cannot be given in its arguments")
+        if name not in parameters and (not takes_any or reward.source == "built in"):
+            known = [p for p in parameters if p not in ("prompts", "completions")]
+            near = nearest(name, known)
+            hint = f"did you mean `{near}`?" if near else f"it takes {', '.join(known) or 'none'}"
+            raise ValueError(f"{who} takes no argument `{name}`; {hint}")
+    if reward.source == "built in":
+        _try_arguments(reward, parameters)
+
+
+def _try_arguments(reward: Reward, parameters: Mapping[str, inspect.Parameter]) -> None:
+    """Checks the arguments of a built-in: its columns are positional, its arguments keyword-only."""
+    who = named(reward)
+    own = {name: p for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    for name, parameter in own.items():
+        if parameter.default is inspect.Parameter.empty and name not in reward.arguments:
+            raise ValueError(f"{who} needs the argument `{name}`: add arguments: {{{name}: ...}}")
+    for name in reward.arguments:
+        if name not in own:
+            raise ValueError(f"{who}: `{name}` is a column of the data, not an argument")
+    columns = {name: [] for name in parameters if name not in own}
+    try:  # a batch of no rows checks the values
+        reward.function(**columns, **reward.arguments)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{who}: {error}") from None
+
+
+def check_columns(rewards: Sequence[Reward], columns: Iterable[str]) -> None:
+    """Checks that the data has the columns that the reward functions need, before anything runs.
+
+    Args:
+        rewards: R reward functions.
+        columns: names of the data's columns, without `prompt`.
+
+    Raises:
+        ValueError: names the function, the missing column and the columns there are.
+    """
+    columns = list(columns)
+    there = ", ".join(f"`{column}`" for column in columns) or "none"
+    for name in ("prompts", "completions"):
+        if name in columns:
+            raise ValueError(f"the data has a column `{name}`, which is what reward functions get; rename it")
+    for reward in rewards:
+        parameters, takes_any = parameters_of(reward)
+        if reward.one_of and not set(reward.one_of) & {*columns}:
+            wanted = ", ".join(f"`{column}`" for column in reward.one_of)
+            raise ValueError(f"{named(reward)} needs one of the columns {wanted}; columns: {there}")
+        for name in _named_columns(reward):
+            if name not in columns:
+                raise ValueError(f"{named(reward)}: its argument `columns` names `{name}`; columns: {there}")
+        for name, parameter in parameters.items():
+            given = name in ("prompts", "completions") or name in columns or name in reward.arguments
+            required = parameter.default is inspect.Parameter.empty and not given
+            if required and name in _ONLY_TRL:
+                raise ValueError(
+                    f"{named(reward)} needs `{name}`, which TRL hands over and grpo_jax does not; give it a "
+                    f"default, such as {name}=None"
+                )
+            if required:
+                raise ValueError(
+                    f"{named(reward)} needs `{name}`, which is neither a column of the data nor in its "
+                    f"arguments; columns: {there}"
+                )
+        for name in reward.arguments:
+            if name in columns and (name in parameters or takes_any):
+                raise ValueError(
+                    f"{named(reward)}: its argument `{name}` hides the column `{name}`; drop one"
+                )
+
+
+def _named_columns(reward: Reward) -> Sequence[str]:
+    """Returns the columns that the arguments of a reward name."""
+    return reward.arguments.get("columns") or () if reward.function is REWARDS["http_score"] else ()
+
+
+def check_rows(rewards: Sequence[Reward], examples: Iterable["Example"]) -> list[tuple[int, str]]:
+    """Finds the rows that a reward cannot use, before anything runs.
+
+    The columns are there, which `check_columns` has made sure. Built-in rewards check their values.
+
+    Args:
+        rewards: R reward functions.
+        examples: N rows of the data.
+
+    Returns:
+        (index, reason) of every such row, in order, such as (29, "reward `numeric_answer`: the expected
+        answer is null (None)"). A row that several rewards cannot use has the first one's reason.
+    """
+    checks = [(reward.name, reward.check_row) for reward in rewards if reward.check_row is not None]
+    found = []
+    for index, example in enumerate(examples):
+        for name, check in checks:
+            try:
+                check(example.columns)
+            except ValueError as error:
+                found.append((index, f"reward `{name}`: {error}"))
+                break
+    return found
+
+
+def score(
+    rewards: Sequence[Reward],
+    prompts: Sequence[Prompt],
+    completions: Sequence[Completion],
+    columns: Mapping[str, Sequence[Any]],
+) -> np.ndarray:
+    """Calls every reward function on a batch.
+
+    Args:
+        rewards: R reward functions.
+        prompts: B strings or lists of messages.
+        completions: B completions; a string under a prompt of messages is handed over as a message.
+        columns: the data's other columns, each with B entries.
+
+    Returns:
+        [B, R] float32, NaN where a function returned None.
+
+    Raises:
+        RewardError: a function raised, or returned the wrong length, type, or a value that is not finite.
+        ValueError: prompts, completions and columns differ in length.
+    """
+    size = len(prompts)
+    for name, values in {"completions": completions, **columns}.items():
+        if len(values) != size:
+            raise ValueError(f"{size} prompts, but `{name}` has {len(values)} entries")
+    completions = [
+        [{"role": "assistant", "content": completion}]
+        if isinstance(completion, str) and not isinstance(prompt, str)
+        else completion
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    batch = {**columns, "prompts": prompts, "completions": completions}
+    scores = np.full((size, len(rewards)), np.nan, np.float32)
+    begun = [begin_call(reward, batch) for reward in rewards]
+    try:
+        for r in sorted(range(len(rewards)), key=lambda r: begun[r] is not None):  # while the async ones wait
+            scores[:, r] = finish_call(rewards[r], batch, begun[r])
+    finally:  # after an error nobody waits for the others
+        for call in filter(None, begun):
+            call.cancel()
+    return scores
+
+
+def reward_means(rewards: Sequence[Reward], scores: np.ndarray) -> dict[str, float]:
+    """Returns rewards/<name>/mean and /std (ddof 1) over the values each function gave, absent if none; and
+    rewards/<name>/missing, the share of the rows without one. For a function with a timeout also
+    rewards/<name>/timeouts, the share of the rows whose call ran over it or killed its worker, of those
+    scored since the last time.
+    """
+    metrics = {}
+    for reward, column in zip(rewards, scores.astype(np.float64).T, strict=True):
+        name, values = f"rewards/{reward.name}", column[~np.isnan(column)]
+        if values.size:
+            metrics[f"{name}/mean"] = float(values.mean())
+            metrics[f"{name}/std"] = float(values.std(ddof=1)) if values.size > 1 else 0.0
+        metrics[f"{name}/missing"] = 1.0 - values.size / column.size
+        if reward.pool is not None:
+            metrics[f"{name}/timeouts"] = reward.pool.take_lost() / column.size
+    return metrics

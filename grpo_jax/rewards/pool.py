@@ -1,0 +1,245 @@
+"""Reward functions in processes of their own, with a limit on the time of every call.
+
+What hangs or dies costs the rows of its call and nothing else: the worker is killed with all that it started
+and replaced. Neither concurrent.futures (which cannot kill a worker) nor pebble (which can) is used: both
+start workers by multiprocessing, which imports the main module and our package there, and JAX with them.
+POSIX only.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
+from typing import Any
+
+_PROGRAM = Path(__file__).with_name("worker.py")
+_START_SECONDS = 120.0  # for importing what the function needs
+_DEAD = "the worker process died in the call"
+_END_SECONDS = 2.0  # for an idle worker that was told to end
+# Nothing in a worker may take a device from the run.
+_ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+
+
+class WorkerError(RuntimeError):
+    """A worker could not start, or its function failed as it would have failed here."""
+
+
+@dataclass(eq=False)
+class _Worker:
+    process: subprocess.Popen
+    connection: Connection
+    deadline: float  # of what it is doing: starting, or a call
+    call: int | None = None
+    busy: bool = True
+
+    def end(self) -> None:
+        """Ends the process; at once, with all that it started, unless it is idle and follows the request."""
+        self.connection.close()
+        if not self.busy:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(_END_SECONDS)
+                return
+        # Not waited for yet, so the number is still its own, also if it is dead.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+class RewardPool:
+    """The worker processes of one reward function. They start with the first call.
+
+    Args:
+        who: the reward, in messages.
+        function: as in RewardConfig.
+        arguments: of the function.
+        timeout: seconds that a call may take.
+        workers: processes.
+        rows_per_call: rows of a call; None: every worker gets an equal part of the batch.
+    """
+
+    def __init__(
+        self,
+        *,
+        who: str,
+        function: str,
+        arguments: Mapping[str, Any],
+        timeout: float,
+        workers: int = 1,
+        rows_per_call: int | None = None,
+    ):
+        if os.name != "posix":
+            raise ValueError(f"{who}: worker processes need Linux or macOS; leave its timeout away here")
+        self.who = who
+        self.timeout, self.workers, self.rows_per_call = timeout, workers, rows_per_call
+        self._setup = {"function": function, "arguments": dict(arguments), "path": list(sys.path)}
+        try:
+            self._setup = json.dumps(self._setup).encode()
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{who}: its arguments cannot go to a worker process: {error}") from None
+        self._directory = os.getcwd()
+        self._workers: list[_Worker] = []
+        self._lost, self._lock = 0, threading.Lock()
+        self._lost_calls: dict[int, str] = {}
+        self.last_lost: dict[int, str] = {}  # rows that the last batch lost -> why
+        weakref.finalize(self, _end_all, self._workers, os.getpid())
+
+    def score(
+        self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
+    ) -> list[float]:
+        """Scores a batch, cut into calls of rows in order.
+
+        Returns:
+            B numbers, NaN where the function gave None, its call took too long, or its worker died.
+
+        Raises:
+            WorkerError: as `rewards.score` raises RewardError, in one line.
+        """
+        size = len(prompts)
+        rows = self.rows_per_call or max(1, -(-size // self.workers))
+        parts = [slice(start, min(start + rows, size)) for start in range(0, size, rows)]
+        calls = [
+            {
+                "prompts": list(prompts[part]),
+                "completions": list(completions[part]),
+                "columns": {name: list(values[part]) for name, values in columns.items()},
+            }
+            for part in parts
+        ]
+        with self._lock:
+            self._lost_calls.clear()
+            try:
+                answers = self._run(calls)
+            except BaseException:
+                self.close()  # an answer to this batch must not be taken for one to the next
+                raise
+        scores: list[float] = []
+        self.last_lost = {
+            row: self._lost_calls[call]
+            for call, part in enumerate(parts)
+            if answers[call] is None
+            for row in range(part.start, part.stop)
+        }
+        for part, answer in zip(parts, answers, strict=True):
+            count = part.stop - part.start
+            if answer is None:
+                self._lost += count
+            scores += [float("nan")] * count if answer is None else answer
+        return scores
+
+    def take_lost(self) -> int:
+        """Returns the number of rows lost to the timeout or a dead worker since it was asked last."""
+        lost, self._lost = self._lost, 0
+        return lost
+
+    def close(self) -> None:
+        """Ends the workers; another call would start new ones."""
+        _end_all(self._workers, os.getpid())
+
+    def _run(self, calls: list[dict[str, Any]]) -> list[list[float] | None]:
+        """Returns the answers to calls in order, None for the lost ones."""
+        answers: list[list[float] | None] = [None] * len(calls)
+        waiting, unfinished = deque(range(len(calls))), len(calls)
+        while len(self._workers) < min(self.workers, len(calls)):
+            self._workers.append(self._start())
+        while unfinished:
+            for place, worker in enumerate(self._workers):
+                # With a call for each, a worker gets the same rows of every batch.
+                call = place if len(calls) <= len(self._workers) else next(iter(waiting), None)
+                if worker.busy or call not in waiting:
+                    continue
+                waiting.remove(call)
+                worker.call, worker.busy = call, True
+                worker.deadline = time.monotonic() + self.timeout
+                if not self._sent(worker.connection, calls[worker.call]):
+                    unfinished -= 1
+                    self._lost_calls[worker.call] = _DEAD
+                    self._replace(place)
+            for place in self._finished():
+                worker = self._workers[place]
+                answer, starting = _received(worker.connection), worker.call is None
+                if answer is not None and "error" in answer:
+                    before = sum(len(call["prompts"]) for call in calls[: worker.call or 0])
+                    counted = f"; its row 0 is row {before} of the batch" if before else ""
+                    raise WorkerError(answer["error"] + counted)
+                if answer is None and starting:
+                    raise WorkerError(f"{self.who}: a worker process ended, or did not start in time")
+                if not starting:
+                    unfinished -= 1
+                if answer is None:
+                    late = worker.deadline <= time.monotonic()
+                    reason = f"the call ran over its timeout of {self.timeout:g} s" if late else _DEAD
+                    self._lost_calls[worker.call] = reason
+                    self._replace(place)
+                    continue
+                if not starting:
+                    answers[worker.call] = answer["scores"]
+                worker.call, worker.busy = None, False
+        return answers
+
+    def _finished(self) -> list[int]:
+        """Waits until there is news, and returns the places of workers that answered, died or ran late."""
+        busy = [worker for worker in self._workers if worker.busy]
+        soonest = min((worker.deadline for worker in busy), default=0.0)
+        ready = wait([worker.connection for worker in busy], max(0.0, soonest - time.monotonic()))
+        now = time.monotonic()
+        return [
+            place
+            for place, worker in enumerate(self._workers)
+            if worker.busy and (worker.connection in ready or worker.deadline <= now)
+        ]
+
+    def _sent(self, connection: Connection, call: dict[str, Any]) -> bool:
+        """Hands a call over; False if the worker is dead."""
+        try:
+            connection.send(call)
+        except OSError:
+            return False
+        except Exception as error:  # whatever a value raises that cannot be pickled
+            raise WorkerError(f"{self.who}: a column cannot go to a worker process: {error!r}") from None
+        return True
+
+    def _replace(self, place: int) -> None:
+        self._workers[place].end()
+        self._workers[place] = self._start()
+
+    def _start(self) -> _Worker:
+        here, there = Pipe()
+        with there:
+            process = subprocess.Popen(
+                [sys.executable, "-P", str(_PROGRAM), str(there.fileno()), str(os.getpid())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[there.fileno()],
+                cwd=self._directory,
+                env={**os.environ, **_ENVIRONMENT},
+                start_new_session=True,  # Ctrl-C is for the run, which saves first; and one group to kill
+            )
+        worker = _Worker(process, here, deadline=time.monotonic() + _START_SECONDS)
+        with contextlib.suppress(OSError):  # it ended already, which shows when it is asked
+            here.send_bytes(self._setup)
+        return worker
+
+
+def _received(connection: Connection) -> dict[str, Any] | None:
+    """Takes what a worker has to say; None if it is dead, or has nothing to say yet."""
+    try:
+        return json.loads(connection.recv_bytes()) if connection.poll() else None
+    except (EOFError, OSError, ValueError):
+        return None
+
+
+def _end_all(workers: list[_Worker], owner: int) -> None:
+    if os.getpid() != owner:  # a fork has copies of them; they are not its own
+        return
+    for worker in workers:
+        worker.end()
+    workers.clear()

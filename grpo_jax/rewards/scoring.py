@@ -1,0 +1,317 @@
+"""How one reward function is called on a batch, and what it may return.
+
+A reward function has the signature that users of TRL know, ``f(prompts, completions, **columns) ->
+list[float | None]``. Everything is passed by keyword as a list with one entry per completion, and is the
+function's own: it may change what it gets. A function without ``**columns`` gets only what it names.
+Completions are strings where the prompt is a string, and ``[{"role": "assistant", "content": text}]`` where
+the prompt is a list of messages. None means that there is no reward for that completion, which is not the
+same as 0. The function may be async; the async ones of a batch wait at the same time.
+"""
+
+import contextlib
+import copy
+import inspect
+import math
+import numbers
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grpo_jax.rewards.awaiting import end_fork, is_async, start
+from grpo_jax.rewards.builtin import REWARDS, Completion, completion_text
+from grpo_jax.rewards.http_endpoint import EndpointError
+from grpo_jax.rewards.pool import RewardPool, WorkerError
+
+Prompt = str | list[dict[str, Any]]
+Batch = Mapping[str, Sequence[Any]]  # prompts, completions and the columns, by the names they are passed by
+_IMMUTABLE = frozenset((str, int, float, bool, type(None)))  # the types that need no copy
+
+
+class RewardError(ValueError):
+    """A reward function failed or returned what is no reward; the message names function and row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reward:
+    """One reward function of a run.
+
+    Args:
+        name: unique in the run; metrics are called `rewards/<name>/...`.
+        function: f(prompts, completions, **columns) -> list of B numbers or None.
+        weight: factor in the sum.
+        arguments: fixed keyword arguments of the function.
+        source: where the function comes from, for messages.
+        pool: processes that call it, with a timeout; None: it is called here.
+        one_of: columns of which the data must have at least one.
+        check_row: raises ValueError with a reason if the function cannot use the columns of a row. None means
+            that every row is fine.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    weight: float = 1.0
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    source: str = "built in"
+    pool: RewardPool | None = None
+    one_of: tuple[str, ...] = ()
+    check_row: Callable[[Mapping[str, Any]], None] | None = None
+
+
+def named(reward: Reward) -> str:
+    return f"reward `{reward.name}` ({reward.source})"
+
+
+def parameters_of(reward: Reward) -> tuple[dict[str, inspect.Parameter], bool]:
+    """Returns (parameters by name, whether it takes any keyword)."""
+    parameters = inspect.signature(reward.function).parameters.values()
+    keywords = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return (
+        {p.name: p for p in parameters if p.kind in keywords},
+        any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters),
+    )
+
+
+class _Failed(Exception):
+    """A call that raised; `error` is what it raised, SystemExit and its like included."""
+
+    def __init__(self, error: BaseException):
+        super().__init__(repr(error))
+        self.error = error
+
+
+def begin_call(reward: Reward, batch: Batch) -> Future | None:
+    """Starts the call of an async function, so that several of them wait at the same time.
+
+    Args:
+        reward: the reward function.
+        batch: `prompts`, `completions` and the data's columns, each with B entries.
+
+    Returns:
+        what `finish_call` needs to have; None for a function that is not async, or has a process of its own.
+    """
+    if reward.pool is not None or not is_async(reward.function):
+        return None
+    return start(partial(_call, reward, batch))
+
+
+def finish_call(reward: Reward, batch: Batch, begun: Future | None) -> list[float]:
+    """Calls one reward function on a batch, or waits for the call that has begun.
+
+    Args:
+        reward: the reward function.
+        batch: `prompts`, `completions` and the data's columns, each with B entries.
+        begun: of `begin_call`.
+
+    Returns:
+        B floats, NaN where the function returned None.
+
+    Raises:
+        RewardError: as `rewards.score`.
+    """
+    try:
+        if reward.pool is not None:
+            columns = {
+                name: values for name, values in batch.items() if name not in ("prompts", "completions")
+            }
+            wanted = {name: values for name, values in columns.items() if takes(reward, name)}
+            return reward.pool.score(batch["prompts"], batch["completions"], wanted)
+        values = _finish(begun or partial(_call, reward, batch))
+    except WorkerError as error:  # the worker has explained it
+        raise RewardError(str(error)) from None
+    except _Failed as failed:
+        if isinstance(failed.error, EndpointError):  # no row is to blame
+            raise RewardError(f"{named(reward)}: {failed.error}") from None
+        raise _explain(reward, batch, failed.error) from failed.error
+    return _checked(reward, values, batch["completions"])
+
+
+def _finish(call: Future | Callable[[], Any]) -> Any:
+    """Makes a call, or waits for it.
+
+    Raises:
+        KeyboardInterrupt: the user pressed Ctrl-C.
+        _Failed: the function raised whatever else, also SystemExit or a KeyboardInterrupt of its own.
+    """
+    process, signals = os.getpid(), []
+    try:
+        with _noted(signals):
+            value = call if isinstance(call, Future) else call()
+            if inspect.isawaitable(value):
+                value = start(partial(_itself, value))
+            if not isinstance(value, Future):
+                return value
+            value, error = value.result()
+    except BaseException as raised:
+        if isinstance(raised, KeyboardInterrupt) and signals:
+            raise
+        raise _Failed(raised) from None
+    finally:
+        end_fork(process)
+    if error is not None:
+        raise _Failed(error)
+    return value
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+@contextlib.contextmanager
+def _noted(signals: list[int]) -> Iterator[None]:
+    """Notes the signals that ask the run to end, and leaves what they do to their handlers."""
+    ours, theirs = {}, {}
+    if threading.current_thread() is threading.main_thread():  # no other thread ever gets a signal
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(signum)
+            if callable(handler):
+                ours[signum], theirs[signum] = _noting(handler, signals), handler
+                signal.signal(signum, ours[signum])
+    try:
+        yield
+    finally:
+        for signum, handler in ours.items():
+            if signal.getsignal(signum) is handler:  # else the function has set one of its own
+                signal.signal(signum, theirs[signum])
+
+
+def _noting(handler: Callable[..., Any], signals: list[int]) -> Callable[..., Any]:
+    def note(signum, frame):
+        signals.append(signum)
+        return handler(signum, frame)
+
+    return note
+
+
+def takes(reward: Reward, name: str) -> bool:
+    """Says whether a function is called with a column; what is keyword-only in a built-in is an argument."""
+    parameters, takes_any = parameters_of(reward)
+    if name not in parameters:
+        return takes_any
+    is_argument = parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
+    return not (is_argument and reward.function in REWARDS.values())
+
+
+def _call(reward: Reward, batch: Batch) -> Any:
+    # Everything is the function's own, row by row. One that sorts, pops or appends changes neither the data,
+    # nor a sibling's row, nor what the next function gets.
+    passed = {name: own_copy(list(values)) for name, values in batch.items() if takes(reward, name)}
+    return reward.function(**{**passed, **own_copy(dict(reward.arguments))})
+
+
+def own_copy(value: Any) -> Any:
+    """Copies a value with all that is in it. Two parts of a copied list or mapping are never one object.
+
+    `copy.deepcopy` would keep what siblings share, and takes twice as long. What cannot be copied, such as a
+    decoder of audio, is returned itself.
+    """
+    kind = type(value)
+    if kind in _IMMUTABLE:
+        return value
+    if kind is list:
+        return [own_copy(each) for each in value]
+    if kind is dict:
+        return {name: own_copy(each) for name, each in value.items()}
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # whatever a foreign type raises that refuses to be copied
+        return value
+
+
+def _explain(reward: Reward, batch: Batch, error: BaseException) -> RewardError:
+    """Finds the first row that makes a function raise, by calling it on single rows."""
+    completions = batch["completions"]
+    told = f"{named(reward)} raised {_raised(error)} on a batch of {len(completions)} rows"
+    for row, completion in enumerate(completions):
+        alone = {name: values[row : row + 1] for name, values in batch.items()}
+        try:
+            _finish(partial(_call, reward, alone))
+        except _Failed as failed:
+            same = repr(failed.error) == repr(error)
+            again = "" if same else f" alone raises {_raised(failed.error)};"
+            hint = _form_hint(reward, completion, failed.error)
+            return RewardError(f"{told}; row {row}{again} {_shown(completion)}{hint}")
+    return RewardError(f"{told}; no single row does so alone")
+
+
+def _form_hint(reward: Reward, completion: Completion, error: BaseException) -> str:
+    """Says what a completion is to a function that seems to take it for something else."""
+    if reward.source == "built in" or reward.one_of or not isinstance(error, (AttributeError, TypeError)):
+        return ""
+    text, is_text = str(error), isinstance(completion, str)
+    if not is_text and any(word in text for word in ("list", "dict")):
+        return (
+            ". The prompts are messages (data.system_prompt makes them so), so a completion is a list of "
+            'messages: its text is completion[0]["content"]'
+        )
+    if is_text and any(word in text for word in ("string", "'str'")):
+        return ". The prompts are texts, so a completion is a text, not a list of messages"
+    return ""
+
+
+def _raised(error: BaseException) -> str:
+    """Shows an error and where it was raised, unless that was at the call itself."""
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    places = [f" at {Path(f.filename).name}:{f.lineno}" for f in last if f.filename != __file__]
+    return f"{error!r}{''.join(places)}"
+
+
+def _shown(completion: Completion) -> str:
+    return f"(completion {_short(completion_text(completion))})"
+
+
+def _checked(reward: Reward, values: Any, completions: Sequence[Completion]) -> list[float]:
+    """Turns what a function returned into B floats, NaN for None."""
+    who, size = named(reward), len(completions)
+    is_list = isinstance(values, Iterable) and isinstance(values, Sized)
+    if not is_list or isinstance(values, (str, bytes, Mapping, set, frozenset)):
+        raise RewardError(f"{who} returned {type(values).__name__}, not a list of {size} numbers")
+    if len(values) != size:
+        raise RewardError(f"{who} returned {len(values)} values for {size} completions")
+    floats = []
+    for row, value in enumerate(values):
+        if value is None:
+            floats.append(math.nan)
+            continue
+        if not _is_number(value):
+            raise RewardError(
+                f"{who} returned {_short(value)} of type {type(value).__name__} for row {row}, not a number "
+                f"or None {_shown(completions[row])}"
+            )
+        if not _is_finite(value):
+            raise RewardError(
+                f"{who} returned {_short(value)} for row {row}; a reward is a finite float32, and a missing "
+                f"one is None {_shown(completions[row])}"
+            )
+        floats.append(float(value))
+    return floats
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, numbers.Real):
+        return True
+    try:  # scalars of NumPy and of whatever it understands
+        array = np.asarray(value)
+    except Exception:  # whatever the foreign type raises: no number
+        return False
+    return array.ndim == 0 and array.dtype.kind in "biuf"
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return abs(float(value)) <= float(np.finfo(np.float32).max)
+    except OverflowError:
+        return False
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

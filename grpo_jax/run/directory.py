@@ -1,0 +1,206 @@
+"""The directory of a run: its config, what a continued run may change, the model of a checkpoint."""
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from grpo_jax.checkpoints.format import fingerprint
+from grpo_jax.checkpoints.manager import Checkpoints
+from grpo_jax.cli import parse_record
+from grpo_jax.config.run import Config
+from grpo_jax.models.loading import Model, load_model, set_endings
+from grpo_jax.models.peft import check_base
+from grpo_jax.policy.lora import Lora
+from grpo_jax.run.build import build_model
+from grpo_jax.training.learner import TrainState, policy_params
+from grpo_jax.types import Params
+
+# What may differ when a run is continued: it changes nothing of the steps already made.
+_MAY_DIFFER = (
+    "run_dir",
+    "training.num_steps",
+    "training.num_epochs",
+    "evaluation",
+    "checkpoints",
+    "tracking",
+)
+_DATE = "model.chat_template_date"  # noted at the first start, and kept unless another one is given
+
+
+def config_dict(config: Config) -> dict[str, Any]:
+    """Returns the resolved config as plain nested dicts."""
+    return asdict(config)
+
+
+def read_config(run_dir: str | Path) -> Config:
+    """Reads the resolved config of a run.
+
+    Raises:
+        ValueError: the directory holds no run, or its config is not one of this version.
+    """
+    path = Path(run_dir) / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"{run_dir} is not a run directory: it has no config.yaml")
+    return parse_record(Config, ["--config", str(path)], command="grpo_jax", description="")
+
+
+def run_of(name: str) -> Path | None:
+    """Returns the run that a model is of: a run directory itself, or the one whose `hf` or `best` it is."""
+    path = Path(name)
+    holders = (path, path.parent) if path.name in ("hf", "best") else (path,)
+    return next((holder for holder in holders if (holder / "config.yaml").is_file()), None)
+
+
+def write_config(config: Config) -> None:
+    """Writes the resolved config into the run directory."""
+    directory = Path(config.run_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(config_dict(config), sort_keys=False)
+    unfinished = directory / "config.yaml.unfinished"
+    unfinished.write_text("# the resolved configuration of this run\n" + text)
+    os.replace(unfinished, directory / "config.yaml")  # a kill leaves the old one or the new one
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        name = prefix + key
+        flat |= _flat(value, name + ".") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def check_same_run(config: Config, other: Config) -> None:
+    """Raises unless both configs describe the same training, apart from its length and its logging.
+
+    Raises:
+        ValueError: names every setting that differs.
+    """
+    mine, theirs = _flat(config_dict(config)), _flat(config_dict(other))
+    different = [
+        f"{key} is {theirs.get(key)!r} there and {mine.get(key)!r} here"
+        for key in {**mine, **theirs}
+        if mine.get(key) != theirs.get(key)
+        and not key.startswith(_MAY_DIFFER)
+        and not (key == _DATE and mine.get(key) is None)
+    ]
+    if different:
+        raise ValueError(
+            f"run_dir {config.run_dir} holds a run with other settings: {'; '.join(different)}. Give another "
+            "run_dir, or the same settings to continue it"
+        )
+
+
+def keep_first_date(config: Config, run_dirs: Iterable[Path]) -> Config:
+    """Returns the config with the date that a chat template printed when the run was first started.
+
+    Args:
+        config: of the run.
+        run_dirs: of the runs that it continues, the first choice first.
+    """
+    if config.model.chat_template_date is not None:
+        return config
+    dates = (
+        read_config(path).model.chat_template_date for path in run_dirs if (path / "config.yaml").is_file()
+    )
+    date = next((date for date in dates if date is not None), None)
+    return replace(config, model=replace(config.model, chat_template_date=date))
+
+
+def load_model_or_run(
+    name: str,
+    *,
+    dtype: str = "float32",
+    chat_template: str = "auto",
+    chat_template_arguments: Mapping[str, Any] | None = None,
+    chat_template_date: str | None = None,
+    **endings: Any,
+) -> Model:
+    """Loads a model, or the newest checkpoint of a run.
+
+    Args:
+        name: a model as in `load_model`, or a run directory.
+        dtype: compute dtype of a model; a run has its own.
+        chat_template: of a model, as in `load_model`; a run has its own.
+        chat_template_arguments: of a model, as in `load_model`; a run has its own.
+        chat_template_date: of a model, as in `load_model`; a run has its own.
+        **endings: what ends a completion, as in `set_endings`; None: what ends those of the model or run.
+    """
+    if not (Path(name) / "config.yaml").is_file():
+        return load_model(
+            name,
+            dtype=dtype,
+            chat_template=chat_template,
+            chat_template_arguments=chat_template_arguments,
+            chat_template_date=chat_template_date,
+            **endings,
+        )
+    return set_endings(load_run(name)[0], **endings)
+
+
+def load_run(run_dir: str | Path, *, step: int | None = None) -> tuple[Model, int]:
+    """Loads the model of a run with the parameters of one of its checkpoints.
+
+    Args:
+        run_dir: its directory.
+        step: of the checkpoint; None: the newest that is whole.
+
+    Returns:
+        (the model, the checkpoint's step).
+
+    Raises:
+        ValueError: it is no run, or has no such checkpoint.
+    """
+    model, state, found = _restore_run(run_dir, step)
+    params = policy_params(state, model.params if state.lora else None)
+    return replace(model, params=params, source=str(run_dir)), found
+
+
+def load_adapters(run_dir: str | Path, *, step: int | None = None) -> tuple[Model, Lora, Params, int]:
+    """Loads the adapters of a run's checkpoint, apart from their base.
+
+    Args:
+        run_dir: its directory.
+        step: of the checkpoint; None: the newest that is whole.
+
+    Returns:
+        (the base, what is adapted, the adapters, the checkpoint's step).
+
+    Raises:
+        ValueError: it is no run, has no such checkpoint, or trained the whole model.
+    """
+    if not read_config(run_dir).lora.rank:
+        raise ValueError(f"the run {run_dir} trained the whole model (lora.rank is 0): it has no adapters")
+    model, state, found = _restore_run(run_dir, step)
+    return model, state.lora, state.params, found
+
+
+def _restore_run(run_dir: str | Path, step: int | None) -> tuple[Model, TrainState, int]:
+    """Returns (the model that a run started from, the state of a checkpoint, its step)."""
+    config = read_config(run_dir)
+    directory = Path(run_dir) / "checkpoints"
+    if not directory.is_dir():
+        raise ValueError(f"the run {run_dir} has no checkpoint yet")
+    model, template = build_model(config)
+    found, state, extra = restore_checkpoint(directory, template, step=step)
+    if state.lora is not None:
+        check_base(extra.get("base"), fingerprint(model.params), directory)
+    return model, state, found
+
+
+def restore_checkpoint(
+    directory: Path, template: TrainState, *, step: int | None = None
+) -> tuple[int, TrainState, dict[str, Any]]:
+    """Returns a checkpoint's (step, state, JSON) without touching the directory; step None is the newest."""
+    checkpoints = Checkpoints(directory, read_only=True)
+    try:
+        if step is None:
+            step, state, extra, _ = checkpoints.restore_latest(template)
+        else:
+            state, extra, _ = checkpoints.restore(step, template)
+    finally:
+        checkpoints.close()
+    return step, state, extra

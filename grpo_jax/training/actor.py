@@ -1,0 +1,292 @@
+"""The actor: prompts -> rollout -> rewards -> Experience. The boundary between device and host."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from grpo_jax.data.encoded_examples import tokens_of
+from grpo_jax.data.loading import Example
+from grpo_jax.data.prompt_lengths import bucket_length
+from grpo_jax.models.endings import end_arguments
+from grpo_jax.models.loading import Model, decode, pad_prompts
+from grpo_jax.objective.recipes import Recipe
+from grpo_jax.policy.decoding import generate
+from grpo_jax.policy.log_probs import completion_log_probs, tokens_in_use
+from grpo_jax.rewards.loading import Reward, reward_means, score
+from grpo_jax.rewards.silences import Silence, find_silences, lost_rows
+from grpo_jax.training.dynamic_sampling import Groups, fill_batch, join_groups, take_groups, widen_prompts
+from grpo_jax.training.experience import has_signal, make_experience, shaped_rewards
+from grpo_jax.training.metrics import reward_metrics, rollout_metrics
+from grpo_jax.training.reference import is_reference
+from grpo_jax.types import Array, Experience, Judged, Params, Rollout
+
+# round -> (examples of its N prompts, key of its noise); rounds are counted from 0 within a rollout
+Draw = Callable[[int], tuple[Sequence[Example], Array]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Actor:
+    """What stays the same from step to step.
+
+    Args:
+        model: functions, tokenizer and what ends a completion; its own params are not used.
+        recipe: the objective.
+        rewards: reward functions.
+        group_size: G.
+        prompt_length: S of every Experience; no prompt may be longer.
+        max_new_tokens: T.
+        sampling: temperature, top_k, top_p, min_p of `generate`.
+        num_microbatches: slices of each optimizer batch in scoring.
+        num_minibatches: optimizer batches that one rollout is cut into.
+        max_rounds: rounds of sampling at most, for a recipe with dynamic sampling; others make one.
+        scores_policy: whether the policy that sampled scores its completions again. Without, the update takes
+            its own log-probs as the old ones: the same numbers, if it is the only update from the rollout.
+    """
+
+    model: Model
+    recipe: Recipe
+    rewards: tuple[Reward, ...]
+    group_size: int
+    prompt_length: int
+    max_new_tokens: int
+    sampling: Mapping[str, float]
+    num_microbatches: int = 1
+    num_minibatches: int = 1
+    max_rounds: int = 1
+    scores_policy: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collected:
+    """One rollout, judged: what the learner needs, what the log needs, what a human wants to read."""
+
+    experience: Experience
+    metrics: dict[str, float]
+    samples: list[dict[str, Any]]  # one per row: prompt, completion, reward, advantage, rewards/<name>
+    num_tokens: int  # prompt and completion tokens of everything sampled
+    num_rounds: int  # rounds of prompts drawn
+    leftovers: Groups | None = None  # informative groups that found no room
+    silences: tuple[Silence, ...] = ()  # rewards that said nothing, first of all rounds
+
+
+def judge(rewards: Sequence[Reward], examples: Sequence[Example], texts: Sequence[str]) -> np.ndarray:
+    """Scores completions with every reward function.
+
+    Args:
+        rewards: R reward functions.
+        examples: B examples, one per completion.
+        texts: B completions.
+
+    Returns:
+        [B,R] float32, NaN for missing.
+
+    Raises:
+        RewardError: a reward function failed, named with its row.
+    """
+    columns = {name: [example.columns[name] for example in examples] for name in examples[0].columns}
+    return score(rewards, [example.prompt for example in examples], texts, columns)
+
+
+def collect(
+    actor: Actor, params: Params, ref_params: Params | None, draw: Draw, leftovers: Groups | None = None
+) -> Collected:
+    """Samples completions of N prompts, scores and rewards them.
+
+    With dynamic sampling only groups with a signal train: further rounds are drawn until there are enough of
+    them or max_rounds is reached; groups too many are returned for the next rollout.
+
+    Args:
+        actor: what stays the same.
+        params: of the policy that samples.
+        ref_params: of the reference, for a KL estimate; None: no KL term, or an exact one.
+        draw: what each round samples.
+        leftovers: of the rollout before.
+
+    Raises:
+        RewardError: a reward function failed.
+        ValueError: a prompt is longer than actor.prompt_length.
+    """
+    rounds: list[_Round] = []
+    if not actor.recipe.dynamic_sampling:
+        rounds.append(_sample_round(actor, params, ref_params, *draw(0)))
+        batch, num_live, leftovers = rounds[0].groups, None, None
+    else:
+        batch, num_live, leftovers = _informative_batch(actor, params, ref_params, draw, leftovers, rounds)
+        if leftovers is not None:  # one shape, whatever the length bucket of the round
+            judged = widen_prompts(leftovers.judged, actor.prompt_length)
+            leftovers = Groups(judged=judged, samples=leftovers.samples)
+    started = time.perf_counter()
+    experience = make_experience(
+        batch.judged,
+        actor.recipe,
+        prompt_length=actor.prompt_length,
+        num_live=num_live,
+        num_minibatches=actor.num_minibatches,
+        num_microbatches=actor.num_microbatches,
+        **_settings(actor),
+    )
+    everything = join_groups([one.groups for one in rounds]).judged
+    measured = {**_measure(actor, everything), **reward_means(actor.rewards, np.asarray(everything.scores))}
+    jax.block_until_ready(experience)
+    times = {name: sum(one.times[name] for one in rounds) for name in rounds[0].times}
+    times["time/score"] += time.perf_counter() - started
+    if num_live is not None:
+        kept = len(leftovers.samples) // actor.group_size if leftovers else 0
+        measured |= {
+            "dynamic_sampling/rounds": len(rounds),
+            "dynamic_sampling/missing_groups": len(batch.samples) // actor.group_size - num_live,
+            "dynamic_sampling/leftover_groups": kept,
+        }
+    advantages = np.asarray(experience.advantages)
+    return Collected(
+        experience=experience,
+        metrics={name: float(value) for name, value in {**measured, **times}.items()},
+        samples=[
+            {**sample, "advantage": float(value)}
+            for sample, value in zip(batch.samples, advantages, strict=True)
+        ],
+        num_tokens=int(everything.rollout.prompt_mask.sum() + everything.rollout.mask.sum()),
+        num_rounds=len(rounds),
+        leftovers=leftovers,
+        silences=_all_silences(rounds),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Round:
+    groups: Groups
+    times: dict[str, float]
+    silences: Sequence[Silence] = ()
+
+
+def _all_silences(rounds: Sequence[_Round]) -> tuple[Silence, ...]:
+    """Returns the first silence of each reward and kind. `lowest` counts if it holds in every round."""
+    found: dict[tuple[str, str], Silence] = {}
+    for one in rounds:
+        for silence in one.silences:
+            found.setdefault((silence.reward, silence.kind), silence)
+    same = [{s.reward for s in one.silences if s.kind == "lowest"} for one in rounds]
+    return tuple(s for s in found.values() if s.kind != "lowest" or all(s.reward in names for names in same))
+
+
+def _informative_batch(actor, params, ref_params, draw, leftovers, rounds: list[_Round]):
+    """Samples round after round, appended to `rounds`; returns what `fill_batch` does."""
+    informative, dead, count = [] if leftovers is None else [leftovers], None, None
+    found = sum(len(part.samples) // actor.group_size for part in informative)
+    while len(rounds) < actor.max_rounds and (count is None or found < count):
+        one = _sample_round(actor, params, ref_params, *draw(len(rounds)))
+        rounds.append(one)
+        signal = has_signal(one.groups.judged, actor.recipe, **_settings(actor))
+        count = len(signal)
+        if signal.any():
+            informative.append(take_groups(one.groups, np.flatnonzero(signal), actor.group_size))
+        if not signal.all():
+            dead = take_groups(one.groups, np.flatnonzero(~signal), actor.group_size)
+        found += int(signal.sum())
+    alive = join_groups(informative) if informative else None
+    return fill_batch(alive, dead, count=count, group_size=actor.group_size)
+
+
+def _settings(actor: Actor) -> dict[str, Any]:
+    """Returns what every function of `experience` wants to know."""
+    return {
+        "reward_weights": [reward.weight for reward in actor.rewards],
+        "max_length": actor.max_new_tokens,
+        "group_size": actor.group_size,
+    }
+
+
+def _sample_round(actor, params, ref_params, examples: Sequence[Example], key: Array) -> _Round:
+    started = time.perf_counter()
+    rollout = _rollout(actor, params, examples, key)
+    texts = decode(actor.model, np.asarray(rollout.tokens), np.asarray(rollout.mask))
+    generated = time.perf_counter()
+
+    # Dispatched, not awaited: the device scores while the host rewards.
+    old_log_probs, entropies = _score(actor, params, rollout) if actor.scores_policy else (None, None)
+    ref_log_probs = None if ref_params is None else _score(actor, ref_params, rollout)[0]
+    if ref_log_probs is not None and old_log_probs is not None and is_reference(params, ref_params):
+        ref_log_probs = old_log_probs  # so that a KL in the reward is exactly 0, whatever a program rounds
+    repeated = [example for example in examples for _ in range(actor.group_size)]
+    scores = judge(actor.rewards, repeated, texts)
+    silences = find_silences(actor.rewards, repeated, texts, scores, lost_rows(actor.rewards))
+    rewarded = time.perf_counter()
+    judged = Judged(
+        rollout=rollout,
+        old_log_probs=old_log_probs,
+        entropies=entropies,
+        ref_log_probs=ref_log_probs,
+        scores=scores,
+    )
+    totals, valid = shaped_rewards(judged, actor.recipe, **_settings(actor))
+    samples = _samples(actor.rewards, repeated, texts, scores, totals, valid)
+    jax.block_until_ready(judged)
+    times = {
+        "time/generate": generated - started,
+        "time/reward": rewarded - generated,
+        "time/score": time.perf_counter() - rewarded,
+    }
+    return _Round(groups=Groups(judged=judged, samples=samples), times=times, silences=silences)
+
+
+def _measure(actor: Actor, judged: Judged) -> dict[str, Any]:
+    """Computes the metrics of everything that was sampled."""
+    rewards, valid = shaped_rewards(judged, actor.recipe, **_settings(actor))
+    groups = (-1, actor.group_size)
+    measured = {
+        **reward_metrics(rewards.reshape(groups), valid.reshape(groups)),
+        **rollout_metrics(judged.rollout, judged.old_log_probs, importance_cap=actor.recipe.importance_cap),
+    }
+    signal = has_signal(judged, actor.recipe, **_settings(actor))
+    return {**measured, "frac_reward_zero_std": 1.0 - signal.mean()}
+
+
+def _rollout(actor: Actor, params: Params, examples: Sequence[Example], key: Array) -> Rollout:
+    sequences = tokens_of(actor.model, examples)
+    longest = max(len(sequence) for sequence in sequences)
+    if longest > actor.prompt_length:
+        raise ValueError(f"a prompt has {longest} tokens, more than the {actor.prompt_length} of this run")
+    prompts = pad_prompts(sequences, bucket_length(longest, actor.prompt_length))
+    rollout = generate(
+        actor.model.policy,
+        params,
+        prompts,
+        key,
+        group_size=actor.group_size,
+        max_new_tokens=actor.max_new_tokens,
+        **end_arguments(actor.model),
+        **actor.sampling,
+    )
+    return jax.block_until_ready(rollout)
+
+
+def _score(actor: Actor, params: Params, rollout: Rollout) -> tuple[Array, Array]:
+    """Returns (log_probs [B,T], entropies [B,T])."""
+    return completion_log_probs(
+        actor.model.policy,
+        params,
+        rollout,
+        temperature=actor.sampling["temperature"],
+        group_size=actor.group_size,
+        num_microbatches=actor.num_microbatches * actor.num_minibatches,
+        num_tokens=tokens_in_use(rollout.mask, actor.num_microbatches * actor.num_minibatches),
+    )
+
+
+def _samples(rewards, examples, texts, scores, totals, valid) -> list[dict[str, Any]]:
+    def number(value: float) -> float | None:
+        return None if np.isnan(value) else float(value)
+
+    return [
+        {
+            "prompt": example.prompt,
+            "completion": text,
+            "reward": float(total) if ok else None,
+            **{f"rewards/{reward.name}": number(value) for reward, value in zip(rewards, row, strict=True)},
+        }
+        for example, text, row, total, ok in zip(examples, texts, scores, totals, valid, strict=True)
+    ]

@@ -1,0 +1,239 @@
+"""From judged completions to an Experience: rewards, advantages and weights, as the recipe says."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from grpo_jax.objective.advantages import (
+    informative_groups,
+    normalize_then_sum,
+    reward_weights,
+    scale_by_batch,
+)
+from grpo_jax.objective.recipes import Recipe
+from grpo_jax.objective.shaping import importance_weights, kl_penalty, overlong_penalty, top_entropy_mask
+from grpo_jax.types import Array, Experience, Judged
+
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+def combine(
+    scores: np.ndarray, weights: Sequence[float], *, missing: str = "drop", group_size: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Adds up the rewards of every completion.
+
+    Args:
+        scores: [B, R], NaN where a function gave none.
+        weights: R factors.
+        missing: what becomes of a completion that misses some rewards, see `reward_weights`.
+        group_size: G, a divisor of B: that many consecutive rows are a group. None: all of them are one.
+
+    Returns:
+        (rewards [B] float32, the weighted sum over the functions that gave a value, within what float32
+        holds; valid [B] bool, False with reward 0 where nothing counts).
+    """
+    scores, weights = np.asarray(scores, np.float64), np.asarray(weights, np.float64)
+    if scores.ndim != 2 or scores.shape[1] != len(weights):
+        raise ValueError(f"scores have the shape {scores.shape}, weights are {len(weights)}")
+    groups = scores.reshape(-1, group_size or len(scores) or 1, len(weights))
+    factors, valid = reward_weights(~np.isnan(groups), weights, missing=missing)
+    total = np.zeros(len(scores))
+    # Column by column: the same order of additions in every row, so equal scores give equal rewards.
+    for column, factor in zip(np.nan_to_num(scores).T, factors.reshape(scores.shape).T, strict=True):
+        total += column * factor
+    return np.clip(total, -_LARGEST, _LARGEST).astype(np.float32), valid.reshape(-1)
+
+
+def shaped_rewards(
+    judged: Judged, recipe: Recipe, *, reward_weights: Sequence[float], max_length: int, group_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Adds up the rewards of every completion: weighted sum and overlong penalty, without any KL.
+
+    Args:
+        judged: B completions, whole groups.
+        recipe: the objective.
+        reward_weights: [R].
+        max_length: T, the completion limit in tokens.
+        group_size: G.
+
+    Returns:
+        (rewards [B] float32; valid [B] bool, False where the recipe's policy for missing rewards drops it).
+    """
+    rewards, valid = combine(judged.scores, reward_weights, missing=recipe.missing, group_size=group_size)
+    return np.where(valid, rewards + length_penalty(_lengths(judged), recipe, max_length), 0), valid
+
+
+def has_signal(
+    judged: Judged, recipe: Recipe, *, reward_weights: Sequence[float], max_length: int, group_size: int
+) -> np.ndarray:
+    """Says which groups teach something, bool [N]: see `signal_of_scores`."""
+    return signal_of_scores(
+        np.asarray(judged.scores),
+        _lengths(judged),
+        judged.rollout.finished,
+        recipe,
+        reward_weights=reward_weights,
+        max_length=max_length,
+        group_size=group_size,
+    )
+
+
+def signal_of_scores(
+    scores: np.ndarray,
+    lengths: np.ndarray,
+    finished: np.ndarray,
+    recipe: Recipe,
+    *,
+    reward_weights: Sequence[float],
+    max_length: int,
+    group_size: int,
+) -> np.ndarray:
+    """Says which groups teach something: those whose rewards differ (KL aside), among the rows that train.
+
+    Where each reward function is normalised alone, those in which any function's values differ.
+
+    Args:
+        scores: [B,R], NaN where a function gave none.
+        lengths: [B], tokens of the completions.
+        finished: [B] bool.
+        recipe: the objective.
+        reward_weights: [R].
+        max_length: T, the completion limit in tokens.
+        group_size: G.
+
+    Returns:
+        bool [N].
+    """
+    # A row that does not train is none at all: what only it was given decides nothing either.
+    scores = np.where(_training_rows(finished, recipe)[:, None], scores, np.nan)
+    rewards, valid = combine(scores, reward_weights, missing=recipe.missing, group_size=group_size)
+    penalty = length_penalty(lengths, recipe, max_length)
+    columns, there = (rewards + penalty)[:, None], valid[:, None]
+    if recipe.aggregation != "sum_then_normalize":
+        columns = np.column_stack([scores, penalty])
+        counts = np.array([*reward_weights, 1.0]) != 0
+        there = ~np.isnan(columns) & valid[:, None] & counts
+    columns, there = (x.T.reshape(x.shape[1], -1, group_size) for x in (columns, there))
+    return np.asarray(informative_groups(columns, valid=there)).any(axis=0)
+
+
+def _training_rows(finished: np.ndarray, recipe: Recipe) -> np.ndarray:
+    """Says which rows train, bool [B]. The others leave the statistics of their group as well."""
+    finished = np.asarray(finished, bool)
+    return finished if recipe.mask_truncated else np.ones_like(finished)
+
+
+def make_experience(
+    judged: Judged,
+    recipe: Recipe,
+    *,
+    reward_weights: Sequence[float],
+    group_size: int,
+    prompt_length: int,
+    max_length: int,
+    num_live: int | None = None,
+    num_minibatches: int = 1,
+    num_microbatches: int = 1,
+) -> Experience:
+    """Turns whole groups of judged completions into the Experience of one rollout.
+
+    Args:
+        judged: B rows; B is num_minibatches optimizer batches.
+        recipe: the objective.
+        reward_weights: [R].
+        group_size: G.
+        prompt_length: S of the result; the rollout's prompts are padded up to it.
+        max_length: T, the completion limit in tokens.
+        num_live: only the first num_live groups count; the others are there to fill the shape. None: all.
+        num_minibatches: optimizer batches in the rollout, equal numbers of consecutive rows. Weights are
+            those of each.
+        num_microbatches: slices of each optimizer batch, for reductions that are local to them.
+    """
+    rollout, rows = judged.rollout, judged.rollout.tokens.shape[0]
+    live = np.arange(rows) < (rows if num_live is None else num_live * group_size)
+    mask = jnp.asarray(rollout.mask) & live[:, None]
+    training = _training_rows(rollout.finished, recipe)
+    settings = {"reward_weights": reward_weights, "max_length": max_length, "group_size": group_size}
+    signal = None  # of each row; only a KL that spares dead groups asks
+    if not recipe.kl_on_dead_groups:
+        signal = np.repeat(has_signal(judged, recipe, **settings), group_size) & live
+    weights, penalty_weights = [], []
+    for part in np.split(np.arange(rows), num_minibatches):
+        trained = mask[part] & training[part, None]
+        base = recipe.weights(
+            trained,
+            max_length=max_length,
+            num_microbatches=num_microbatches,
+            num_sequences=int(live[part].sum()),
+        )
+        weights.append(base * _policy_factors(judged, recipe, trained, part))
+        penalty_weights.append(base if recipe.kl_on_dead_groups else base * signal[part, None])
+    padding = ((0, 0), (prompt_length - rollout.prompt_tokens.shape[1], 0))
+    return Experience(
+        prompt_tokens=jnp.pad(rollout.prompt_tokens, padding),
+        prompt_mask=jnp.pad(rollout.prompt_mask, padding),
+        tokens=jnp.asarray(rollout.tokens),
+        mask=mask,
+        advantages=_advantages(judged, recipe, live, signal, **settings),
+        weights=jnp.concatenate(weights),
+        old_log_probs=None if judged.old_log_probs is None else jnp.asarray(judged.old_log_probs),
+        ref_log_probs=None if judged.ref_log_probs is None else jnp.asarray(judged.ref_log_probs),
+        penalty_weights=jnp.concatenate(penalty_weights) if recipe.separate_penalty else None,
+        sampler_log_probs=jnp.asarray(rollout.log_probs) if judged.old_log_probs is None else None,
+    )
+
+
+def _lengths(judged: Judged) -> np.ndarray:
+    return np.asarray(judged.rollout.mask).sum(axis=1)
+
+
+def length_penalty(lengths: np.ndarray, recipe: Recipe, max_length: int) -> np.ndarray:
+    """Returns the recipe's `overlong_penalty` of completions of lengths [B] tokens: [B], 0 without one."""
+    buffer = recipe.overlong_tokens(max_length)
+    if not buffer:
+        return np.zeros(len(lengths), np.float32)
+    return np.asarray(overlong_penalty(lengths, max_length=max_length, buffer=buffer))
+
+
+def _policy_factors(judged: Judged, recipe: Recipe, trained: Array, part: np.ndarray) -> Array:
+    """Returns what multiplies the weights of the policy term in the rows `part`: [rows,T], or 1."""
+    factors = jnp.ones((), jnp.float32)
+    if recipe.top_entropy is not None:
+        factors = factors * top_entropy_mask(judged.entropies[part], trained, share=recipe.top_entropy)
+    if recipe.importance_cap is not None:
+        sampler = judged.rollout.log_probs[part]
+        scorer = judged.old_log_probs[part]
+        factors = factors * importance_weights(scorer, sampler, trained, cap=recipe.importance_cap)
+    return factors
+
+
+def _advantages(judged, recipe, live, signal, *, reward_weights, max_length, group_size) -> Array:
+    """Computes the advantages [B]; KL in the reward, where the recipe wants it, enters here."""
+    training = live & _training_rows(judged.rollout.finished, recipe)
+    scores = np.where(training[:, None], judged.scores, np.nan)
+    rewards, valid = combine(scores, reward_weights, missing=recipe.missing, group_size=group_size)
+    rewards = rewards + length_penalty(_lengths(judged), recipe, max_length)
+    penalty = np.zeros(len(rewards), np.float32)
+    if recipe.kl_placement == "reward" and judged.ref_log_probs is not None:
+        kls = kl_penalty(judged.old_log_probs, judged.ref_log_probs, judged.rollout.mask)
+        penalty = -np.asarray(recipe.kl_coef * kls)
+        penalty = penalty if recipe.kl_on_dead_groups else penalty * signal
+    groups = (-1, group_size)
+    if recipe.aggregation == "sum_then_normalize":
+        totals = np.where(valid, rewards + penalty, 0)
+        return recipe.advantages(totals.reshape(groups), valid=valid.reshape(groups)).reshape(-1)
+    there = ~np.isnan(scores) & valid[:, None]
+    advantages = normalize_then_sum(
+        np.nan_to_num(scores).reshape(*groups, scores.shape[1]),
+        np.asarray(reward_weights, np.float32),
+        valid=there.reshape(*groups, scores.shape[1]),
+        advantage_fn=recipe.advantage,
+        missing=recipe.missing,
+    )
+    # What is added to the sum of rewards is one more function here, of weight 1 whatever is missing.
+    added = (length_penalty(_lengths(judged), recipe, max_length) + penalty).reshape(groups)
+    advantages = advantages + recipe.advantages(added, valid=valid.reshape(groups))
+    if recipe.aggregation == "gdpo":
+        advantages = scale_by_batch(advantages, valid=valid.reshape(groups))
+    return advantages.reshape(-1)

@@ -1,0 +1,409 @@
+"""The learner: a train state and one jitted optimizer update over an Experience."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax.training import train_state
+
+from grpo_jax.objective.losses import LossMetrics
+from grpo_jax.objective.recipes import Recipe
+from grpo_jax.policy.log_probs import (
+    CHUNK_SIZE,
+    completion_hidden,
+    pack_completions,
+    shared_rows,
+    split_rows,
+    token_log_probs,
+    token_log_probs_and_kls,
+)
+from grpo_jax.policy.lora import Lora, merge_adapters
+from grpo_jax.training.metrics import (
+    Metrics,
+    logp_difference_max,
+    loss_metrics_dict,
+    merge_loss_metrics,
+    token_mean,
+)
+from grpo_jax.training.reference import is_reference
+from grpo_jax.types import Array, Experience, Params, Policy
+
+# Two programs may compute the same float32 log-prob this many nats apart. A KL of that size is 5e-10 nats.
+_ROUNDING = 3e-5
+
+
+class TrainState(train_state.TrainState):
+    """A flax TrainState that knows the policy's functions and counts skipped updates.
+
+    `step` counts calls of `train_step`, skipped ones included: it is the clock of the run, from which
+    noise and data order follow. It holds no key. With LoRA, params are the adapters alone.
+    `init_train_state` makes it. `train_step` also takes the plain flax class.
+    """
+
+    policy: Policy
+    skipped: Array  # [] int32, updates skipped since the start because something was not finite
+    skipped_in_a_row: Array  # [] int32, since the last good one
+    idle: Array  # [] int32, updates without any gradient since the start: nothing moved
+    lora: Lora | None = flax.struct.field(pytree_node=False, default=None)  # None: params are the policy's
+
+    @classmethod
+    def create(
+        cls, *, apply_fn: Callable, params: Params, tx: optax.GradientTransformation, **kwargs: Any
+    ) -> "TrainState":
+        """Makes the state as flax's own class does; see `init_train_state` and `train_step` for arguments."""
+        if kwargs:
+            raise ValueError(f"TrainState.create: unknown {', '.join(kwargs)}; see init_train_state")
+        return init_train_state(_policy_of(apply_fn, params), params, tx)
+
+
+def init_train_state(
+    policy: Policy, params: Params, optimizer: optax.GradientTransformation, *, lora: Lora | None = None
+) -> TrainState:
+    """Makes the state of a fresh run. `params` are copied, since `train_step` donates its state.
+
+    Args:
+        policy: the model's functions.
+        params: float32 parameters; lower precision would swallow small updates. With LoRA, the adapters.
+        optimizer: an optax transformation, see `make_optimizer`.
+        lora: what params are adapters of; None: they are the policy's parameters.
+
+    Raises:
+        ValueError: a parameter that is not float32.
+    """
+    params = _copy_of_float32(params)
+    return _new_state(policy, params, optimizer, optimizer.init(params), jnp.zeros((), jnp.int32), lora)
+
+
+def _copy_of_float32(params: Params) -> Params:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if leaf.dtype != jnp.float32:
+            name = jax.tree_util.keystr(path)
+            raise ValueError(
+                f"parameter {name} is {leaf.dtype}; training needs float32 parameters "
+                "(cast them; compute in bfloat16 is a setting of the policy)"
+            )
+    return _copy(params)
+
+
+def _copy(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
+
+
+def _new_state(policy, params, optimizer, opt_state, step, lora=None) -> TrainState:
+    # Each counter its own buffer: one buffer cannot be donated twice.
+    return TrainState(
+        step=step,
+        apply_fn=policy.forward,
+        params=params,
+        tx=optimizer,
+        opt_state=opt_state,
+        policy=policy,
+        skipped=jnp.zeros((), jnp.int32),
+        skipped_in_a_row=jnp.zeros((), jnp.int32),
+        idle=jnp.zeros((), jnp.int32),
+        lora=lora,
+    )
+
+
+def policy_params(state: TrainState, frozen: Params | None = None) -> Params:
+    """Returns what the policy's functions take as params: the state's, or its adapters merged into the base.
+
+    Args:
+        state: of a run.
+        frozen: parameters of the base; given with LoRA, and only then.
+
+    Raises:
+        ValueError: the state is one of LoRA and there is no base, or the other way round.
+    """
+    _check_frozen(state, frozen)
+    return state.params if state.lora is None else merge_adapters(state.lora, frozen, state.params)
+
+
+def _check_frozen(state: TrainState, frozen: Params | None) -> None:
+    if (state.lora is None) != (frozen is None):
+        raise ValueError("frozen parameters are those of the base under LoRA: needed there, and only there")
+
+
+def experience_loss(
+    params: Params,
+    policy: Policy,
+    experience: Experience,
+    *,
+    recipe: Recipe,
+    lora: Lora | None = None,
+    frozen: Params | None = None,
+    ref_params: Params | None = None,
+    at_reference: bool | Array = False,
+    has_signal: bool | Array = True,
+    dropout_key: Array | None = None,
+    group_size: int = 1,
+    num_tokens: int | None = None,
+    temperature: float | Array,
+    chunk_size: int,
+) -> tuple[Array, tuple[LossMetrics, Metrics]]:
+    """Computes the recipe's loss of params: (loss [], (LossMetrics, what else is measured)).
+
+    Args:
+        params: the parameters being trained.
+        policy: the model's functions.
+        experience: B rows, or a slice of them (weights are those of the whole batch).
+        recipe: the objective.
+        lora: what params are adapters of; None: they are the policy's parameters.
+        frozen: parameters of the base, with LoRA.
+        ref_params: of the reference, for an exact KL term; None: the KL term, if any, is an estimate.
+        at_reference: the policy is the reference: see `grpo_loss`.
+        has_signal: the whole batch has something to learn but the KL. Without, an estimated KL counts only
+            on tokens where it is more than the rounding between two programs.
+        dropout_key: see `merge_adapters`.
+        group_size: see `completion_hidden`.
+        num_tokens: see `completion_hidden`; the loss is NaN if there are more.
+        temperature: the sampling temperature.
+        chunk_size: see `token_log_probs`.
+    """
+    e = experience
+    if lora is not None:
+        params = merge_adapters(lora, frozen, params, dropout_key=dropout_key)
+    hidden_of = functools.partial(
+        completion_hidden, policy, rollout=e, group_size=group_size, num_tokens=num_tokens
+    )
+    hidden, kls = hidden_of(params), None
+    packing = pack_completions(e.mask, num_tokens)
+    settings = {"temperature": temperature, "chunk_size": chunk_size, "packing": packing}
+    if ref_params is None:
+        log_probs, entropies = token_log_probs(policy, params, hidden, e.tokens, **settings)
+    else:
+        log_probs, entropies, kls = token_log_probs_and_kls(
+            policy, params, ref_params, hidden, hidden_of(ref_params), e.tokens, **settings
+        )
+    current = jax.lax.stop_gradient(log_probs)
+    at_reference = jnp.broadcast_to(at_reference, e.mask.shape)
+    if e.ref_log_probs is not None:
+        at_reference |= ~jnp.asarray(has_signal) & (jnp.abs(current - e.ref_log_probs) <= _ROUNDING)
+    loss, metrics = recipe.loss(
+        log_probs,
+        current if e.old_log_probs is None else e.old_log_probs,
+        e.advantages,
+        e.mask,
+        e.weights,
+        e.ref_log_probs,
+        penalty_weights=e.penalty_weights,
+        kls=kls,
+        at_reference=at_reference,
+        entropies=entropies,
+    )
+    if num_tokens is not None:
+        loss = jnp.where(jnp.sum(e.mask) <= num_tokens, loss, jnp.nan)
+    measured = {"entropy": jax.lax.stop_gradient(token_mean(entropies, e.mask))}
+    if e.sampler_log_probs is not None and dropout_key is None:  # with dropout they are of another policy
+        measured["sampling/logp_difference_max"] = logp_difference_max(e.sampler_log_probs, current, e.mask)
+    return loss, (metrics, measured)
+
+
+def _gradients(state, experience, num_microbatches, loss_fn):
+    """Returns (gradients, loss, LossMetrics, what else is measured) of the batch, one slice at a time."""
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+    if num_microbatches == 1:
+        (loss, aux), grads = value_and_grad(state.params, state.policy, experience)
+        return grads, loss, *aux
+
+    def add_slice(total, part):
+        (loss, aux), grads = value_and_grad(state.params, state.policy, part)
+        return jax.tree.map(jnp.add, total, grads), (loss, aux)
+
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    parts = split_rows(experience, num_microbatches)
+    grads, (losses, (metrics, measured)) = jax.lax.scan(add_slice, zeros, parts)
+    share = metrics.num_tokens / jnp.maximum(jnp.sum(metrics.num_tokens), 1)
+    merged = {
+        name: jnp.max(x) if name.endswith("_max") else jnp.sum(share * x) for name, x in measured.items()
+    }
+    return grads, jnp.sum(losses), merge_loss_metrics(metrics), merged
+
+
+def train_step(
+    state: train_state.TrainState,
+    experience: Experience,
+    *,
+    recipe: Recipe,
+    frozen: Params | None = None,
+    ref_params: Params | None = None,
+    at_reference: bool | Array = False,
+    dropout_key: Array | None = None,
+    group_size: int = 1,
+    num_microbatches: int = 1,
+    num_tokens: int | None = None,
+    temperature: float | Array = 1.0,
+    chunk_size: int = CHUNK_SIZE,
+) -> tuple[train_state.TrainState, Metrics]:
+    """Makes one optimizer update from one batch of experience. Compiled once per shape.
+
+    The gradient is that of `grpo_loss` over the whole batch; micro-batches only bound memory. If the
+    loss or any gradient is not finite, parameters and optimizer stay as they are and the update is
+    counted as skipped. They also stay if every gradient is exactly 0, as when all groups are dead:
+    without a signal neither momentum nor weight decay moves the policy, and the update is counted as idle.
+
+    Where all groups are dead and the policy is the reference, the KL has no gradient either. Rounding must
+    not become one, since an optimizer like Adam makes a full step of a gradient of any size. So the KL of
+    such a batch is exactly 0 if the caller says `at_reference`, if ref_params are the policy's, and on tokens
+    whose log-probs under both are within 3e-5 nats, which is more than float32 programs differ by.
+
+    Args:
+        state: of `init_train_state`: its arrays are donated, so do not use it afterwards. Or a plain flax
+            `TrainState` (a subclass as well) of a Flax causal language model of transformers, with
+            `apply_fn=model.__call__` and `params=model.params`. It is copied, not donated, and a state of its
+            class comes back. It counts no updates but `step`, so `skipped_updates` and `idle_updates` are
+            those of this call, 0 or 1.
+        experience: B rows.
+        recipe: the objective. Its kl_coef and clip values are traced; the rest is static.
+        frozen: parameters of the base that the state's adapters belong to; with LoRA, and only then.
+        ref_params: of the frozen reference, needed only by a recipe with an exact KL term.
+        at_reference: [] bool, traced: whether the policy is the reference, see `is_reference`. Its KL is then
+            exactly 0, also where groups have a signal.
+        dropout_key: PRNG key of this update's dropout; with adapters that have one, and only then. All
+            micro-batches have the same.
+        group_size: that many consecutive rows have the same prompt, which is then run once for them.
+        num_microbatches: slices of the batch, a divisor of B.
+        num_tokens: of each slice at most, see `tokens_in_use`; None: all B*T. More is an update skipped as
+            not finite.
+        temperature: the temperature the rollout was sampled with.
+        chunk_size: see `token_log_probs`.
+
+    Returns:
+        (new state, metrics: scalars by their logged names, see `grpo_jax.training.metrics`).
+
+    Raises:
+        ValueError: num_microbatches does not divide B; ref_params and the kind of KL do not go together, or
+            frozen or dropout_key and the state; the state is of no model that we know.
+    """
+    own = state if isinstance(state, TrainState) else _own_state(state)
+    own, metrics = _train_step(
+        own,
+        experience,
+        recipe=recipe,
+        frozen=frozen,
+        ref_params=ref_params,
+        at_reference=at_reference,
+        dropout_key=dropout_key,
+        group_size=group_size,
+        num_microbatches=num_microbatches,
+        num_tokens=num_tokens,
+        temperature=temperature,
+        chunk_size=chunk_size,
+    )
+    if isinstance(state, TrainState):
+        return own, metrics
+    return state.replace(step=own.step, params=own.params, opt_state=own.opt_state), metrics
+
+
+def _own_state(state: train_state.TrainState) -> TrainState:
+    """Makes our state of a plain one: its own arrays, since they will be donated; counters at 0."""
+    if not isinstance(state, train_state.TrainState):
+        raise ValueError(
+            f"state: {type(state).__name__} is no TrainState; make one with "
+            "grpo_jax.init_train_state(policy, params, optimizer)"
+        )
+    policy = _policy_of(state.apply_fn, state.params)
+    step = jnp.array(state.step, jnp.int32, copy=True)
+    return _new_state(policy, _copy_of_float32(state.params), state.tx, _copy(state.opt_state), step)
+
+
+def _policy_of(apply_fn: Any, params: Params) -> Policy:
+    from grpo_jax.models.flax_objects import check_params, policy_of  # transformers; others need none of it
+
+    policy = policy_of(apply_fn)
+    check_params(apply_fn, params)
+    return policy
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("group_size", "num_microbatches", "num_tokens", "chunk_size"),
+    donate_argnames="state",
+)
+def _train_step(
+    state: TrainState,
+    experience: Experience,
+    *,
+    recipe: Recipe,
+    frozen: Params | None = None,
+    ref_params: Params | None = None,
+    at_reference: bool | Array = False,
+    dropout_key: Array | None = None,
+    group_size: int = 1,
+    num_microbatches: int = 1,
+    num_tokens: int | None = None,
+    temperature: float | Array = 1.0,
+    chunk_size: int = CHUNK_SIZE,
+) -> tuple[TrainState, Metrics]:
+    """Makes the update, in one program; see `train_step`."""
+    _check_frozen(state, frozen)
+    if (dropout_key is not None) != (state.lora is not None and state.lora.dropout > 0):
+        raise ValueError("dropout_key is that of adapters with dropout: needed by them, and only by them")
+    if ref_params is not None and not recipe.exact_kl:
+        raise ValueError("ref_params are only for a recipe whose kl_estimator is exact")
+    e = experience
+    chex.assert_rank([e.prompt_tokens, e.tokens], 2)
+    chex.assert_equal_shape([e.prompt_tokens, e.prompt_mask])
+    chex.assert_equal_shape([e.tokens, e.mask, e.weights])
+    if e.old_log_probs is not None:
+        chex.assert_equal_shape([e.tokens, e.old_log_probs])
+    chex.assert_shape(e.advantages, (e.tokens.shape[0],))
+    chex.assert_equal_shape_prefix([e.prompt_tokens, e.tokens], 1)
+    if e.ref_log_probs is not None:
+        chex.assert_equal_shape([e.tokens, e.ref_log_probs])
+    if ref_params is not None:
+        at_reference |= is_reference(state.params, ref_params, frozen)
+    teaches = e.mask & (e.weights != 0) & (e.advantages != 0)[:, None]
+    bonus = False if recipe.entropy_coef is None else jnp.asarray(recipe.entropy_coef) != 0
+    loss_fn = functools.partial(
+        experience_loss,
+        recipe=recipe,
+        lora=state.lora,
+        frozen=frozen,
+        ref_params=ref_params,
+        at_reference=at_reference,
+        has_signal=jnp.any(teaches) | bonus,
+        dropout_key=dropout_key,
+        group_size=shared_rows(e.tokens.shape[0], group_size, num_microbatches),
+        num_tokens=num_tokens,
+        temperature=temperature,
+        chunk_size=chunk_size,
+    )
+    grads, loss, loss_metrics, measured = _gradients(state, experience, num_microbatches, loss_fn)
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    moving = grad_norm > 0
+    updates, opt_state = state.tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite & moving, new, old),
+        (params, opt_state),
+        (state.params, state.opt_state),
+    )
+    state = state.replace(
+        step=state.step + 1,
+        params=params,
+        opt_state=opt_state,
+        skipped=state.skipped + ~finite,
+        skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+        idle=state.idle + (finite & ~moving),
+    )
+    metrics = {
+        "loss": loss,
+        **loss_metrics_dict(loss_metrics),
+        **measured,
+        "grad_norm": grad_norm,
+        "skipped_updates": state.skipped,
+        "skipped_updates_in_a_row": state.skipped_in_a_row,
+        "idle_updates": state.idle,
+    }
+    return state, metrics
+
+
+# `train_step` may be asked for what a jitted function may be asked for.
+train_step.lower, train_step._cache_size = _train_step.lower, _train_step._cache_size

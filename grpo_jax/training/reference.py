@@ -1,0 +1,37 @@
+"""The reference that a KL term compares with: whether the policy is it, and how it moves."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from grpo_jax.policy.lora import adds_nothing
+from grpo_jax.types import Array, Params
+
+
+@jax.jit
+def is_reference(params: Params, ref_params: Params, frozen: Params | None = None) -> Array:
+    """Says whether the policy is its reference, parameter by parameter: bool [].
+
+    Then the KL between them is 0, and whatever two programs make of it is rounding.
+
+    Args:
+        params: of the state.
+        ref_params: of the reference.
+        frozen: parameters of the base; with LoRA, and only then.
+    """
+    if frozen is not None:
+        return adds_nothing(params) & is_reference(frozen, ref_params)
+    equal = jax.tree.map(lambda mine, theirs: jnp.all(mine == theirs), params, ref_params)
+    return jax.tree.reduce(jnp.logical_and, equal, jnp.bool_(True))
+
+
+@jax.jit
+def mix_params(params: Params, ref_params: Params, alpha: float | Array) -> Params:
+    """Moves a reference towards the policy: ``alpha * params + (1 - alpha) * ref_params``.
+
+    The soft update of TR-DPO, https://arxiv.org/abs/2404.09656; alpha 1 copies the policy. The
+    result is a tree of its own, whatever becomes of the arguments. What is equal in both stays as it is.
+    """
+    mixed = optax.incremental_update(params, ref_params, alpha)
+    # 0.6 x + 0.4 x may round to another number than x, and a reference that is the policy must stay it.
+    return jax.tree.map(lambda new, p, r: jnp.where(p == r, r, new), mixed, params, ref_params)

@@ -1,0 +1,200 @@
+"""Config files as people write them, and the words that they bring from other projects."""
+
+import re
+import typing
+from dataclasses import is_dataclass
+
+import pytest
+
+from grpo_jax.cli import parse_record
+from grpo_jax.config.files import Ambiguous, check_yaml
+from grpo_jax.config.other_words import OTHER_WORDS, advise
+from grpo_jax.config.run import Config, RewardConfig
+
+
+def parse(*argv) -> Config:
+    return parse_record(Config, list(argv), command="test", description="")
+
+
+def of_file(tmp_path, text) -> Config:
+    path = tmp_path / "a.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return parse("--config", str(path))
+
+
+# Nine lines of ten aliases each stand for a billion values.
+BOMB = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "training: {seed: 1}\nrun_dir: x\ntraining: {num_steps: 2}\n",
+            "line 3: the key `training` is there tw",
+        ),
+        ("training: {seed: 1, seed: 2}", "line 1: the key `seed` is there twice; join the two or"),
+        (
+            "rewards:\n- function: a\n  weight: 1\n  weight: 2\n",
+            "line 4: the key `weight` .*, first in line 3",
+        ),
+        ("data:\n  columns:\n    a: b\n    a: b\n", "line 4: the key `a` is there twice, first in line 3"),
+        ("data: {task_arguments: {n: {b: [{c: 1, c: 2}]}}}", "line 1: the key `c` is there twice"),
+        ('run_dir: x\n"run_dir": y', "line 2: the key `run_dir` is there twice"),
+        (BOMB, r"line 2: `\*a0` is an alias of YAML, which is not supported"),
+        ("data: {task_arguments: &a {b: *a}}", r"line 1: `\*a` is an alias"),
+        ("training: &t {seed: 1}\n", None),  # an anchor alone changes nothing
+        ("data: {task_arguments: {a: " + "[" * 60 + "]" * 60 + "}}", "line 1: nested deeper than 50 levels"),
+        ("training: {seed: 012}", "line 1: YAML reads 012 as another number"),
+        ("training:\n  num_steps: 12:30:45\n", "line 2: YAML reads 12:30:45 as another number"),
+        (b"run_dir: \xff", ": not UTF-8 text"),
+    ],
+)
+def test_what_yaml_would_read_in_silence_as_something_else(tmp_path, text, message):
+    """Seen: the second `training:` replaced the first whole; an alias bomb had no end (case data-17)."""
+    if message is None:
+        assert of_file(tmp_path, text).training.seed == 1
+        return
+    with pytest.raises(ValueError, match=rf"a\.yaml(, )?{message}") as caught:
+        of_file(tmp_path, text)
+    assert len(str(caught.value)) < 300
+
+
+def test_text_that_only_looks_so(tmp_path):
+    config = of_file(
+        tmp_path,
+        'run_dir: "012"\ndata: {prompt_template: "a: {{ x }}\\na: *y*", few_shot_separator: \'12:30\'}\n'
+        "training: {seed: 10, num_steps: 0x1F, learning_rate: 01e-4}\n",
+    )
+    assert config.run_dir == "012" and config.data.prompt_template == "a: {{ x }}\na: *y*"
+    assert (config.data.few_shot_separator, config.training.num_steps) == ("12:30", 31)
+    assert parse("--data.prompt_template={{ a }} {{ a }}").data.prompt_template == "{{ a }} {{ a }}"
+    assert parse("--data.train_file=*.jsonl").data.train_file == "*.jsonl"
+    files = ["a.jsonl", "parts/*.jsonl"]
+    assert parse(f"--data.train_file={files}").data.train_file == files
+    with pytest.raises(ValueError, match=r"^data\.columns: the key `a` is there twice; join"):
+        parse("--data.columns={a: b, a: c}")
+    with pytest.raises(ValueError, match=r"^rewards: the key `weight` is there twice"):
+        parse("--rewards", "[{function: a, weight: 1, weight: 2}]")
+    check_yaml("no: [yaml")  # the parser says so
+    with pytest.raises(ValueError, match="exceeded maximum nesting depth"):
+        of_file(tmp_path, "[" * 100_000)
+    with pytest.raises(Ambiguous):
+        check_yaml("{a: 1, a: 1}")
+
+
+NAMED = [RewardConfig(function="exact_match")]
+BOTH = [*NAMED, RewardConfig(function="mine.py:good", weight=0.5)]
+
+
+@pytest.mark.parametrize(
+    ("text", "rewards"),
+    [
+        ("[exact_match]", NAMED),
+        ("exact_match", NAMED),
+        ("{function: exact_match}", NAMED),
+        ("[{function: exact_match}]", NAMED),
+        ("[exact_match, {function: 'mine.py:good', weight: 0.5}]", BOTH),
+    ],
+)
+def test_rewards_by_name(tmp_path, text, rewards):
+    """Seen: `rewards: [exact_match]` was `Expected a dot import path string` (case data-17)."""
+    assert of_file(tmp_path, f"rewards: {text}\nrun_dir: x\n").rewards == rewards
+    assert (
+        of_file(tmp_path, f"evaluation: {{num_prompts: 3, rewards: {text}}}\n").evaluation.rewards == rewards
+    )
+    assert parse(f"--rewards={text}").rewards == rewards == parse("--rewards", text).rewards
+    assert parse(f"--evaluation.rewards={text}").evaluation.rewards == rewards
+
+
+def test_a_file_in_which_names_became_records_is_read_like_any_other(tmp_path):
+    long = ", ".join(f"c{i}: d{i}" for i in range(900))
+    rest = f"training: {{learning_rate: 1e-4, seed: 3}}\ndata: {{columns: {{{long}}}, task: 'yes'}}\n"
+    by_name, written = (
+        of_file(tmp_path, f"rewards: [a]\n{rest}"),
+        of_file(tmp_path, f"rewards: [function: a]\n{rest}"),
+    )
+    assert by_name == written and by_name.training.learning_rate == 1e-4
+    path = str(tmp_path / "a.yaml")
+    assert parse("--config", path, "--rewards=[b]").rewards == [RewardConfig(function="b")]
+    assert parse("--rewards=[b]", f"--config={path}").rewards == [RewardConfig(function="a")]
+    with pytest.raises(ValueError, match=r"rewards.*3"):
+        of_file(tmp_path, "rewards: [3]")
+
+
+TRL = """
+model_name_or_path: x
+learning_rate: 1e-6
+beta: 0.04
+num_generations: 8
+bf16: true
+rewards: [{function: exact_match, weights: 1}]
+sampling: {stop_strings: [x], repetition_penalty: 1.1}
+"""
+
+
+def test_all_unknown_keys_of_a_file_at_once(tmp_path):
+    """Seen: 20 keys of a TRL file were 20 runs with one error each (user-front-door)."""
+    with pytest.raises(ValueError) as caught:
+        of_file(tmp_path, TRL)
+    assert str(caught.value) == (
+        "8 unknown keys. 'model_name_or_path': it is `model.hf_model_name` here; 'learning_rate': did you "
+        "mean 'training.learning_rate'?; 'beta': it is `algorithm.kl_coef` here; 'num_generations': it is "
+        "`algorithm.group_size` here; 'bf16': it is `model.dtype: bfloat16` here; 'rewards.weights': did you "
+        "mean 'rewards.weight'?; 'sampling.stop_strings': it is `sampling.stop` here; "
+        "'sampling.repetition_penalty': not supported in sampling; there is a reward of that name"
+    )
+
+
+def keys_of(record=Config, prefix=""):
+    for name, kind in typing.get_type_hints(record).items():
+        yield prefix + name
+        for inner in (kind, *typing.get_args(kind)):
+            if is_dataclass(inner):
+                yield from keys_of(inner, f"{prefix}{name}.")
+
+
+KEYS = sorted(set(keys_of()))
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("sampling.repetition_penalty", "not supported in sampling"),
+        ("sampling.eos_token_id", "`sampling.eos_token_ids`"),
+        ("sampling.min_new_tokens", "not supported: a completion may end at once"),
+        ("sampling.stop_strings", "`sampling.stop`"),
+        ("sampling.num_beams", "not supported"),
+        ("model.chat_template_kwargs", "`model.chat_template_arguments`"),
+        ("data.shuffle", "not supported: prompts are always shuffled"),
+        ("training.lr", "`training.learning_rate`"),
+        ("lora.r", "`lora.rank`"),
+        ("seed", "did you mean 'training.seed'?"),
+        ("sampling.seed", "did you mean 'training.seed'?"),
+        ("trainin.learning_rte", "did you mean 'training.learning_rate'?"),
+        ("algorithm.kl_ceof", "did you mean 'algorithm.kl_coef'?"),
+        # Words that are near to nothing: a wrong guess would be worse than none.
+        ("sampling.top_words", "--help lists the keys"),
+        ("data.evaluate_all", "--help lists the keys"),
+        ("training.bfloat", "--help lists the keys"),
+    ],
+)
+def test_advice(key, said):
+    """Seen: `sampling.stop` -> top_p, `data.shuffle` -> eval_file, and so on (case data-08)."""
+    assert said in advise(key, KEYS)
+
+
+def test_the_table_of_words_names_keys_that_there_are():
+    for word, advice in OTHER_WORDS.items():
+        assert word not in KEYS and word == word.lower(), word
+        for key in re.findall(r"`([\w.]+)[:`]", advice):
+            names = {key.rpartition(".")[2] for key in KEYS} if "." not in key else KEYS
+            assert key in names or key == "reward_model", (word, advice)
+        assert advice.startswith(("it is ", "not supported", "not needed")), word
+
+
+def test_no_key_is_taken_by_its_beginning():
+    """Seen: `--lora.r=16` was taken for lora.rank, and `--training.lr` for lr_schedule."""
+    for option, key in (("--lora.r=16", "lora.rank"), ("--training.lr=1", "training.learning_rate")):
+        with pytest.raises(ValueError, match=rf"unknown key .*; it is `{re.escape(key)}` here"):
+            parse(option)
