@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax.numpy as jnp
@@ -177,9 +177,18 @@ def stop_notes(model: Ending) -> list[str]:
     """Returns a line for each stop string that stops nothing, or that a reward may look for."""
     if model.stops is None:
         return []
+    special = _special_tokens_in(model.tokenizer, model.stops.strings)
     notes = [
         f"the stop string {string!r} stops nothing: no tokens of this model spell it"
         for string in model.stops.unspellable
+        if string not in special
+    ]
+    notes += [
+        f"the stop string {string!r} does not see the special token {_text_of(model.tokenizer, token)}, "
+        "which the text of a completion leaves out. To end there, give sampling.eos_token_ids: "
+        f"{[*model.eos_ids, token]}"
+        for string, token in special.items()
+        if token not in model.eos_ids
     ]
     # Before a small letter it may be LaTeX, such as \neq.
     notes += [
@@ -195,6 +204,12 @@ def stop_notes(model: Ending) -> list[str]:
             "closing tag, set sampling.include_stop: true"
         )
     return notes
+
+
+def _special_tokens_in(tokenizer: Any, strings: Iterable[str]) -> dict[str, int]:
+    """Returns the strings that spell a special token, each with the id of one."""
+    ids = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {string: i for string in strings for content, i in ids.items() if content and content in string}
 
 
 def _text_of(tokenizer: Any, token: int) -> str:

@@ -355,6 +355,13 @@ def test_what_is_said_of_stop_strings():
     for string in (r"\n", r"\n\n", r"\nQ:"):
         (note,) = stop_notes(set_endings(gpt2, stop=[string]))
         assert note.startswith(f"the stop string {string!r} has a backslash and an n") and r'["\n"]' in note
+    # Special tokens are not in the text; what ends a completion anyway is no news.
+    for string in ("<|im_end|>", "<|im_end|>\n"):
+        (note,) = stop_notes(set_endings(gpt2, stop=[string]))
+        assert f"the stop string {string!r} does not see the special token '<|im_end|>'" in note
+        assert note.endswith("give sampling.eos_token_ids: [0, 2]")
+    assert stop_notes(set_endings(gpt2, stop=["<|endoftext|>", "<|im_"])) == []
+    assert stop_notes(set_endings(gpt2, stop=["<|im_end|>"], eos_token_ids=[2])) == []
     behind = set_endings(gpt2, eos_token_ids=[], stop=["</answer>"], include_stop=True)
     assert describe_endings(behind) == "a completion ends right behind the text '</answer>'"
 
