@@ -10,9 +10,11 @@ of lora.py, which came later, in one.
 """
 
 import argparse
+import ast
 import concurrent.futures
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -39,7 +41,7 @@ TESTS = {
     "policy/lora.py": ("policy/lora",),
 }
 
-# file -> (what is broken, the text, its replacement)
+# file -> (what is broken, the text as `ast.unparse` writes it, its replacement), see `mutate`
 MUTANTS = {
     "objective/advantages.py": [
         ("sign of the baseline", "jnp.where(valid & alive, rewards - mean, 0)", "jnp.where(valid & alive, rewards + mean, 0)"),
@@ -136,7 +138,7 @@ MUTANTS = {
         ("gradient into the reference's parameters", "    ref_params, ref_hidden = jax.lax.stop_gradient((ref_params, ref_hidden))\n", ""),
     ],
     "training/learner.py": [
-        ("gradients of the last micro-batch", "return jax.tree.map(jnp.add, total, grads), (loss, aux)", "return grads, (loss, aux)"),
+        ("gradients of the last micro-batch", "return (jax.tree.map(jnp.add, total, grads), (loss, aux))", "return (grads, (loss, aux))"),
         ("non-finite updates applied", "jnp.where(finite & moving, new, old)", "jnp.where(moving, new, old)"),
         ("momentum moves without a gradient", "jnp.where(finite & moving, new, old)", "jnp.where(finite, new, old)"),
     ],
@@ -148,7 +150,7 @@ MUTANTS = {
         ("scale forgotten", "jnp.matmul(lora.scale * a, b", "jnp.matmul(a, b"),
         ("transposed where it should not be", "(delta.T if target.output_first else delta)", "(delta if target.output_first or delta.shape != kernel.shape[::-1] else delta.T)"),
         ("both factors start random", "jnp.zeros((lora.rank, target.outputs))", "jnp.ones((lora.rank, target.outputs))"),
-        ("A starts by its rank", "bound = target.inputs**-0.5", "bound = lora.rank**-0.5"),
+        ("A starts by its rank", "bound = target.inputs ** (-0.5)", "bound = lora.rank ** (-0.5)"),
         ("one noise for all kernels", "zlib.crc32(target.module.encode())", "0"),
         ("the base is replaced", "merged.append(kernel + (", "merged.append(0 * kernel + ("),
         ("dropout is not made up for", "jnp.where(kept, a / (1.0 - lora.dropout), 0)", "jnp.where(kept, a, 0)"),
@@ -200,12 +202,22 @@ def check(file: str, name: str, old: str, new: str) -> tuple[str, str, bool, str
 def mutate(text: str, old: str, new: str) -> str:
     """Replaces the one place that the mutant means.
 
+    The place is looked for in `ast.unparse` of the file, so comments, line breaks, trailing commas, the kind of
+    quotes and parentheses that change nothing do not matter there. White space does not matter in `old` either.
+
+    Returns:
+        The unparsed file with the replacement.
+
     Raises:
         ValueError: the text does not occur exactly once.
     """
-    if text.count(old) != 1:
-        raise ValueError(f"occurs {text.count(old)} times, not once: {old!r}")
-    return text.replace(old, new)
+    plain = ast.unparse(ast.parse(text))
+    tokens = re.findall(r"\w+|[^\w\s]", old)
+    pattern = re.compile(r"\s*".join(map(re.escape, tokens)))
+    count = len(pattern.findall(plain))
+    if count != 1:
+        raise ValueError(f"occurs {count} times, not once, in the unparsed file: {old!r}")
+    return pattern.sub(lambda _: new.strip(), plain)
 
 
 def main() -> None:
