@@ -1,6 +1,5 @@
 """The advantage axis by loops, exact zeros, missing rewards, and several reward functions."""
 
-import doctest
 import functools
 
 import chex
@@ -13,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from grpo_jax.objective import advantages
 from grpo_jax.objective.advantages import (
     ADVANTAGES,
     MISSING,
@@ -366,11 +364,6 @@ def test_errors():
         normalize_then_sum(jnp.zeros((2, 2, 1)), [1.0], missing="zero")
     with pytest.raises(AssertionError):
         normalize_then_sum(jnp.zeros((2, 2, 1)), [1.0], valid=jnp.ones((2, 2), bool))
-
-
-def test_examples_in_the_docstrings():
-    result = doctest.testmod(advantages)
-    assert result.attempted and not result.failed
 
 
 def test_the_smallest_difference_is_a_signal():

@@ -1,6 +1,5 @@
 """Ratios, weights and the loss that is made of them; the surrogates have a module of their own."""
 
-import doctest
 import functools
 
 import chex
@@ -12,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_jax.objective import losses
 from grpo_jax.objective.kl import KL_ESTIMATORS, kl_exact, kl_k1
 from grpo_jax.objective.losses import RATIO_LEVELS as LEVELS
 from grpo_jax.objective.losses import REDUCTIONS, grpo_loss, log_ratios, loss_weights
@@ -544,8 +542,3 @@ def test_errors():
         grpo_loss(ones, ones, jnp.ones(2), ones, ones, ref_log_probs=ones[:, :2])
     with pytest.raises(AssertionError):
         log_ratios(ones[0], ones[0], ones[0])
-
-
-def test_examples_in_the_docstrings():
-    result = doctest.testmod(losses)
-    assert result.attempted and not result.failed

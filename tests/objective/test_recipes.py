@@ -1,7 +1,6 @@
 """The records of the recipes and make_recipe; what the recipes compute is in test_every_recipe."""
 
 import dataclasses
-import doctest
 
 import chex
 import jax
@@ -383,8 +382,3 @@ def test_two_runaway_ratios_at_once_stay_finite(estimator, values):
         lambda x: recipe.loss(x, old, jnp.ones(1), mask, jnp.ones((1, 1)), ref)[0]
     )(log_prob)
     assert jnp.isfinite(loss) and jnp.isfinite(gradient).all()
-
-
-def test_examples_in_the_docstrings():
-    result = doctest.testmod(recipes)
-    assert result.attempted and not result.failed

@@ -1,4 +1,3 @@
-import doctest
 from fractions import Fraction
 
 import chex
@@ -10,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_jax.objective import shaping
 from grpo_jax.objective.shaping import importance_weights, kl_penalty, overlong_penalty, top_entropy_mask
 
 FAST = settings(max_examples=150, deadline=None, derandomize=True)
@@ -158,8 +156,3 @@ def test_shapes_must_agree():
     ):
         with pytest.raises(AssertionError):
             wrong()
-
-
-def test_examples_in_the_docstrings():
-    result = doctest.testmod(shaping)
-    assert result.attempted and not result.failed

@@ -1,6 +1,5 @@
 """Each surrogate against the loop, token by token or row by row, and where it lets a gradient through."""
 
-import doctest
 import functools
 
 import jax
@@ -11,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_jax.objective import surrogates
 from grpo_jax.objective.surrogates import (
     SURROGATES,
     cispo_surrogate,
@@ -192,7 +190,3 @@ def test_with_mask_gives_the_mask_to_those_that_name_it():
     log_ratios = jnp.array([[0.5, -0.3]])
     result = with_mask(partial, mask)(log_ratios, None, jnp.ones((1, 1)))
     np.testing.assert_allclose(result, -np.exp(0.1), rtol=1e-6)  # the second token is not in the mean
-
-
-def test_examples_in_the_docstrings():
-    assert not doctest.testmod(surrogates).failed

@@ -1,4 +1,3 @@
-import doctest
 import time
 from fractions import Fraction
 
@@ -7,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_jax.rewards.answers import extraction
 from grpo_jax.rewards.answers.extraction import (
     PLACES,
     as_number,
@@ -18,10 +16,6 @@ from grpo_jax.rewards.answers.extraction import (
     marked_answer,
     tag_answer,
 )
-
-
-def test_docstring_examples_hold():
-    assert doctest.testmod(extraction).failed == 0
 
 
 @pytest.mark.parametrize(
