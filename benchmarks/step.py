@@ -32,7 +32,8 @@ from random_models import find_model
 from work import Flops, Work, add_work_arguments, markdown_row, prompt_rows, step_flops, work_of
 
 import grpo_jax
-from grpo_jax.cli import enable_compilation_cache, parse_record
+from grpo_jax.cli import enable_compilation_cache
+from grpo_jax.config.parsing import parse_record
 from grpo_jax.config.run import Config
 from grpo_jax.cpu_tuning import use_huge_pages
 from grpo_jax.models.loading import DTYPES, Model, load_model

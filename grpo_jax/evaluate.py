@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from grpo_jax.cli import enable_compilation_cache, json_alone, parse_record, run_command
+from grpo_jax.cli import enable_compilation_cache, json_alone, run_command
+from grpo_jax.config.parsing import parse_record
 from grpo_jax.config.run import Config
 from grpo_jax.data.loading import Example
 from grpo_jax.evaluation.outcomes import Outcome, compare, observe, summarize

@@ -7,7 +7,8 @@ import re
 import sys
 from dataclasses import dataclass
 
-from grpo_jax.cli import parse_record, run_command
+from grpo_jax.cli import run_command
+from grpo_jax.config.parsing import parse_record
 from grpo_jax.models.loading import save_model
 from grpo_jax.models.peft import save_adapters
 from grpo_jax.models.tensor_files import DTYPES

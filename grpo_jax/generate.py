@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from grpo_jax.cli import enable_compilation_cache, parse_record, run_command
+from grpo_jax.cli import enable_compilation_cache, run_command
+from grpo_jax.config.parsing import parse_record
 from grpo_jax.config.run import ModelConfig, spelled_values
 from grpo_jax.config.sampling import SamplingConfig, check_drawing, check_endings, endings
 from grpo_jax.models.endings import end_arguments, stop_notes

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.cli import parse_record, run_command
+from grpo_jax.cli import run_command
+from grpo_jax.config.parsing import parse_record
 from grpo_jax.config.run import Config
 from grpo_jax.data.prompt_lengths import bucket_length
 from grpo_jax.models.endings import describe_endings

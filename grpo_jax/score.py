@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.cli import enable_compilation_cache, json_alone, parse_record, run_command
+from grpo_jax.cli import enable_compilation_cache, json_alone, run_command
+from grpo_jax.config.parsing import parse_record
 from grpo_jax.config.run import Config
 from grpo_jax.data.loading import Example, batch
 from grpo_jax.data.prompt_lengths import padded_length

@@ -14,7 +14,8 @@ from pathlib import Path
 import jax
 
 from grpo_jax.checkpoints.manager import Checkpoints
-from grpo_jax.cli import enable_compilation_cache, parse_record, run_command
+from grpo_jax.cli import enable_compilation_cache, run_command
+from grpo_jax.config.parsing import parse_record
 from grpo_jax.config.run import Config
 from grpo_jax.data.loading import batch
 from grpo_jax.evaluate import evaluate_parts

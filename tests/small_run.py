@@ -13,7 +13,7 @@ import yaml
 
 from grpo_jax import train
 from grpo_jax.checkpoints.manager import Checkpoints
-from grpo_jax.cli import parse_record
+from grpo_jax.config.parsing import parse_record
 from grpo_jax.config.run import Config
 from grpo_jax.run import build as run_build
 from grpo_jax.run import directory as run_directory

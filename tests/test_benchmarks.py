@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.cli import parse_record
+from grpo_jax.config.parsing import parse_record
 from grpo_jax.config.run import Config
 from grpo_jax.models.loading import decode, encode, load_model, pad_prompts
 from grpo_jax.policy.decoding import generate

@@ -42,7 +42,7 @@ ROOMS = {
     ),
     "cpu_tuning": (),
     "spelling": (),
-    "cli": ("config", "cpu_tuning", "spelling"),
+    "cli": ("cpu_tuning",),
 }
 # A command may import from every room, and nobody imports a command.
 COMMANDS = ("train", "evaluate", "generate", "plan", "score", "export")
@@ -53,7 +53,6 @@ STILL_WRONG = {
     ("rewards.loading", "data.tasks.task"),
     ("rewards.silences", "data.tasks"),
     ("run.best_model", "evaluate"),
-    ("run.directory", "cli"),
     ("train", "evaluate"),
     ("train", "plan"),
     ("training.actor", "data.encoded_examples"),
@@ -77,7 +76,7 @@ DOORS = {
     "wandb": {"trackers"},
     "tensorboardX": {"trackers"},
     "rich": {"trackers"},
-    "jsonargparse": {"cli"},
+    "jsonargparse": {"config.parsing"},
     "datasets": {"data.hub"},
     "pyarrow": {"data.rows"},
     "jinja2": {"models.chat_templates", "data.templates"},

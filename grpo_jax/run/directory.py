@@ -10,7 +10,7 @@ import yaml
 
 from grpo_jax.checkpoints.format import fingerprint
 from grpo_jax.checkpoints.manager import Checkpoints
-from grpo_jax.cli import parse_record
+from grpo_jax.config.parsing import parse_record
 from grpo_jax.config.run import Config
 from grpo_jax.models.loading import Model, load_model, set_endings
 from grpo_jax.models.peft import check_base

@@ -12,7 +12,8 @@ import small_run
 from safetensors.numpy import load_file, save_file
 
 from grpo_jax import evaluate, plan, score, train
-from grpo_jax.cli import enable_compilation_cache, parse_record, run_command
+from grpo_jax.cli import enable_compilation_cache, run_command
+from grpo_jax.config.parsing import parse_record
 from grpo_jax.config.run import Config
 from grpo_jax.models.directories import PACKAGED
 

@@ -11,7 +11,8 @@ import pytest
 import small_run
 
 from grpo_jax import score as command
-from grpo_jax.cli import parse_record, run_command
+from grpo_jax.cli import run_command
+from grpo_jax.config.parsing import parse_record
 from grpo_jax.config.run import Config
 from grpo_jax.data.loading import batch
 from grpo_jax.models.loading import decode, encode, load_model, pad_prompts

@@ -12,7 +12,8 @@ import small_run
 
 import grpo_jax.train as train_module
 from grpo_jax.checkpoints.manager import Checkpoints
-from grpo_jax.cli import parse_record, run_command
+from grpo_jax.cli import run_command
+from grpo_jax.config.parsing import parse_record
 from grpo_jax.config.run import Config
 from grpo_jax.models.directories import PACKAGED
 from grpo_jax.models.loading import load_model

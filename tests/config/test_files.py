@@ -6,9 +6,9 @@ from dataclasses import is_dataclass
 
 import pytest
 
-from grpo_jax.cli import parse_record
 from grpo_jax.config.files import Ambiguous, check_yaml
 from grpo_jax.config.other_words import OTHER_WORDS, advise
+from grpo_jax.config.parsing import parse_record
 from grpo_jax.config.run import Config, RewardConfig
 
 

@@ -11,9 +11,9 @@ import yaml
 from small_run import write_yaml
 
 import grpo_jax
-from grpo_jax.cli import parse_record
 from grpo_jax.config import algorithm as algorithm_config
 from grpo_jax.config import run as records
+from grpo_jax.config.parsing import parse_record
 from grpo_jax.config.run import Config
 from grpo_jax.objective.recipes import RECIPES, make_recipe
 from grpo_jax.run.directory import config_dict, read_config, write_config

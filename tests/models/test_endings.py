@@ -13,7 +13,7 @@ import pytest
 import small_run
 
 from grpo_jax import plan
-from grpo_jax.cli import parse_record
+from grpo_jax.config.parsing import parse_record
 from grpo_jax.config.run import Config, SamplingConfig
 from grpo_jax.models.endings import describe_endings, find_eos
 from grpo_jax.models.loading import encode, load_model, pad_prompts, save_model, set_endings

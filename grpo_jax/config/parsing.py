@@ -1,0 +1,233 @@
+"""Reads a frozen record from a command line and from YAML files, with one-line errors."""
+
+import json
+import re
+import sys
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import docstring_parser
+import jsonargparse
+import yaml
+
+from grpo_jax.config.files import (
+    Ambiguous,
+    as_records,
+    check_yaml,
+    read_document,
+    unknown_keys,
+    with_records,
+)
+from grpo_jax.config.other_words import advise
+
+
+def parse_record(
+    record: type,
+    argv: list[str] | None,
+    *,
+    command: str,
+    description: str,
+    config_option: bool = True,
+    positional: str | None = None,
+) -> Any:
+    """Parses a command line (and YAML files given with --config) into a frozen record.
+
+    Fields are options, nested ones with dots: ``--algorithm.kl_coef 0.05``. What stands further right
+    wins, so overrides go after --config. Values are coerced by the field's type.
+
+    Args:
+        record: a dataclass, whose docstring documents the options.
+        argv: arguments; None: those of the process.
+        command: shown in --help, such as `python -m grpo_jax.train`.
+        description: shown in --help.
+        config_option: whether --config reads YAML files of the same keys. A directory stands for its
+            config.yaml, so that a run directory may be given.
+        positional: the field that is given without its name, if any.
+
+    Raises:
+        ValueError: an unknown key (the message suggests the nearest), or a value of the wrong type.
+    """
+    parser = jsonargparse.ArgumentParser(
+        prog=command, description=description, exit_on_error=False, allow_abbrev=False
+    )
+    if config_option:
+        parser.add_argument("--config", action="config", help="YAML file with any of the options below")
+    if positional is not None:
+        parser.add_argument(positional, help=_documentation(record)[positional])
+    parser.add_class_arguments(record, skip={positional} - {None})
+    lists = _lists_of_records(record)
+    keys = [action.dest for action in parser._actions]
+    keys += [f"{name}.{f.name}" for name, item in lists.items() for f in fields(item)]
+    argv = _spell_out_flags(record, sys.argv[1:] if argv is None else argv)
+    argv = _as_meant(_name_files(argv) if config_option else argv, keys, lists, config_option)
+    try:
+        parsed = parser.parse_args(argv)
+    except (jsonargparse.ArgumentError, TypeError, OSError) as error:
+        raise ValueError(_explain(str(error), keys)) from error
+    _check_sections(record, parsed)
+    values = parser.instantiate(parsed).as_dict()
+    if config_option:
+        values.pop("config")
+    return record(**values)
+
+
+def _documentation(record: type) -> dict[str, str]:
+    """Returns what a record's docstring says about each field."""
+    return {p.arg_name: p.description or "" for p in docstring_parser.parse(record.__doc__ or "").params}
+
+
+def _name_files(argv: list[str]) -> list[str]:
+    """Puts the config.yaml of a run directory in the place of the directory, in `--config` alone."""
+    named = []
+    for before, argument in zip([None, *argv], argv, strict=False):
+        option, equals, path = ("", "", argument) if before == "--config" else argument.partition("=")
+        if (before == "--config" or option == "--config") and (Path(path) / "config.yaml").is_file():
+            argument = f"{option}{equals}{Path(path) / 'config.yaml'}"
+        named.append(argument)
+    return named
+
+
+def _spell_out_flags(record: type, argv: list[str]) -> list[str]:
+    """Gives a bool option without a value, such as `--json`, the value true."""
+
+    def flags(record: type, prefix: str) -> set[str]:
+        kinds = typing.get_type_hints(record).items()
+        nested = (flags(kind, f"{prefix}{name}.") for name, kind in kinds if is_dataclass(kind))
+        return {prefix + name for name, kind in kinds if kind is bool}.union(*nested)
+
+    names, spelled = flags(record, "--"), []
+    for argument, following in zip(argv, [*argv[1:], "--"], strict=False):
+        spelled += [argument, "true"] if argument in names and following.startswith("--") else [argument]
+    return spelled
+
+
+def _lists_of_records(record: type, prefix: str = "") -> dict[str, type]:
+    """Returns the fields that are lists of records with a `function`, such as rewards: {name: the record}."""
+    found: dict[str, type] = {}
+    for name, kind in typing.get_type_hints(record).items():
+        if is_dataclass(kind):
+            found |= _lists_of_records(kind, f"{prefix}{name}.")
+        for item in typing.get_args(kind):
+            if is_dataclass(item) and "function" in {f.name for f in fields(item)}:
+                found[prefix + name] = item
+    return found
+
+
+def _as_meant(argv: list[str], keys: list[str], lists: Mapping[str, type], config_option: bool) -> list[str]:
+    """Checks config files and values before the parser sees them, and makes records of names in lists.
+
+    Raises:
+        ValueError: a key that is there twice, an alias, or keys that there are not.
+    """
+    load = jsonargparse.get_loader("yaml")
+    changed: list[str] = []
+    option = ""  # the option whose value is next
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        if option:
+            name, value = option, argument
+        elif not argument.startswith("--") or not equals:
+            option = argument.removesuffix("+") if argument.startswith("--") else ""
+            changed.append(argument)
+            continue
+        key = name.removeprefix("--").removesuffix("+")
+        if key == "config" and config_option:
+            value = _checked_file(value, keys, lists, load)
+        elif value.lstrip().startswith(("{", "[")) or key in lists:
+            value = _checked_value(key, value, lists, load)
+        changed.append(value if option else f"{name}={value}")
+        option = ""
+    return changed
+
+
+def _checked_file(path: str, keys: list[str], lists: Mapping[str, type], load: Callable[[str], Any]) -> str:
+    """Returns the name of a config file, or its contents where names became records."""
+    document = read_document(path, load)
+    if not isinstance(document, dict):
+        return path
+    if unknown := unknown_keys(document, keys, lists):
+        raise ValueError(_about_unknown(unknown, keys))
+    meant = with_records(document, list(lists))
+    return path if meant == document else yaml.safe_dump(meant, sort_keys=False)
+
+
+def _checked_value(key: str, value: str, lists: Mapping[str, type], load: Callable[[str], Any]) -> str:
+    try:
+        check_yaml(value)
+    except Ambiguous as error:
+        raise ValueError(f"{key}: {str(error).removeprefix('line 1: ')}") from None
+    if key not in lists:
+        return value
+    try:
+        content = load(value)
+    except yaml.YAMLError:
+        return value
+    meant = as_records(content)
+    return value if meant == content else json.dumps(meant)
+
+
+def _about_unknown(unknown: list[str], keys: list[str]) -> str:
+    """Returns what to say about keys that there are not."""
+    if len(unknown) == 1:
+        return f"unknown key {unknown[0]!r}; {advise(unknown[0], keys)}"
+    listed = "; ".join(f"{key!r}: {advise(key, keys)}" for key in unknown)
+    return f"{len(unknown)} unknown keys. {listed}"
+
+
+def _check_sections(record: type, parsed: jsonargparse.Namespace) -> None:
+    for name, kind in typing.get_type_hints(record).items():
+        if is_dataclass(kind) and not isinstance(parsed[name], jsonargparse.Namespace):
+            keys = ", ".join(f.name for f in fields(kind))
+            raise ValueError(f"{name}: {parsed[name]!r} is not a section of keys ({keys})")
+
+
+# How jsonargparse says that a key is unknown, on the command line, in a section, at the top, in a list item.
+_UNKNOWN = (
+    (r"Unrecognized arguments: --([\w.]+)", ""),
+    (r"Key ['\"]?([\w.]+)['\"]? is not expected", ""),
+    (r"Group '(?P<section>[\w.]+)' does not accept option '([\w.]+)'", "section"),
+    (r"Parser key \"(?P<section>[\w.]+)\": .*Option '([\w.]+)' is not accepted", "section"),
+    (r"Option '([\w.]+)' is not accepted", ""),
+)
+
+
+# How jsonargparse says other things, and how we do. An optional value is a union of its type and null.
+_PLAIN = (
+    (r'^Parser key "config":\s*', "--config: "),
+    (r'^Parser key "([\w.]+)":\s*', r"\1: "),
+    (r"^Unexpected config: *(.*)", r"--config: expected keys and values, got '\1'"),
+    (r"^Problems parsing config", "--config: not YAML"),
+    (r" in \"<unicode string>\",", ","),
+    (
+        r"^(\w*\.?eos_token_ids): Does not validate .* Given value: (.*)",
+        r"\1: expected ids or texts of tokens, such as [2, </s>]. Got value: \2",
+    ),
+    (
+        r"^(\w*\.?stop): Does not validate .* Given value: (.*)",
+        r"\1: expected a text or a list of texts, such as [</answer>]. Got value: \2",
+    ),
+    (
+        r"Does not validate against any of the Union subtypes Subtypes: .* Errors: - (.*?) "
+        r"- Expected a <class 'NoneType'> Given value type: .* Given value: (.*)",
+        r"\1 or null. Got value: \2",
+    ),
+    (r"a typing\.Literal", "one of "),
+    (r"[Ee]xpected a <class '(\w+)'>", r"expected a value of type \1"),
+)
+
+
+def _explain(message: str, keys: list[str]) -> str:
+    """Shortens a message of jsonargparse to one line, and names the key that was probably meant."""
+    message = re.sub(r"\s*\n\s*", " ", message).strip()
+    for pattern, section in _UNKNOWN:
+        if found := re.search(pattern, message, re.IGNORECASE):
+            key = found[found.re.groups]
+            if section:
+                key = f"{found['section']}.{key}"
+            return _about_unknown([key], keys)
+    for pattern, plain in _PLAIN:
+        message = re.sub(pattern, plain, message)
+    return message
