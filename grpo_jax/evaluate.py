@@ -13,14 +13,13 @@ from typing import Any
 from grpo_jax.cli import enable_compilation_cache, json_alone, run_command
 from grpo_jax.config.parsing import parse_record
 from grpo_jax.config.run import Config
-from grpo_jax.data.loading import Example
 from grpo_jax.evaluation.outcomes import Outcome, compare, observe, summarize
 from grpo_jax.evaluation.standstill import remarks
 from grpo_jax.models.loading import Model
 from grpo_jax.rewards.loading import Reward
 from grpo_jax.run.build import Parts, build
 from grpo_jax.run.directory import load_model_or_run, read_config, run_of
-from grpo_jax.types import Params
+from grpo_jax.types import Example, Params
 
 
 @dataclass(frozen=True, kw_only=True)

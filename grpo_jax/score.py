@@ -14,7 +14,7 @@ import numpy as np
 from grpo_jax.cli import enable_compilation_cache, json_alone, run_command
 from grpo_jax.config.parsing import parse_record
 from grpo_jax.config.run import Config
-from grpo_jax.data.loading import Example, batch
+from grpo_jax.data.loading import batch
 from grpo_jax.data.prompt_lengths import padded_length
 from grpo_jax.evaluation.outcomes import sample_texts
 from grpo_jax.evaluation.statistics import doublings, pass_at_k, subsets
@@ -24,6 +24,7 @@ from grpo_jax.run.build import Parts, build
 from grpo_jax.trackers.console import ConsoleTracker, bars, figures_table, samples_table, spread
 from grpo_jax.training.actor import judge
 from grpo_jax.training.experience import combine, length_penalty, signal_of_scores
+from grpo_jax.types import Example
 
 _BINS = 8  # of a histogram
 _QUANTILES = {"min": 0.0, "25%": 0.25, "50%": 0.5, "75%": 0.75, "max": 1.0}

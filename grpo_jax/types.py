@@ -11,6 +11,7 @@ models pad with it.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import flax.struct
@@ -75,6 +76,24 @@ class Policy:
     forward_groups: Callable[..., tuple[Array, Array]] | None = flax.struct.field(
         pytree_node=False, default=None
     )
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt and what the reward functions may know about it.
+
+    Args:
+        prompt: a text, or a list of chat messages `{"role": ..., "content": ...}`.
+        columns: everything else, by name. Reward functions get it and the model never does.
+        place: the place it comes from, for messages, such as `train.jsonl, line 3`. It is empty for a task
+            that makes its own problems.
+        tokens: token ids of the prompt, once a run has encoded it. They follow from the prompt.
+    """
+
+    prompt: str | list[dict[str, str]]
+    columns: dict[str, Any] = field(default_factory=dict)
+    place: str = field(default="", compare=False)
+    tokens: tuple[int, ...] | None = field(default=None, compare=False, repr=False)
 
 
 @flax.struct.dataclass(kw_only=True)

@@ -50,13 +50,10 @@ COMMANDS = ("train", "evaluate", "generate", "plan", "score", "export")
 STILL_WRONG = {
     ("rewards.builtin", "data.tasks.reasoning_gym"),
     ("rewards.classifier", "data.prompt_lengths"),
-    ("rewards.loading", "data.tasks.task"),
-    ("rewards.silences", "data.tasks"),
     ("run.best_model", "evaluate"),
     ("train", "evaluate"),
     ("train", "plan"),
     ("training.actor", "data.encoded_examples"),
-    ("training.actor", "data.loading"),
     ("training.actor", "data.prompt_lengths"),
     ("training.actor", "models.endings"),
     ("training.actor", "models.loading"),

@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 
 from grpo_jax.data.bad_rows import BadRow
-from grpo_jax.data.tasks import Example
 from grpo_jax.models.loading import Model, encode
 from grpo_jax.models.text import try_encode
+from grpo_jax.types import Example
 
 _AT_ONCE = 4096  # prompts that are held while they are encoded
 

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 
 from grpo_jax.data.loading import prompt_text
-from grpo_jax.data.tasks import Example
+from grpo_jax.types import Example
 
 
 def sample_held_out(examples: Sequence[Example], count: int) -> list[Example]:

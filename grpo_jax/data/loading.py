@@ -14,7 +14,8 @@ from grpo_jax.data.columns import rename
 from grpo_jax.data.hub import read_dataset
 from grpo_jax.data.prompts import Prompt, PromptForm, complete_prompt, make_prompt_form, row_prompt
 from grpo_jax.data.rows import Rows, find_files, read_rows, stem
-from grpo_jax.data.tasks import ROW_TASKS, Example, RowTask, Task, check_arguments, check_name, load_task
+from grpo_jax.data.tasks import ROW_TASKS, RowTask, Task, check_arguments, check_name, load_task
+from grpo_jax.types import Example
 
 __all__ = ["Example", "Task", "batch", "load_data", "load_task"]
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from grpo_jax.data.bad_rows import settle
 from grpo_jax.data.encoded_examples import encode_examples
-from grpo_jax.data.tasks import Example
 from grpo_jax.models.loading import Model, encode
+from grpo_jax.types import Example
 
 
 @dataclass(frozen=True)

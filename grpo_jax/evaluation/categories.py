@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from grpo_jax.data.loading import Example
+from grpo_jax.types import Example
 
 MAX_CATEGORIES = 20  # each gets metrics of its own in every evaluation
 

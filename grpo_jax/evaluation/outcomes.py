@@ -7,7 +7,6 @@ import jax
 import numpy as np
 
 from grpo_jax.data.encoded_examples import tokens_of
-from grpo_jax.data.loading import Example
 from grpo_jax.data.prompt_lengths import padded_length
 from grpo_jax.evaluation.statistics import doublings, paired_bootstrap, pass_at_k
 from grpo_jax.evaluation.verdicts import Correct, choose_correct
@@ -17,7 +16,7 @@ from grpo_jax.policy.decoding import generate
 from grpo_jax.rewards.loading import Reward, reward_means
 from grpo_jax.training.actor import judge
 from grpo_jax.training.experience import combine
-from grpo_jax.types import Params
+from grpo_jax.types import Example, Params
 
 # Evaluation noise must not repeat any training step's: steps count up from 0 and never get here.
 _NOISE_STEP = 2**31 - 1

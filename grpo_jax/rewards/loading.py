@@ -27,9 +27,9 @@ from grpo_jax.rewards.sources import find_function
 from grpo_jax.rewards.verl import PREFIX, TRUTHS, adapt_compute_score, check_truth
 from grpo_jax.spelling import nearest
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # reward workers load this module, and they go without JAX
     from grpo_jax.config.run import RewardConfig
-    from grpo_jax.data.tasks.task import Example
+    from grpo_jax.types import Example
 
 __all__ = [
     "REWARDS",

@@ -10,10 +10,10 @@ from typing import Literal
 
 import numpy as np
 
-from grpo_jax.data.tasks import Example
 from grpo_jax.rewards.answers.extraction import extract_answer, extract_number
 from grpo_jax.rewards.builtin import REWARDS
 from grpo_jax.rewards.scoring import Reward, takes
+from grpo_jax.types import Example
 
 _SHOWN = 60  # characters of a value
 _NUM_COLUMNS = 3  # columns of a row

@@ -14,7 +14,6 @@ from grpo_jax.data.bad_rows import BadRow, settle
 from grpo_jax.data.held_out import note_on_overlap, sample_held_out
 from grpo_jax.data.loading import Task, load_data
 from grpo_jax.data.prompt_lengths import fit_prompts, prompt_limit
-from grpo_jax.data.tasks import Example
 from grpo_jax.evaluation.categories import rows_by_category
 from grpo_jax.evaluation.verdicts import Correct, choose_correct, note_on_choice
 from grpo_jax.models.chat_templates import asks_for_time
@@ -29,7 +28,7 @@ from grpo_jax.run.first_look import notes_about_prompts, show_first_prompt
 from grpo_jax.training.actor import Actor
 from grpo_jax.training.learner import TrainState, init_train_state
 from grpo_jax.training.optimizers import make_optimizer, make_schedule
-from grpo_jax.types import Params
+from grpo_jax.types import Example, Params
 
 
 @dataclass(frozen=True, kw_only=True)

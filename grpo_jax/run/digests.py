@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.data.tasks import Example
 from grpo_jax.rewards.sources import source_file
+from grpo_jax.types import Example
 
 _OURS = "grpo_jax"  # an upgrade of the package is no edit of a reward
 

@@ -11,7 +11,6 @@ from itertools import islice
 from typing import Any
 
 from grpo_jax.data.encoded_examples import tokens_of
-from grpo_jax.data.tasks import Example
 from grpo_jax.models.chat_templates import (
     PLAIN_TEMPLATE,
     ChatSettings,
@@ -21,6 +20,7 @@ from grpo_jax.models.chat_templates import (
 )
 from grpo_jax.models.control_tokens import control_tokens, spelled_token
 from grpo_jax.trackers.console import printable
+from grpo_jax.types import Example
 
 _LOOKED_AT = 1000  # prompts, from the first on
 _WIDTH = 56  # characters of a line of tokens

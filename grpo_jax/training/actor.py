@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from grpo_jax.data.encoded_examples import tokens_of
-from grpo_jax.data.loading import Example
 from grpo_jax.data.prompt_lengths import bucket_length
 from grpo_jax.models.endings import end_arguments
 from grpo_jax.models.loading import Model, decode, pad_prompts
@@ -22,7 +21,7 @@ from grpo_jax.training.dynamic_sampling import Groups, fill_batch, join_groups, 
 from grpo_jax.training.experience import has_signal, make_experience, shaped_rewards
 from grpo_jax.training.metrics import reward_metrics, rollout_metrics
 from grpo_jax.training.reference import is_reference
-from grpo_jax.types import Array, Experience, Judged, Params, Rollout
+from grpo_jax.types import Array, Example, Experience, Judged, Params, Rollout
 
 # round -> (examples of its N prompts, key of its noise); rounds are counted from 0 within a rollout
 Draw = Callable[[int], tuple[Sequence[Example], Array]]

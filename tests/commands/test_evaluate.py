@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from grpo_jax import evaluate as command
 from grpo_jax.cli import run_command
 from grpo_jax.data.held_out import sample_held_out
-from grpo_jax.data.tasks import Example, load_task
+from grpo_jax.data.tasks import load_task
 from grpo_jax.evaluate import evaluate
 from grpo_jax.evaluation.categories import rows_by_category
 from grpo_jax.models.loading import decode, encode, load_model, pad_prompts
@@ -21,6 +21,7 @@ from grpo_jax.policy.decoding import generate
 from grpo_jax.rewards.loading import Reward
 from grpo_jax.run.build import build
 from grpo_jax.train import train
+from grpo_jax.types import Example
 
 SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 EXAMPLES = sample_held_out(load_task("arithmetic").evaluation, 10)

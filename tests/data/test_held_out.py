@@ -6,10 +6,10 @@ import pytest
 import small_run
 
 from grpo_jax.data.held_out import note_on_overlap, sample_held_out
-from grpo_jax.data.tasks import Example
 from grpo_jax.models.loading import load_model
 from grpo_jax.plan import make_plan
 from grpo_jax.run.build import build
+from grpo_jax.types import Example
 
 
 def rows(count, **columns):

@@ -8,7 +8,8 @@ from itertools import chain
 import pytest
 
 from grpo_jax.config.run import DataConfig
-from grpo_jax.data.loading import Example, batch, load_data
+from grpo_jax.data.loading import batch, load_data
+from grpo_jax.types import Example
 
 
 def make_examples(n):

@@ -13,9 +13,9 @@ import small_run
 from grpo_jax import train
 from grpo_jax.data import encoded_examples
 from grpo_jax.data.prompt_lengths import Fitted, fit_prompts, prompt_limit
-from grpo_jax.data.tasks import Example
 from grpo_jax.models import text
 from grpo_jax.models.loading import encode, load_model
+from grpo_jax.types import Example
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}={% endfor %}"  # each message is a token longer
 

@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerFast
 
 from grpo_jax import train
 from grpo_jax.config.run import SamplingConfig
-from grpo_jax.data.tasks import Example
 from grpo_jax.evaluation.outcomes import sample_texts
 from grpo_jax.models.endings import describe_endings, end_arguments, stop_notes
 from grpo_jax.models.loading import decode, load_model, pad_prompts, save_model, set_endings
@@ -25,7 +24,7 @@ from grpo_jax.policy.decoding import decode_stages, generate
 from grpo_jax.policy.log_probs import completion_log_probs
 from grpo_jax.run.build import build
 from grpo_jax.run.directory import load_model_or_run
-from grpo_jax.types import Policy
+from grpo_jax.types import Example, Policy
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "models"
 PIECES = ("<unk>", "<s>", "▁a", "b", "▁", "▁▁", "", "ab", "▁b▁a", "é", "a\n", "##a", "don", " n't")

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from grpo_jax.config.run import RewardConfig
-from grpo_jax.data.loading import Example
 from grpo_jax.rewards.loading import RewardError, check_columns, check_rows, load_rewards, score
+from grpo_jax.types import Example
 
 
 class Endpoint:

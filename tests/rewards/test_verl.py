@@ -3,9 +3,9 @@
 import pytest
 
 from grpo_jax.config.run import RewardConfig
-from grpo_jax.data.loading import Example
 from grpo_jax.rewards.loading import RewardError, check_columns, check_rows, load_rewards, score
 from grpo_jax.rewards.verl import adapt_compute_score
+from grpo_jax.types import Example
 
 FILE = """\
 import asyncio

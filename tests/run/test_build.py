@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import small_run
 
-from grpo_jax.data.tasks import Example, load_task
+from grpo_jax.data.tasks import load_task
 from grpo_jax.models.loading import load_model
 from grpo_jax.objective.advantages import ADVANTAGES
 from grpo_jax.objective.recipes import RECIPES
 from grpo_jax.run import build as parts_module
 from grpo_jax.run.build import build
 from grpo_jax.train import train
+from grpo_jax.types import Example
 
 
 @pytest.fixture(scope="module")

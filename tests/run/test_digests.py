@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import small_run
 
-from grpo_jax.data.tasks import Example
 from grpo_jax.run.digests import digest_examples, digest_reward, same_code
+from grpo_jax.types import Example
 
 DAY = datetime.date(2026, 11, 28)
 

@@ -9,10 +9,10 @@ import pytest
 import small_run
 
 from grpo_jax import plan
-from grpo_jax.data.tasks import Example
 from grpo_jax.models.chat_templates import ChatSettings
 from grpo_jax.models.loading import load_model
 from grpo_jax.run.first_look import notes_about_prompts, show_first_prompt
+from grpo_jax.types import Example
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "models"
 CHATML = (

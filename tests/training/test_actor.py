@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_jax.data.loading import Example
 from grpo_jax.data.prompt_lengths import bucket_length
 from grpo_jax.models.loading import decode, load_model
 from grpo_jax.objective.losses import loss_weights
@@ -20,7 +19,7 @@ from grpo_jax.rewards.loading import Reward, RewardError
 from grpo_jax.training import actor as actor_module
 from grpo_jax.training.actor import Actor, collect, judge
 from grpo_jax.training.dynamic_sampling import Groups
-from grpo_jax.types import Judged, Rollout
+from grpo_jax.types import Example, Judged, Rollout
 
 GROUP, NEW, PROMPT = 4, 5, 10
 SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}

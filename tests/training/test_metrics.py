@@ -14,7 +14,6 @@ import optax
 import pytest
 import small_run
 
-from grpo_jax.data.loading import Example
 from grpo_jax.models.loading import load_model
 from grpo_jax.objective.losses import LossMetrics, grpo_loss, loss_weights
 from grpo_jax.objective.recipes import dr_grpo, make_recipe
@@ -34,7 +33,7 @@ from grpo_jax.training.metrics import (
     rollout_metrics,
     token_mean,
 )
-from grpo_jax.types import Judged, Rollout
+from grpo_jax.types import Example, Judged, Rollout
 
 B, T = 8, 5
 LEARNING_RATE = 0.125

@@ -2,7 +2,8 @@
 
 import hashlib
 
-from grpo_jax.data.tasks.task import Example, Task, require
+from grpo_jax.data.tasks.task import Task, require
+from grpo_jax.types import Example
 
 MAX_PAIRS = 4096  # unordered pairs of operands used, however many digits
 MAX_HELD_OUT = 256  # unordered pairs held out at most

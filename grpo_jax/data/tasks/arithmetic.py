@@ -2,7 +2,8 @@
 
 import hashlib
 
-from grpo_jax.data.tasks.task import Example, Task
+from grpo_jax.data.tasks.task import Task
+from grpo_jax.types import Example
 
 OPERANDS = range(10, 100)
 NUM_HELD_OUT = 512

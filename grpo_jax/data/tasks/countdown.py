@@ -5,7 +5,8 @@ import random
 from dataclasses import dataclass
 from fractions import Fraction
 
-from grpo_jax.data.tasks.task import Example, Task, require
+from grpo_jax.data.tasks.task import Task, require
+from grpo_jax.types import Example
 
 _ATTEMPTS = 100  # problems drawn, at most, per problem wanted
 

@@ -7,24 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grpo_jax.spelling import nearest
-
-
-@dataclass(frozen=True)
-class Example:
-    """One prompt and what the reward functions may know about it.
-
-    Args:
-        prompt: text, or a list of chat messages `{"role": ..., "content": ...}`.
-        columns: everything else, by name; handed to the reward functions, never to the model.
-        place: where it comes from, for messages, such as `train.jsonl, line 3`; empty for a task that makes
-            its own problems.
-        tokens: token ids of the prompt, once a run has encoded it; they follow from the prompt.
-    """
-
-    prompt: str | list[dict[str, str]]
-    columns: dict[str, Any] = field(default_factory=dict)
-    place: str = field(default="", compare=False)
-    tokens: tuple[int, ...] | None = field(default=None, compare=False, repr=False)
+from grpo_jax.types import Example
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ import pytest
 from grpo_jax.config.data import DataConfig
 from grpo_jax.config.run import RewardConfig
 from grpo_jax.data.loading import load_data
-from grpo_jax.data.tasks.task import Example
 from grpo_jax.rewards.answers.gold import MissingAnswerError, accepted_answers, whole_number, whole_numbers
 from grpo_jax.rewards.builtin import answer_match, countdown, exact_match, numeric_answer
 from grpo_jax.rewards.loading import check_rows, load_rewards, score
+from grpo_jax.types import Example
 
 
 @pytest.mark.parametrize(
