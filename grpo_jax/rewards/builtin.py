@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from grpo_jax.data.tasks.reasoning_gym import check_entry, read_entry, score_entry
 from grpo_jax.rewards.answer_rewards import (
     answer_match,
     check_answer,
@@ -18,6 +17,7 @@ from grpo_jax.rewards.answers.gold import whole_number, whole_numbers
 from grpo_jax.rewards.completions import Completion, completion_text
 from grpo_jax.rewards.expressions import reaches_target
 from grpo_jax.rewards.http_endpoint import check_sent, http_score
+from grpo_jax.rewards.reasoning_gym import check_entry, read_entry, score_entry
 
 
 def regex_format(completions: Sequence[Completion], *, pattern: str, search: bool = False) -> list[float]:

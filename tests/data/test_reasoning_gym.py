@@ -6,7 +6,8 @@ import types
 import pytest
 
 from grpo_jax.config.run import RewardConfig
-from grpo_jax.data.tasks import load_task, reasoning_gym
+from grpo_jax.data.tasks import load_task
+from grpo_jax.rewards import reasoning_gym
 from grpo_jax.rewards.loading import check_columns, load_rewards, score
 
 

@@ -8,11 +8,12 @@ from grpo_jax.data.tasks.arithmetic import make_arithmetic
 from grpo_jax.data.tasks.completion import COMPLETION
 from grpo_jax.data.tasks.countdown import make_countdown
 from grpo_jax.data.tasks.gsm8k import GSM8K
-from grpo_jax.data.tasks.reasoning_gym import PREFIX, make_reasoning_gym
-from grpo_jax.data.tasks.task import Example, HubData, RowTask, Task, check_arguments
+from grpo_jax.data.tasks.reasoning_gym import make_reasoning_gym
+from grpo_jax.data.tasks.task import HubData, RowTask, Task, check_arguments
+from grpo_jax.rewards.reasoning_gym import PREFIX
 from grpo_jax.spelling import nearest
 
-__all__ = ["ROW_TASKS", "TASKS", "Example", "HubData", "RowTask", "Task", "check_name", "load_task"]
+__all__ = ["ROW_TASKS", "TASKS", "HubData", "RowTask", "Task", "check_name", "load_task"]
 
 # Make their own problems; their keyword-only parameters are the task's arguments.
 TASKS: dict[str, Callable[..., Task]] = {

@@ -1,26 +1,12 @@
-"""The tasks of reasoning-gym (an extra), each with its own scorer: `reasoning_gym:<name>`."""
+"""The tasks of reasoning-gym (an extra): `reasoning_gym:<name>`."""
 
-import functools
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from grpo_jax.data.tasks.task import Example, Task, require
-from grpo_jax.rewards.answers.extraction import tag_answer
+from grpo_jax.data.tasks.task import Task, require
+from grpo_jax.rewards.reasoning_gym import PREFIX, load_library
 from grpo_jax.spelling import nearest
-
-PREFIX = "reasoning_gym:"
-
-
-def _library() -> Any:
-    try:
-        import reasoning_gym
-        import reasoning_gym.factory
-    except ImportError as error:
-        raise ImportError(
-            f'data.task: {PREFIX}<name> needs reasoning-gym: pip install "grpo-jax[reasoning-gym]" ({error})'
-        ) from None
-    return reasoning_gym
+from grpo_jax.types import Example
 
 
 def make_reasoning_gym(name: str, arguments: Mapping[str, Any]) -> Task:
@@ -35,7 +21,7 @@ def make_reasoning_gym(name: str, arguments: Mapping[str, Any]) -> Task:
     Raises:
         ImportError: the library is missing. ValueError: an unknown name, or arguments it does not take.
     """
-    library = _library()
+    library = load_library()
     known = sorted(library.factory.DATASETS)
     if name not in known:
         near = nearest(name, known, likeness=0.4)
@@ -61,55 +47,3 @@ def make_reasoning_gym(name: str, arguments: Mapping[str, Any]) -> Task:
         )
     examples = [Example(e["question"], {"answer": e["answer"], "entry": e}) for e in different]
     return Task(PREFIX + name, examples[held_out:], examples[:held_out], ("reasoning_gym",))
-
-
-@functools.cache
-def _scorer(name: str) -> Callable[..., float]:
-    return _library().get_score_answer_fn(name)
-
-
-def read_entry(value: Any) -> Mapping[str, Any]:
-    """Reads the column `entry` of one row: a problem as reasoning-gym made it, or its JSON text.
-
-    Raises:
-        ValueError: it is neither, or it does not say which task it is of.
-    """
-    entry = value
-    if isinstance(value, str):
-        try:
-            entry = json.loads(value)
-        except ValueError:
-            entry = None
-    metadata = entry.get("metadata") if isinstance(entry, Mapping) else None
-    source = metadata.get("source_dataset") if isinstance(metadata, Mapping) else None
-    if not isinstance(source, str):
-        shown = repr(value)
-        raise ValueError(
-            f"`entry` {shown if len(shown) <= 80 else shown[:77] + '...'} is no problem of reasoning-gym: it "
-            "needs metadata with a source_dataset"
-        )
-    return entry
-
-
-def check_entry(value: Any) -> None:
-    """Checks the column `entry` of one row.
-
-    Raises:
-        ValueError: it is no problem of reasoning-gym, or of a task that the library does not have.
-        ImportError: the library is missing.
-    """
-    source = read_entry(value)["metadata"]["source_dataset"]
-    if source not in _library().factory.DATASETS:
-        raise ValueError(f"`entry` is of the task {source!r}, which reasoning-gym does not have")
-
-
-def score_entry(text: str, entry: Mapping[str, Any]) -> float:
-    """Scores a completion by the scorer of the task that the entry is from.
-
-    Args:
-        text: a completion; in it the last `<answer>...</answer>` counts, else all of it.
-        entry: as reasoning-gym made it.
-    """
-    tagged = tag_answer(text)
-    answer = (text if tagged is None else tagged).strip()
-    return float(_scorer(entry["metadata"]["source_dataset"])(answer, entry))
