@@ -16,23 +16,23 @@ AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum", "gdpo")
 def _prepare(rewards: Array, valid: Array | None) -> tuple[Array, Array, Array]:
     """Returns (rewards with 0 where invalid, valid [...,G], number of valid ones [...,1])."""
     rewards = jnp.asarray(rewards)
-    # Integers, and types so short that a square of 300 is infinite.
+    # Promotes integers, and types so short that a square of 300 is infinite.
     rewards = rewards.astype(jnp.promote_types(rewards.dtype, jnp.float32))
     valid = jnp.ones(rewards.shape, bool) if valid is None else jnp.asarray(valid, bool)
     chex.assert_equal_shape([rewards, valid])
-    # An invalid reward is often NaN: select before any arithmetic, or 0 * NaN comes back.
+    # An invalid reward is often NaN. Select before any arithmetic, because 0 * NaN is NaN.
     rewards = jnp.where(valid, rewards, 0)
     count = jnp.sum(valid, axis=-1, keepdims=True).astype(rewards.dtype)
     return rewards, valid, count
 
 
 def shrink_factor(rewards: Array, axis: int | None) -> Array:
-    """Returns the power of two that keeps squares of rewards finite when multiplied with them; mostly 1."""
+    """Returns the power of two, mostly 1, by which rewards are multiplied to keep their squares finite."""
     return jnp.where(jnp.max(jnp.abs(rewards), axis=axis, keepdims=True) > 1e15, 2.0**-80, 1.0)
 
 
 def grow(advantages: Array, shrink: Array) -> Array:
-    """Undoes `shrink_factor`. What no float holds becomes the largest that there is."""
+    """Undoes `shrink_factor`. A value that no float can hold becomes the largest float."""
     largest = jnp.finfo(advantages.dtype).max
     return jnp.clip(advantages / shrink, -largest, largest)
 
@@ -40,15 +40,15 @@ def grow(advantages: Array, shrink: Array) -> Array:
 def _from_lowest(rewards: Array, valid: Array, axis: int | None) -> Array:
     """Returns rewards minus the lowest valid one, 0 where invalid.
 
-    No mean or standard deviation around a mean depends on it, but their rounding does: the mean of 10000001
-    and three times 10000000 is no float32.
+    Deviations from a mean do not depend on the offset, but their rounding does: the mean of 10000001 and
+    three times 10000000 is not a float32.
     """
     lowest = jnp.min(jnp.where(valid, rewards, jnp.inf), axis=axis, keepdims=True)
     return jnp.where(valid, rewards - jax.lax.stop_gradient(jnp.where(lowest < jnp.inf, lowest, 0)), 0)
 
 
 def _centered(rewards: Array, valid: Array, count: Array) -> Array:
-    """Returns rewards minus their group's mean; 0 where invalid or where all of the group are equal."""
+    """Returns rewards minus their group's mean, 0 where invalid or where the whole group is equal."""
     alive = informative_groups(rewards, valid=valid)[..., None]
     rewards = _from_lowest(rewards, valid, axis=-1)
     mean = jnp.sum(rewards, axis=-1, keepdims=True) / jnp.maximum(count, 1)
@@ -73,12 +73,12 @@ def _std(centered: Array, count: Array, ddof: int, axis: int | None) -> Array:
 def informative_groups(rewards: Array, *, valid: Array | None = None) -> Array:
     """Says which groups carry a learning signal: at least two valid rewards that differ.
 
-    Decided by equality, not by a small standard deviation: the mean of eight times 0.35 is not
-    0.35 in floating point, and that noise divided by itself would become an advantage of order one.
+    Equality decides, not a small standard deviation. The mean of eight times 0.35 is not 0.35 in floating
+    point, and that noise divided by itself would become an advantage of order one.
 
     Args:
         rewards: [..., G], any real numbers.
-        valid: [..., G] bool, False where the reward is missing; None: all are there.
+        valid: [..., G] bool, False where the reward is missing. None means that none is missing.
 
     Returns:
         bool [...].
@@ -94,21 +94,21 @@ def group_advantages(
 ) -> Array:
     """Centres each reward on its group's mean and divides by a standard deviation.
 
-    GRPO, https://arxiv.org/abs/2402.03300, section 4.1.2: ``A = (r - mean(r)) / std(r)``;
+    GRPO, https://arxiv.org/abs/2402.03300, section 4.1.2, defines ``A = (r - mean(r)) / std(r)``.
     Dr. GRPO, https://arxiv.org/abs/2503.20783, section 3.2, drops the division (``scale="none"``).
 
     Args:
-        rewards: [..., G], any real numbers; the last axis is the group. Integers become float32.
-        valid: [..., G] bool, False where the reward is missing; None: all are there.
-        scale: what divides: "std" of the group; "batch", the standard deviation of all valid rewards
-            of the array around their common mean; "none".
-        ddof: the divisor of the variance is the number of rewards minus ddof; 1 is unbiased.
-        epsilon: added to the standard deviation.
+        rewards: [..., G], any real numbers. The last axis is the group. Integers become float32.
+        valid: [..., G] bool, False where the reward is missing. None means that none is missing.
+        scale: the divisor: "std", the standard deviation of the group, "batch", that of all valid rewards
+            of the array around their common mean, or "none".
+        ddof: number subtracted from the number of rewards in the divisor of the variance. 1 is unbiased.
+        epsilon: number added to the standard deviation.
 
     Returns:
-        [..., G]. Exactly 0 in a group whose valid rewards are all equal, in a group with fewer than
-        two of them, and at invalid entries. Centred and finite for any finite rewards, whatever offset or
-        scale they have. Gradients are finite everywhere.
+        [..., G]. The advantages are exactly 0 in a group whose valid rewards are all equal, in a group with
+        fewer than two of them, and at invalid entries. They are centred and finite for any finite rewards,
+        whatever offset or scale these have. Gradients are finite everywhere.
 
     Raises:
         ValueError: unknown scale.
@@ -135,10 +135,10 @@ def group_stds(rewards: Array, *, valid: Array | None = None) -> Array:
 
     Args:
         rewards: [..., G], any real numbers.
-        valid: [..., G] bool; None: all are there.
+        valid: [..., G] bool, False where the value is missing. None means that none is missing.
 
     Returns:
-        [...]; 0 in a group without two valid rewards that differ.
+        [...], 0 in a group without two valid rewards that differ.
     """
     rewards, valid, count = _prepare(rewards, valid)
     shrink = shrink_factor(rewards, axis=-1)
@@ -152,11 +152,11 @@ def leave_one_out_advantages(rewards: Array, *, valid: Array | None = None) -> A
     RLOO, https://arxiv.org/abs/2402.14740, section 2.3: ``A_i = r_i - mean_{j != i} r_j``.
 
     Args:
-        rewards: [..., G], any real numbers; the last axis is the group.
-        valid: [..., G] bool, False where the reward is missing; None: all are there.
+        rewards: [..., G], any real numbers. The last axis is the group.
+        valid: [..., G] bool, False where the reward is missing. None means that none is missing.
 
     Returns:
-        [..., G]; zeros as in `group_advantages`.
+        [..., G], with zeros where `group_advantages` has them.
 
     >>> leave_one_out_advantages(jnp.array([1., 2., 3.])).tolist()
     [-1.5, 0.0, 1.5]
@@ -177,24 +177,24 @@ ADVANTAGES: dict[str, Callable[..., Array]] = {
 
 
 def reward_weights(valid, weights, *, missing: str = "drop"):
-    """Decides what each of several reward functions counts in each row, some being missing.
+    """Decides what weight each reward function has in each row, where some rewards are missing.
 
-        drop         a row that misses any reward which a sibling got counts nothing; a function that gave
-                     nothing to any row of a group does not apply to that group, and the others decide
-        skip         a missing term is left out of the sum, as if it were 0; the others keep their weights
-        renormalize  the others are scaled up so that the absolute weights still sum to the same
+        drop         a row that misses a reward which a sibling got does not count, and a function that gave
+                     no value to any row of a group does not apply to that group, where the others decide
+        skip         a missing term is left out of the sum, as if it were 0, and the others keep their weights
+        renormalize  the others are scaled up so that the absolute weights still have the same sum
 
-    Only with `drop` does a missing reward have no influence. With the other two, rows of one group are
-    compared by different sums.
+    A missing reward has no influence under `drop` alone. Under the other two, rows of one group are compared
+    by different sums.
 
     Args:
         valid: [..., G, R] bool, False where a function gave no value.
-        weights: [R]; a function of weight 0 decides nothing.
+        weights: [R]. A function of weight 0 decides nothing.
         missing: one of `MISSING`.
 
     Returns:
-        (row_weights [..., G, R], 0 at missing entries; row_valid [..., G], False where nothing counts). NumPy
-        arrays in, NumPy arrays out; so with jax arrays.
+        (row_weights [..., G, R], 0 at missing entries, and row_valid [..., G], False where nothing counts).
+        NumPy arrays give NumPy arrays, and jax arrays give jax arrays.
 
     Raises:
         ValueError: unknown missing.
@@ -224,19 +224,19 @@ def normalize_then_sum(
 ) -> Array:
     """Computes advantages per reward function and adds them up with weights, as GDPO does.
 
-    https://arxiv.org/abs/2601.05242, section 3: with the sum taken first, rewards that differ can give
-    equal advantages, and a function of large scale hides the others. (Sum first is `combine`
-    and then `group_advantages`.)
+    https://arxiv.org/abs/2601.05242, section 3, gives the reason: if the sum is taken first, rewards that
+    differ can give equal advantages, and a function of large scale hides the others. (To sum first, call
+    `combine` and then `group_advantages`.)
 
     Args:
-        scores: [..., G, R], what each of R reward functions gave.
+        scores: [..., G, R], the values that each of R reward functions gave.
         weights: [R].
-        valid: [..., G, R] bool, False where a function gave no value; None: all are there.
+        valid: [..., G, R] bool, False where a function gave no value. None means that none is missing.
         advantage_fn: f(rewards [...,G], *, valid) -> [...,G], applied to each function's values alone.
-        missing: see `reward_weights`.
+        missing: one of `MISSING`, see `reward_weights`.
 
     Returns:
-        [..., G]; exactly 0 in a group in which every function's valid values are all equal.
+        [..., G], exactly 0 in a group in which every function's valid values are all equal.
 
     >>> [round(a, 2) for a in normalize_then_sum(jnp.array([[0., 5.], [1., 5.]]), [1., 1.]).tolist()]
     [-0.71, 0.71]
@@ -253,16 +253,16 @@ def normalize_then_sum(
 def scale_by_batch(advantages: Array, *, valid: Array | None = None, epsilon: float = 1e-4) -> Array:
     """Divides advantages by the standard deviation (ddof 1) of all valid ones of the batch around their mean.
 
-    The last step of GDPO, https://arxiv.org/abs/2601.05242, section 3: keeps the scale of the update the same
-    whatever the number of reward functions.
+    This is the last step of GDPO, https://arxiv.org/abs/2601.05242, section 3. It keeps the scale of the
+    update the same whatever the number of reward functions.
 
     Args:
         advantages: [..., G], group-centred.
-        valid: [..., G] bool; None: all are there.
-        epsilon: added to the standard deviation.
+        valid: [..., G] bool, False where the value is missing. None means that none is missing.
+        epsilon: number added to the standard deviation.
 
     Returns:
-        [..., G]; zeros stay exactly 0.
+        [..., G]. Zeros stay exactly 0.
     """
     advantages, valid, _ = _prepare(advantages, valid)
     shrink = shrink_factor(advantages, axis=None)

@@ -1,7 +1,7 @@
 """Per-token estimators of KL(pi || pi_ref) from samples of pi (John Schulman's k1, k2, k3).
 
-http://joschu.net/blog/kl-approx.html. As *values* all three estimate the same divergence; as *loss
-terms* differentiated token by token they do different things, in expectation on-policy:
+See http://joschu.net/blog/kl-approx.html. As *values* all three estimate the same divergence. As *loss
+terms* differentiated token by token, on-policy and in expectation, they do different things:
 
     ===  ================================  ============================
     k1   unbiased, high variance           zero: it does not pull at all
@@ -20,19 +20,19 @@ import jax.numpy as jnp
 from jax import Array
 
 # exp(40) is far beyond any meaningful ratio, and even the product of two (a ratio times a ratio-corrected
-# KL) is a finite float32: a runaway token then gives a huge finite loss with zero gradient, not NaN.
+# KL) is a finite float32. A runaway token then gives a huge finite loss with zero gradient, not NaN.
 MAX_LOG_RATIO = 40.0
 
 
 def bounded_exp(x: Array) -> Array:
-    """Returns exp(x), with x cut at MAX_LOG_RATIO so that value and gradient stay finite."""
+    """Returns exp(x), with x capped at MAX_LOG_RATIO so that value and gradient stay finite."""
     return jnp.exp(jnp.minimum(x, MAX_LOG_RATIO))
 
 
 def kl_k1(log_probs: Array, ref_log_probs: Array) -> Array:
-    """Returns ``log pi - log ref``: the unbiased estimator, of either sign.
+    """Returns ``log pi - log ref``, the unbiased estimator. It has either sign.
 
-    As a loss its expected gradient is zero whatever the reference is; use it for logging or inside
+    As a loss its expected gradient is zero whatever the reference is. Use it for logging or inside
     the reward, not as a penalty.
 
     Args:
@@ -47,7 +47,7 @@ def kl_k1(log_probs: Array, ref_log_probs: Array) -> Array:
 
 
 def kl_k2(log_probs: Array, ref_log_probs: Array) -> Array:
-    """Returns ``(log pi - log ref)^2 / 2``; as a loss, the gradient of KL(pi || ref).
+    """Returns ``(log pi - log ref)^2 / 2``. As a loss it has the gradient of KL(pi || ref).
 
     Args:
         log_probs: [...], log pi of the sampled tokens.
@@ -61,9 +61,9 @@ def kl_k2(log_probs: Array, ref_log_probs: Array) -> Array:
 
 
 def kl_k3(log_probs: Array, ref_log_probs: Array) -> Array:
-    """Returns ``ref/pi - log(ref/pi) - 1``; as a loss, the gradient of KL(ref || pi).
+    """Returns ``ref/pi - log(ref/pi) - 1``. As a loss it has the gradient of KL(ref || pi).
 
-    The estimator of GRPO, https://arxiv.org/abs/2402.03300, equation 4.
+    This is the estimator of GRPO, https://arxiv.org/abs/2402.03300, equation 4.
 
     Args:
         log_probs: [...], log pi of the sampled tokens.
@@ -80,15 +80,16 @@ def kl_k3(log_probs: Array, ref_log_probs: Array) -> Array:
 def kl_exact(logits: Array, ref_logits: Array) -> Array:
     """Returns ``sum_v pi_v (log pi_v - log ref_v)`` of two distributions, with its exact gradient.
 
-    No estimator and no sample. It needs the logits of both policies, so call it on a chunk of positions at a
-    time: `grpo_jax.policy.log_probs.token_log_probs_and_kls` does, and [B,L,V] never exists.
+    It is not an estimator and needs no sample. It needs the logits of both policies, so call it on a chunk
+    of positions at a time, as `grpo_jax.policy.log_probs.token_log_probs_and_kls` does. Then no array
+    [B,L,V] ever exists.
 
     Args:
-        logits: [..., V], of pi. They need not be normalised; -inf means probability 0.
-        ref_logits: [..., V], of the reference.
+        logits: [..., V], logits of pi. They need not be normalised, and -inf means probability 0.
+        ref_logits: [..., V], logits of the reference.
 
     Returns:
-        [...], nats, not negative but for rounding.
+        [...], nats, not negative except for rounding.
     """
     chex.assert_equal_shape([logits, ref_logits])
     log_probs, ref_log_probs = jax.nn.log_softmax(logits), jax.nn.log_softmax(ref_logits)
@@ -102,13 +103,13 @@ def adapt_kl_coef(
 ) -> Array:
     """Moves the KL coefficient so that the measured KL approaches a target.
 
-    The proportional controller of https://arxiv.org/abs/1909.08593, section 2.2:
+    It is the proportional controller of https://arxiv.org/abs/1909.08593, section 2.2:
     ``coef * (1 + adaptation * clip(kl / target - 1, -0.2, 0.2))``.
 
     Args:
-        kl_coef: [], the coefficient of the update just made; above 0.
-        kl: [], the KL measured in it, nats per token. Not finite: nothing changes.
-        kl_target: nats per token, above 0.
+        kl_coef: [], the coefficient of the update just made, above 0.
+        kl: [], the KL measured in it, nats per token. A value that is not finite changes nothing.
+        kl_target: the target, nats per token, above 0.
         kl_adaptation: gain of the controller, in [0, 5) so that the coefficient stays above 0.
 
     Returns:

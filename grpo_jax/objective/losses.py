@@ -19,16 +19,16 @@ from grpo_jax.objective.surrogates import clipped_surrogate, with_mask
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
 class LossMetrics:
-    """What `grpo_loss` saw, per call; `metrics.merge_loss_metrics` joins the slices of a batch.
+    """What `grpo_loss` saw, per call. `metrics.merge_loss_metrics` joins the slices of a batch.
 
-    Means and shares are over masked-in tokens; a batch without any gives zeros.
+    Means and shares are over masked-in tokens. A batch without any gives zeros.
     """
 
     policy_loss: Array  # [] sum(weights * surrogate)
     kl: Array  # [] mean estimate of KL(pi || ref), nats; 0 without a reference
     ratio_mean: Array  # [] mean importance ratio
     ratio_max: Array  # [] largest importance ratio
-    clip_low: Array  # [] share of tokens whose gradient the surrogate cuts at a ratio below 1
+    clip_low: Array  # [] share of tokens whose gradient the surrogate stops at a ratio below 1
     clip_high: Array  # [] the same at a ratio above 1
     stale: Array  # [] share of tokens in sequences dropped as stale
     num_tokens: Array  # [] masked-in tokens
@@ -50,14 +50,14 @@ def sequence_log_ratios(differences: Array, log_probs: Array, mask: Array) -> Ar
 def sequence_token_log_ratios(differences: Array, log_probs: Array, mask: Array) -> Array:
     """Returns the value of the sequence's log ratio with the gradient of the token's own log-prob.
 
-    GSPO-token, https://arxiv.org/abs/2507.18071, equation 14.
+    This is GSPO-token, https://arxiv.org/abs/2507.18071, equation 14.
     """
     means = jax.lax.stop_gradient(_row_means(differences, mask))
     return jnp.where(mask, means + log_probs - jax.lax.stop_gradient(log_probs), 0)
 
 
 def _row_means(differences: Array, mask: Array) -> Array:
-    """Returns the mean of each row's masked-in values [B,1], given 0 at the others."""
+    """Returns the mean [B,1] of each row's masked-in values. The other values have to be 0."""
     lengths = jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1).astype(differences.dtype)
     return jnp.sum(differences, axis=-1, keepdims=True) / lengths
 
@@ -79,8 +79,8 @@ def log_ratios(log_probs: Array, old_log_probs: Array, mask: Array, *, level: st
         sequence_token  that value with the gradient of the token's own (GSPO-token, equation 14)
 
     Args:
-        log_probs: [B,T], under the policy being trained.
-        old_log_probs: [B,T], under the policy that sampled. No gradient flows into it.
+        log_probs: [B,T], log-probs under the policy being trained.
+        old_log_probs: [B,T], log-probs under the policy that sampled. No gradient flows into it.
         mask: [B,T] bool. Values at masked positions, inf and NaN included, have no influence.
         level: a key of `RATIO_LEVELS`.
 
@@ -88,14 +88,14 @@ def log_ratios(log_probs: Array, old_log_probs: Array, mask: Array, *, level: st
         [B,T], 0 at masked positions.
 
     Raises:
-        ValueError: unknown level.
+        ValueError: the level is unknown.
     """
     if level not in RATIO_LEVELS:
         raise ValueError(f"level: {level!r}; choose one of {', '.join(RATIO_LEVELS)}")
     chex.assert_rank([log_probs, old_log_probs, mask], 2)
     chex.assert_equal_shape([log_probs, old_log_probs, mask])
     mask = jnp.asarray(mask, bool)
-    # Mask before any arithmetic: exp of an extreme padded value gives 0 * inf = NaN in the gradient.
+    # Mask before any arithmetic, because exp of an extreme padded value gives 0 * inf = NaN in the gradient.
     log_probs = jnp.where(mask, log_probs, 0)
     differences = log_probs - jax.lax.stop_gradient(jnp.where(mask, old_log_probs, 0))
     return RATIO_LEVELS[level](differences, log_probs, mask)
@@ -108,7 +108,7 @@ class BatchSizes:
     Args:
         num_rows: B, without rows of padding. It is traced where padding was added.
         max_length: completion limit in tokens.
-        num_microbatches: M, equal slices of consecutive rows.
+        num_microbatches: M, the number of equal slices of consecutive rows.
     """
 
     num_rows: int | Array
@@ -154,7 +154,7 @@ def local_token_weights(counted: Array, lengths: Array, sizes: BatchSizes) -> Ar
 
 
 # name -> f(counted [B,T], lengths [B,1], sizes) -> weights [B,T]. `counted` is 1.0 at the tokens that count
-# and 0.0 elsewhere; `lengths` are its row sums.
+# and 0.0 elsewhere. `lengths` are its row sums.
 REDUCTIONS: dict[str, Callable[[Array, Array, BatchSizes], Array]] = {
     "sequence": sequence_weights,
     "token": token_weights,
@@ -193,7 +193,7 @@ def loss_weights(
         float32 [B,T] (float64 if x64 is on), 0 where masked. A fully masked batch gives all zeros.
 
     Raises:
-        ValueError: unknown reduction, or B rows that do not divide into M slices.
+        ValueError: the reduction is unknown, or the B rows do not divide into M slices.
 
     >>> loss_weights(jnp.array([[1, 1], [1, 0]], bool)).tolist()
     [[0.25, 0.25], [0.5, 0.0]]
@@ -236,35 +236,36 @@ def grpo_loss(
     ``sum_it weights_it * surrogate_it + penalty_weights_it * (kl_coef * kl_it - entropy_coef * entropy_it)``
 
     Args:
-        log_probs: [B,T], of the sampled tokens under the policy being trained; the gradient's path.
-        old_log_probs: [B,T], under the policy that sampled.
+        log_probs: [B,T], log-probs of the sampled tokens under the policy being trained, the gradient's path.
+        old_log_probs: [B,T], log-probs under the policy that sampled.
         advantages: [B].
-        mask: [B,T] bool, True on completion tokens, the first eos included. Whatever stands at masked
-            positions, NaN and inf included, changes neither the loss nor its gradient.
+        mask: [B,T] bool, True on completion tokens, the first eos included. No value at a masked position,
+            NaN and inf included, changes the loss or its gradient.
         weights: [B,T], from `loss_weights` over the whole optimizer batch.
-        ref_log_probs: [B,T], under the frozen reference; None: no KL term.
-        ratio_level: see `log_ratios`.
+        ref_log_probs: [B,T], log-probs under the frozen reference. None means that there is no KL term.
+        ratio_level: a key of `RATIO_LEVELS`, see `log_ratios`.
         surrogate: ``f(log_ratios [B,T], log_probs [B,T], advantages [B,1]) -> [B,T]``, see
-            `grpo_jax.objective.surrogates`; set its clip keywords with `functools.partial`.
+            `grpo_jax.objective.surrogates`. Set its clip keywords with `functools.partial`.
         kl_estimator: ``f(log_probs, ref_log_probs) -> [...]``, see `grpo_jax.objective.kl`.
         kl_coef: weight of the KL term, not negative.
-        kl_ratio_corrected: multiplies the estimator by the importance ratio (of the ratio level, and
-            differentiated). At the token level that is unbiased for the current policy, with the gradient
-            of KL(pi || ref).
+        kl_ratio_corrected: whether the estimator is multiplied by the importance ratio (of the ratio level,
+            and differentiated). At the token level that is unbiased for the current policy, with the
+            gradient of KL(pi || ref).
         kls: [B,T], exact KL(pi || ref) of every position's distribution (`kl_exact`), with the gradient's
-            path; used instead of the estimator.
-        at_reference: [B,T] bool, where the policy is known to be the reference: the KL of those tokens and
-            its gradient are exactly 0, where two programs would leave their rounding. None: nowhere.
+            path. It is used instead of the estimator.
+        at_reference: [B,T] bool, True where the policy is known to be the reference. The KL of those tokens
+            and its gradient are exactly 0, where two programs would leave their rounding. None means
+            nowhere.
         entropies: [B,T], entropy of every position's distribution, with the gradient's path.
-        entropy_coef: weight of the entropy bonus; needs entropies.
-        penalty_weights: [B,T], weights of the KL term and of the entropy bonus; None: weights.
-        max_staleness: drops the policy term of sequences with a negative advantage whose mean log-prob
-            has fallen by more than this many nats since they were sampled. DeepSeek-V3.2,
-            https://arxiv.org/abs/2512.02556, section 3.1, "off-policy sequence masking". None: off.
+        entropy_coef: weight of the entropy bonus. It needs entropies.
+        penalty_weights: [B,T], weights of the KL term and of the entropy bonus. None means `weights`.
+        max_staleness: number of nats. Sequences with a negative advantage whose mean log-prob has fallen by
+            more than that since they were sampled lose their policy term. This is the "off-policy sequence
+            masking" of DeepSeek-V3.2, https://arxiv.org/abs/2512.02556, section 3.1. None turns it off.
 
     Returns:
         (loss [], LossMetrics). On-policy (ratio 1) the value of the policy loss is close to 0 because
-        advantages are centred; the gradient is what matters, and it is not.
+        advantages are centred. What matters is the gradient, which is not 0.
     """
     chex.assert_rank([log_probs, old_log_probs, mask, weights], 2)
     chex.assert_equal_shape([log_probs, old_log_probs, mask, weights])
@@ -293,7 +294,7 @@ def grpo_loss(
 
 
 def _kls(kls, log_probs, ref_log_probs, log_rho, mask, kl_estimator, kl_ratio_corrected) -> Array | None:
-    """Returns the KL term of every token [B,T], 0 where masked; None without a reference."""
+    """Returns the KL term of every token [B,T], 0 where masked, or None without a reference."""
     if kls is None and ref_log_probs is None:
         return None
     if kls is None:
@@ -315,8 +316,8 @@ def _stale_rows(log_probs, old_log_probs, advantages, mask, max_staleness) -> Ar
 def _clipped_tokens(surrogate, log_rho, log_probs, advantages) -> Array:
     """Says where the surrogate lets no gradient through although the advantage is not zero: bool [B,T].
 
-    The derivative of the sum of all losses with respect to each token tells, without knowledge of any
-    surrogate's clip keywords, and also where a surrogate couples the tokens of a row.
+    The derivative of the sum of all losses with respect to each token tells. That needs no knowledge of a
+    surrogate's clip keywords and holds where a surrogate couples the tokens of a row, too.
     """
 
     def total(inputs):

@@ -35,8 +35,8 @@ _NUMBERS = ("clip", "kl_coef", "entropy_coef", "top_entropy", "max_staleness", "
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One objective. Functions and names are static; numbers are leaves of the pytree and may change
-    between calls of a jitted function without compiling it again.
+    """One objective. Functions and names are static. Numbers are leaves of the pytree, so they may change
+    between calls of a jitted function without a recompilation.
     """
 
     name: str
@@ -59,9 +59,9 @@ class Recipe:
     top_entropy: float | None = None  # share of the tokens that train, see top_entropy_mask
     max_staleness: float | None = None  # see grpo_loss
     importance_cap: float | None = None  # see importance_weights
-    mask_truncated: bool = False  # completions cut off at the limit do not train, nor shift the baseline
-    overlong_share: float = 0.0  # of the limit: the buffer of overlong_penalty; 0: off
-    overlong_buffer: int | None = None  # the same in tokens, 0: off; None: overlong_share decides
+    mask_truncated: bool = False  # completions truncated at the limit do not train, nor shift the baseline
+    overlong_share: float = 0.0  # buffer of overlong_penalty as a share of the limit; 0 turns it off
+    overlong_buffer: int | None = None  # the same in tokens; None means that overlong_share decides
     dynamic_sampling: bool = False  # only groups with a signal train, see grpo_jax.training.actor
 
     def replace(self, **changes: Any) -> "Recipe":
@@ -81,14 +81,14 @@ class Recipe:
 
     @property
     def needs_old_log_probs(self) -> bool:
-        """Whether scores of the rollout are needed before the update, or may be of an earlier policy."""
+        """Whether log-probs of the rollout are needed before the update, or may be of an earlier policy."""
         used = (
             self.top_entropy is not None or self.importance_cap is not None or self.kl_placement == "reward"
         )
         return used or self.dynamic_sampling  # groups left over were sampled by the policy of a step before
 
     def overlong_tokens(self, max_length: int) -> int:
-        """Returns the buffer of `overlong_penalty` for a completion limit in tokens; 0: no penalty."""
+        """Returns the buffer of `overlong_penalty` for a completion limit in tokens. 0 means no penalty."""
         if self.overlong_buffer is not None:
             return self.overlong_buffer
         return min(max(1, round(self.overlong_share * max_length)), max_length) if self.overlong_share else 0
@@ -123,7 +123,7 @@ class Recipe:
         at_reference: Array | None = None,
         entropies: Array | None = None,
     ) -> tuple[Array, LossMetrics]:
-        """Computes `grpo_loss` with this recipe's choices: (loss [], LossMetrics)."""
+        """Computes `grpo_loss` with this recipe's choices and returns (loss [], LossMetrics)."""
         if self.exact_kl and kls is None and ref_log_probs is not None:
             raise ValueError("an exact KL needs kls [B,T], see `token_log_probs_and_kls`")
         return grpo_loss(
@@ -178,7 +178,7 @@ dapo = Recipe(
 )
 
 # Not the "Beta normalization" of arXiv 2506.02864: TRL gives this name to a mean over the tokens of each
-# micro-batch. The only recipe that depends on num_microbatches, by definition.
+# micro-batch. It is the only recipe that depends, by definition, on num_microbatches.
 bnpo = Recipe(
     name="bnpo",
     paper='loss_type="bnpo" of TRL, https://huggingface.co/docs/trl/grpo_trainer',
@@ -224,7 +224,7 @@ gmpo = Recipe(
     clip={"log_clip_range": 0.4},
 )
 
-# One action per completion: the log-prob of the whole sequence, and the KL in its reward.
+# A completion is one action. It has the log-prob of the whole sequence, and the KL is in its reward.
 rloo = Recipe(
     name="rloo",
     paper="Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740, section 2.3",
@@ -233,11 +233,11 @@ rloo = Recipe(
     surrogate=reinforce_surrogate,
     kl_estimator=kl_k1,
     kl_placement="reward",
-    kl_coef=0.03,  # of its summarisation runs, appendix C; 0.10 in dialogue
+    kl_coef=0.03,  # as in its summarisation runs, appendix C; in dialogue it is 0.10
     reduction="sequence_sum",
 )
 
-# The check without any of it: centred rewards, the plain policy gradient. One pass per rollout.
+# The baseline without any of it: centred rewards and the plain policy gradient. Use one pass per rollout.
 reinforce = Recipe(
     name="reinforce",
     paper="Williams 1992, https://doi.org/10.1007/BF00992696, with the group's mean as baseline",
@@ -269,14 +269,14 @@ def make_recipe(name: str, **choices: Any) -> Recipe:
 
     Args:
         name: a key of `RECIPES`.
-        **choices: fields of `Recipe`, where those that are functions go by their names (`ADVANTAGES`,
-            `SURROGATES`, `KL_NAMES`); and keywords of the surrogate, such as `clip_range`. Giving that
-            alone makes the clip symmetric, whatever the recipe's own upper bound is. Another surrogate than
-            the recipe's starts from its own defaults.
+        **choices: fields of `Recipe`, and keywords of the surrogate, such as `clip_range`. Fields that are
+            functions go by their names (`ADVANTAGES`, `SURROGATES`, `KL_NAMES`). With `clip_range` alone
+            the clip is symmetric, whatever the recipe's own upper bound is. Another surrogate than the
+            recipe's starts from its own defaults.
 
     Raises:
-        ValueError: unknown recipe or name of a choice, a clip keyword that the surrogate does not have, a
-            negative kl_coef, or choices that contradict each other.
+        ValueError: the recipe or a choice is unknown, the surrogate does not have a given clip keyword,
+            kl_coef is negative, or choices contradict each other.
 
     >>> make_recipe("grpo", clip_range_high=0.28, kl_coef=0.0).clip
     {'clip_range': 0.2, 'clip_range_high': 0.28}
@@ -314,7 +314,7 @@ def make_recipe(name: str, **choices: Any) -> Recipe:
 
 
 def _clip(recipe: Recipe, given: dict[str, float]) -> dict[str, float]:
-    """Returns the surrogate's keywords: the recipe's own, replaced by those given."""
+    """Returns the keywords of the surrogate. Given ones replace the recipe's own."""
     for key in given:
         if key not in clip_keywords(recipe.surrogate):
             raise ValueError(

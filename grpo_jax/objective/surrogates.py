@@ -1,7 +1,7 @@
 """The policy term of the loss, per token: one function per surrogate objective, all to be minimised.
 
 Every surrogate has the signature ``f(log_ratios [B,T], log_probs [B,T], advantages [B,1], **clip keywords)
--> [B,T]``. One that couples the tokens of a row also names `mask` [B,T] among its keywords and is given it.
+-> [B,T]``. One that couples the tokens of a row also has a keyword `mask` [B,T] and is given the mask.
 """
 
 import inspect
@@ -26,19 +26,20 @@ def clipped_surrogate(
 ) -> Array:
     """Computes PPO's clipped objective, to be minimised.
 
-    ``-min(rho A, clip(rho, 1 - clip_range, 1 + clip_range_high) A)``: PPO,
-    https://arxiv.org/abs/1707.06347, equation 7; with clip_range_high > clip_range the "clip-higher"
+    It is ``-min(rho A, clip(rho, 1 - clip_range, 1 + clip_range_high) A)``, as in PPO,
+    https://arxiv.org/abs/1707.06347, equation 7. With clip_range_high > clip_range it is the "clip-higher"
     of DAPO, https://arxiv.org/abs/2503.14476, equation 10.
 
     Args:
         log_ratios: [B,T], log(pi / pi_old).
-        log_probs: [B,T], not used; every surrogate has the same arguments.
+        log_probs: [B,T], not used. Every surrogate has the same arguments.
         advantages: [B,1], or anything that broadcasts to [B,T].
-        clip_range: how far below 1 the ratio may fall before the gradient stops; in [0, 1].
-        clip_range_high: how far above 1; None: clip_range.
-        delta: two-sided clipping, upper bound of rho in the first term (acts for A < 0 only); above
-            1 + clip_range_high. INTELLECT-2, https://arxiv.org/abs/2505.07291, section 3.4.
-        dual_clip: c > 1; for A < 0 the loss is at most -c A. https://arxiv.org/abs/1912.09729, equation 5.
+        clip_range: distance below 1 to which the ratio may fall before the gradient stops, in [0, 1].
+        clip_range_high: distance above 1 to which it may rise. None means the same as clip_range.
+        delta: upper bound of rho in the first term, above 1 + clip_range_high. It acts for A < 0 only. This
+            is the two-sided clipping of INTELLECT-2, https://arxiv.org/abs/2505.07291, section 3.4.
+        dual_clip: number c > 1. For A < 0 the loss is at most -c A, https://arxiv.org/abs/1912.09729,
+            equation 5.
 
     Returns:
         [B,T] losses. The gradient is exactly zero outside the clip on the side that A favours.
@@ -57,14 +58,14 @@ def clipped_surrogate(
 def cispo_surrogate(log_ratios: Array, log_probs: Array, advantages: Array, *, cap: float = 5.0) -> Array:
     """Computes CISPO's objective, to be minimised: ``-sg(min(rho, cap)) A log pi``.
 
-    https://arxiv.org/abs/2506.13585, equations 4 and 5, without a lower bound as in the paper's runs. The
-    importance weight is capped and constant; no token ever loses its gradient.
+    These are https://arxiv.org/abs/2506.13585, equations 4 and 5, without a lower bound, as in the paper's
+    runs. The importance weight is capped and constant, so no token ever loses its gradient.
 
     Args:
-        log_ratios: [B,T], log(pi / pi_old); no gradient flows through it.
-        log_probs: [B,T], log pi; the gradient's path.
+        log_ratios: [B,T], log(pi / pi_old). No gradient flows through it.
+        log_probs: [B,T], log pi, the gradient's path.
         advantages: [B,1], or anything that broadcasts to [B,T].
-        cap: largest importance weight, an absolute ratio (not a distance from 1); above 0.
+        cap: largest importance weight, an absolute ratio (not a distance from 1), above 0.
 
     Returns:
         [B,T] losses.
@@ -78,15 +79,15 @@ def sapo_surrogate(
 ) -> Array:
     """Computes SAPO's softly gated objective, to be minimised: ``-(4/tau) sigmoid(tau (rho - 1)) A``.
 
-    https://arxiv.org/abs/2511.20347, equations 4 to 6. The gradient is that of REINFORCE at ratio 1 and
+    See https://arxiv.org/abs/2511.20347, equations 4 to 6. The gradient is that of REINFORCE at ratio 1 and
     fades smoothly on both sides, faster for negative advantages.
 
     Args:
         log_ratios: [B,T], log(pi / pi_old).
-        log_probs: [B,T], not used; every surrogate has the same arguments.
+        log_probs: [B,T], not used. Every surrogate has the same arguments.
         advantages: [B,1], or anything that broadcasts to [B,T].
-        tau: sharpness of the gate for A > 0; above 0.
-        tau_negative: the same for A <= 0.
+        tau: sharpness of the gate for A > 0, above 0.
+        tau_negative: sharpness of the gate for A <= 0, above 0.
 
     Returns:
         [B,T] losses.
@@ -94,7 +95,7 @@ def sapo_surrogate(
     del log_probs
     taus = jnp.where(advantages > 0, tau, tau_negative)
     # The value of jax.nn.sigmoid, but its derivative is gate * exp(-x - softplus(-x)), not gate * (1 - gate),
-    # which loses its digits as the gate nears 1: in float32 it is off by 1e-3 at ratio 12, and 0 from 18 on.
+    # which loses its digits as the gate nears 1. In float32 it is off by 1e-3 at ratio 12, and 0 from 18 on.
     gates = jnp.exp(jax.nn.log_sigmoid(taus * (bounded_exp(log_ratios) - 1.0)))
     return -4.0 / taus * gates * advantages
 
@@ -110,17 +111,17 @@ def gmpo_surrogate(
 ) -> Array:
     """Computes GMPO's objective, to be minimised: ``-A`` times the geometric mean of the clipped ratios.
 
-    https://arxiv.org/abs/2507.20673, equation 3, clipped token by token in log space before the mean is
-    taken, on the side that A favours: ``min(d, high)`` where A > 0, ``max(d, -low)`` where it is not.
+    By https://arxiv.org/abs/2507.20673, equation 3, it clips token by token in log space before it takes the
+    mean, on the side that A favours: ``min(d, high)`` where A > 0, ``max(d, -low)`` where it is not.
 
     Args:
         log_ratios: [B,T], log(pi / pi_old) of the tokens, 0 at masked positions.
-        log_probs: [B,T], not used; every surrogate has the same arguments.
+        log_probs: [B,T], not used. Every surrogate has the same arguments.
         advantages: [B,1], or anything that broadcasts to [B,T] and is constant along T.
-        mask: [B,T] bool, the tokens of each row's mean.
-        log_clip_range: low; how far below 0 a log ratio may fall; not negative. The paper's ratios lie in
-            (exp(-0.4), exp(0.4)), section 4.1.
-        log_clip_range_high: high; None: log_clip_range.
+        mask: [B,T] bool, True at the tokens of each row's mean.
+        log_clip_range: `low`, the distance below 0 to which a log ratio may fall, not negative. The paper's
+            ratios lie in (exp(-0.4), exp(0.4)), section 4.1.
+        log_clip_range_high: `high`, the distance above 0. None means the same as log_clip_range.
 
     Returns:
         [B,T] losses, the same at every token of a row.
@@ -138,10 +139,10 @@ def gmpo_surrogate(
 def reinforce_surrogate(log_ratios: Array, log_probs: Array, advantages: Array) -> Array:
     """Returns ``-A log pi``, whose gradient is the policy gradient of Williams (1992).
 
-    https://doi.org/10.1007/BF00992696. It knows no ratio: use it with one pass over a fresh rollout.
+    See https://doi.org/10.1007/BF00992696. It uses no ratio, so use it with one pass over a fresh rollout.
 
     Args:
-        log_ratios: [B,T], not used; every surrogate has the same arguments.
+        log_ratios: [B,T], not used. Every surrogate has the same arguments.
         log_probs: [B,T], log pi.
         advantages: [B,1], or anything that broadcasts to [B,T].
 
@@ -164,7 +165,7 @@ __all__ = ["SURROGATES", *(surrogate.__name__ for surrogate in SURROGATES.values
 
 
 def with_mask(surrogate: Callable[..., Array], mask: Array) -> Callable[..., Array]:
-    """Returns f(log_ratios, log_probs, advantages): the surrogate, given the mask if it names one."""
+    """Returns f(log_ratios, log_probs, advantages), the surrogate with the mask if it takes one."""
     if "mask" not in inspect.signature(surrogate).parameters:
         return surrogate
     return lambda log_ratios, log_probs, advantages: surrogate(log_ratios, log_probs, advantages, mask=mask)
