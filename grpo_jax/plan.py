@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from grpo_jax.cli import run_command
 from grpo_jax.config.parsing import parse_record
 from grpo_jax.config.run import Config
-from grpo_jax.data.prompt_lengths import bucket_length
 from grpo_jax.models.endings import describe_endings
-from grpo_jax.policy.decoding import decode_stages, decoding_params
-from grpo_jax.policy.log_probs import CHUNK_SIZE, NUM_ROOMS, PACKED_FROM, completion_hidden, shared_rows
+from grpo_jax.policy.decoding import decoding_params
+from grpo_jax.policy.log_probs import CHUNK_SIZE, completion_hidden
+from grpo_jax.policy.shapes import NUM_BUCKETS, PACKED_FROM, bucket_length, decode_stages, shared_rows
 from grpo_jax.run.best_model import check_best_metric
 from grpo_jax.run.build import Parts, build
 from grpo_jax.types import Rollout
@@ -173,11 +173,11 @@ def _memory(parts: Parts) -> dict[str, int]:
 def _num_compilations(parts: Parts, num_buckets: int) -> int:
     """Counts the programs of training at most: generation and scoring per prompt bucket, and the update.
 
-    Scoring and update have one for each room that `tokens_in_use` may give to completions.
+    Scoring and update have one for each bucket that `tokens_in_use` may give to completions.
     """
-    rooms = 1 if parts.config.sampling.max_new_tokens < PACKED_FROM else NUM_ROOMS
-    scoring = rooms if parts.scores_policy or parts.scores_reference else 0
-    return num_buckets * (1 + scoring) + rooms
+    packings = 1 if parts.config.sampling.max_new_tokens < PACKED_FROM else NUM_BUCKETS
+    scoring = packings if parts.scores_policy or parts.scores_reference else 0
+    return num_buckets * (1 + scoring) + packings
 
 
 def make_plan(parts: Parts) -> Plan:

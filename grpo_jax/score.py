@@ -15,10 +15,10 @@ from grpo_jax.cli import enable_compilation_cache, json_alone, run_command
 from grpo_jax.config.parsing import parse_record
 from grpo_jax.config.run import Config
 from grpo_jax.data.loading import batch
-from grpo_jax.data.prompt_lengths import padded_length
 from grpo_jax.evaluation.outcomes import sample_texts
 from grpo_jax.evaluation.statistics import doublings, pass_at_k, subsets
 from grpo_jax.evaluation.verdicts import Correct, choose_correct
+from grpo_jax.policy.shapes import padded_length
 from grpo_jax.rewards.silences import Silence, find_silences, lost_rows
 from grpo_jax.run.build import Parts, build
 from grpo_jax.trackers.console import ConsoleTracker, bars, figures_table, samples_table, spread
@@ -96,7 +96,9 @@ def rehearse(parts: Parts, *, num_prompts: int, num_samples: int) -> Rehearsal:
     examples = batch(parts.task.train, seed=config.training.seed, step=0, num_prompts=num_prompts)
     settings = {
         "group_size": num_samples,
-        "prompt_length": padded_length(parts.model, parts.prompt_length, config.sampling.max_new_tokens),
+        "prompt_length": padded_length(
+            parts.prompt_length, config.sampling.max_new_tokens, parts.model.max_positions
+        ),
         "max_new_tokens": config.sampling.max_new_tokens,
         "batch_size": config.evaluation.batch_size,
         "seed": config.training.seed,

@@ -24,7 +24,8 @@ from grpo_jax.models.peft import save_adapters
 from grpo_jax.objective.kl import adapt_kl_coef
 from grpo_jax.plan import make_plan
 from grpo_jax.policy.decoding import generate
-from grpo_jax.policy.log_probs import completion_log_probs, tokens_in_use
+from grpo_jax.policy.log_probs import completion_log_probs
+from grpo_jax.policy.shapes import tokens_in_use
 from grpo_jax.rewards.loading import close_rewards
 from grpo_jax.run.best_model import check_best_metric, forget_best, keep_best, outdate_best
 from grpo_jax.run.build import Parts, build, resolve_adapter

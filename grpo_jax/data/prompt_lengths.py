@@ -147,21 +147,3 @@ def _token_starts(model: Model, text: str) -> list[int]:
 def _first_fitting(model: Model, candidates: Iterable[Any], limit: int) -> Any:
     """Returns the first prompt that fits. Text cut anew may have other tokens, so each is counted."""
     return next((prompt for prompt in candidates if _length(model, prompt) <= limit), None)
-
-
-def bucket_length(length: int, limit: int) -> int:
-    """Returns the padded prompt length: 8, 16, 24, 32, 48, 64, 96, 128, ..., at most limit.
-
-    Two sizes per octave bound both the padding (a third) and the number of compilations.
-    """
-    size = 8
-    while size < length:
-        octave = 1 << (size.bit_length() - 1)
-        size += max(octave // 2, 8)
-    return min(size, limit)
-
-
-def padded_length(model: Model, prompt_length: int, max_new_tokens: int) -> int:
-    """Returns the bucket of prompts of so many tokens, within what the model's positions leave for them."""
-    room = max(prompt_length, (model.max_positions or 10**9) - max_new_tokens)
-    return bucket_length(prompt_length, room)

@@ -7,12 +7,12 @@ import jax
 import numpy as np
 
 from grpo_jax.data.encoded_examples import tokens_of
-from grpo_jax.data.prompt_lengths import padded_length
 from grpo_jax.evaluation.statistics import doublings, paired_bootstrap, pass_at_k
 from grpo_jax.evaluation.verdicts import Correct, choose_correct
 from grpo_jax.models.endings import end_arguments
 from grpo_jax.models.loading import Model, decode, pad_prompts
 from grpo_jax.policy.decoding import generate
+from grpo_jax.policy.shapes import padded_length
 from grpo_jax.rewards.loading import Reward, reward_means
 from grpo_jax.training.actor import judge
 from grpo_jax.training.experience import combine
@@ -120,7 +120,7 @@ def observe(
     if prompt_length is None:
         prompt_length = max(len(s) for s in tokens_of(model, examples))
     settings = {
-        "prompt_length": padded_length(model, prompt_length, max_new_tokens),
+        "prompt_length": padded_length(prompt_length, max_new_tokens, model.max_positions),
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,
         "seed": seed,

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.policy.sampling import draw, process_logits, scale_logits
+from grpo_jax.policy.shapes import decode_stages
 from grpo_jax.types import Array, Cache, Params, Policy, Prompts, Rollout
 
 
@@ -103,20 +104,6 @@ def _draw_and_record(policy, params, carry: _Decode, hidden, eos_ids, stop_table
         kept_mass=carry.kept_mass.at[rows.row, t].set(jnp.where(live, kept_mass, 0)),
         finished=carry.finished.at[rows.row].set(done),
     )
-
-
-def decode_stages(batch: int, max_new_tokens: int) -> tuple[tuple[int, int], ...]:
-    """Returns the (rows, slots) that decoding runs with, one after the other.
-
-    The cache starts with room for half of the tokens. As rows finish, B, B/2, B/4 and B/8 of them go on. Each
-    stage compiles the loop once more, so short completions and small batches have one.
-    """
-    if max_new_tokens < 32:
-        return ((batch, max_new_tokens),)
-    stages = [(batch, max_new_tokens // 2), (batch, max_new_tokens)]
-    while len(stages) < 5 and stages[-1][0] >= 8:
-        stages.append((-(-stages[-1][0] // 2), max_new_tokens))
-    return tuple(stages)
 
 
 def decoding_params(policy: Policy, params: Params, stages: tuple[tuple[int, int], ...]) -> Params:

@@ -1,25 +1,21 @@
 """Teacher-forced log-probs and entropies of completions, without ever making [B, L, V]."""
 
 import functools
-import math
 from collections.abc import Callable
 
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend.core import Literal
 
 from grpo_jax.objective.kl import kl_exact
 from grpo_jax.policy.decoding import fork, positions_from_mask, prefill
 from grpo_jax.policy.packing import Packing, make_packing
 from grpo_jax.policy.sampling import scale_logits
+from grpo_jax.policy.shapes import shared_rows, split_rows
 from grpo_jax.types import Array, Experience, Params, Policy, Prompts, Rollout
 
 CHUNK_SIZE = 1024  # tokens whose logits exist at a time, unless said otherwise
-PACKED_FROM = 32  # completion limits below it are not worth packing
-_EIGHTHS = (1, 2, 3, 4, 6)  # of a batch's tokens: the rooms that packed completions get
-NUM_ROOMS = len(_EIGHTHS) + 1  # and all of it
 
 
 def completion_hidden(
@@ -293,49 +289,6 @@ def completion_log_probs(
     return jnp.where(rollout.mask, log_probs, 0), jnp.where(rollout.mask, entropies, 0)
 
 
-def tokens_in_use(mask: np.ndarray, num_microbatches: int = 1) -> int | None:
-    """Returns how many completion tokens a slice of a batch needs room for, None for all of them.
-
-    Args:
-        mask: bool [B,T], on the host.
-        num_microbatches: slices of the batch; the fullest decides.
-
-    Returns:
-        a size not below the count, of six per shape, since each compiles once more: 1, 2, 3, 4 or 6 eighths
-        of the slice's B*T, or None. Short completions keep one.
-    """
-    mask = np.asarray(mask)
-    size = mask.size // num_microbatches
-    if mask.shape[1] < PACKED_FROM:
-        return None
-    most = int(mask.reshape(num_microbatches, -1).sum(axis=1).max())
-    rooms = (-(-size * eighths // 8) for eighths in _EIGHTHS)
-    return next((room for room in rooms if most <= room), None)
-
-
 def pack_completions(mask: Array, num_tokens: int | None) -> Packing | None:
     """Returns the packing of the completions of mask [B,T] into num_tokens; None without a number."""
     return None if num_tokens is None else make_packing(mask, num_tokens)
-
-
-def shared_rows(num_rows: int, group_size: int, num_microbatches: int) -> int:
-    """Returns how many consecutive rows of every slice surely have the same prompt."""
-    return math.gcd(num_rows // num_microbatches, group_size)
-
-
-def split_rows(batch, num_parts: int):
-    """Cuts every array [B, ...] of a pytree into [num_parts, B / num_parts, ...], rows in order.
-
-    Raises:
-        ValueError: B does not divide.
-    """
-
-    def split(x):
-        if x.shape[0] % num_parts:
-            raise ValueError(
-                f"{x.shape[0]} rows do not divide into {num_parts} equal micro-batches; "
-                "choose num_microbatches among the divisors of the batch size"
-            )
-        return x.reshape(num_parts, x.shape[0] // num_parts, *x.shape[1:])
-
-    return jax.tree.map(split, batch)

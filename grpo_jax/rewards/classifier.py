@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.data.prompt_lengths import bucket_length
 from grpo_jax.models import decoder_families, flax_families, tensor_files
 from grpo_jax.models.chat_templates import ChatSettings, apply_template
 from grpo_jax.models.directories import find_directory, read_json
 from grpo_jax.models.loading import DTYPES, load_tokenizer
 from grpo_jax.policy.decoding import positions_from_mask
+from grpo_jax.policy.shapes import bucket_length
 from grpo_jax.types import Array, Params, Policy
 
 _KIND = "ForSequenceClassification"

@@ -9,12 +9,12 @@ import jax
 import numpy as np
 
 from grpo_jax.data.encoded_examples import tokens_of
-from grpo_jax.data.prompt_lengths import bucket_length
 from grpo_jax.models.endings import end_arguments
 from grpo_jax.models.loading import Model, decode, pad_prompts
 from grpo_jax.objective.recipes import Recipe
 from grpo_jax.policy.decoding import generate
-from grpo_jax.policy.log_probs import completion_log_probs, tokens_in_use
+from grpo_jax.policy.log_probs import completion_log_probs
+from grpo_jax.policy.shapes import bucket_length, tokens_in_use
 from grpo_jax.rewards.loading import Reward, reward_means, score
 from grpo_jax.rewards.silences import Silence, find_silences, lost_rows
 from grpo_jax.training.dynamic_sampling import Groups, fill_batch, join_groups, take_groups, widen_prompts

@@ -17,12 +17,11 @@ from grpo_jax.policy.log_probs import (
     CHUNK_SIZE,
     completion_hidden,
     pack_completions,
-    shared_rows,
-    split_rows,
     token_log_probs,
     token_log_probs_and_kls,
 )
 from grpo_jax.policy.lora import Lora, merge_adapters
+from grpo_jax.policy.shapes import shared_rows, split_rows
 from grpo_jax.training.metrics import (
     Metrics,
     logp_difference_max,

@@ -92,7 +92,7 @@ def test_compilations_follow_what_is_scored_and_packed(tmp_path, model, monkeypa
     alone = {"algorithm__kl_coef": 0.0}  # no reference, and one update per rollout: nothing is scored
     whole, unscored = plan_of(tmp_path, model), plan_of(tmp_path, model, **alone)
     assert (whole.num_compilations, unscored.num_compilations) == (3, 2)
-    monkeypatch.setattr("grpo_jax.plan.PACKED_FROM", 5)  # the completion limit: packed into six rooms
+    monkeypatch.setattr("grpo_jax.plan.PACKED_FROM", 5)  # the completion limit: packed into six buckets
     assert plan_of(tmp_path, model).num_compilations == 1 + 6 + 6
     assert plan_of(tmp_path, model, **alone).num_compilations == 1 + 6
 

@@ -20,8 +20,9 @@ from grpo_jax.models.endings import describe_endings, end_arguments, stop_notes
 from grpo_jax.models.loading import decode, load_model, pad_prompts, save_model, set_endings
 from grpo_jax.models.stops import MATCH, Stops, make_stops, stop_table
 from grpo_jax.models.token_texts import token_texts
-from grpo_jax.policy.decoding import decode_stages, generate
+from grpo_jax.policy.decoding import generate
 from grpo_jax.policy.log_probs import completion_log_probs
+from grpo_jax.policy.shapes import decode_stages
 from grpo_jax.run.build import build
 from grpo_jax.run.directory import load_model_or_run
 from grpo_jax.types import Example, Policy

@@ -9,8 +9,9 @@ from numpy_toy import completion_logits, full_logits, softmax
 from toy import VOCAB, make_toy_policy
 
 from grpo_jax.policy import decoding
-from grpo_jax.policy.decoding import decode_stages, fork, generate, positions_from_mask, prefill, row_keys
+from grpo_jax.policy.decoding import fork, generate, positions_from_mask, prefill, row_keys
 from grpo_jax.policy.log_probs import completion_log_probs
+from grpo_jax.policy.shapes import decode_stages
 from grpo_jax.types import Policy, Prompts, pad_slots, repeat_rows, take_rows
 
 N, S, G, T = 4, 6, 3, 8
@@ -402,12 +403,6 @@ def test_dropping_finished_rows_and_growing_the_cache_change_nothing(toy_policy,
     expected = {((size, 1), (size, S + slots)) for size, slots in stages}
     assert {(tokens, mask) for tokens, mask in traced} == {((N, S), (N, S)), *expected}
     assert len(calls) == lengths.max()  # not one forward more
-
-
-def test_decode_stages():
-    assert decode_stages(64, 64) == ((64, 32), (64, 64), (32, 64), (16, 64), (8, 64))
-    assert decode_stages(24, 33) == ((24, 16), (24, 33), (12, 33), (6, 33))
-    assert decode_stages(64, 31) == ((64, 31),) and decode_stages(7, 64) == ((7, 32), (7, 64))
 
 
 def test_new_settings_compile_nothing(toy_policy):

@@ -16,7 +16,6 @@ from grpo_jax.objective.recipes import grpo, make_recipe
 from grpo_jax.policy.log_probs import (
     completion_hidden,
     completion_log_probs,
-    split_rows,
     token_log_probs,
     token_log_probs_and_kls,
 )
@@ -215,14 +214,6 @@ def test_microbatches_change_nothing(toy_policy, num_microbatches):
         *toy_policy, ROLLOUT, temperature=1.0, num_microbatches=num_microbatches, chunk_size=5
     )
     chex.assert_trees_all_close(sliced, expected, atol=1e-6, rtol=1e-6)
-
-
-def test_split_rows_keeps_the_order_and_refuses_a_remainder():
-    split = split_rows({"x": jnp.arange(6), "y": jnp.arange(12).reshape(6, 2)}, 3)
-    np.testing.assert_array_equal(split["x"], [[0, 1], [2, 3], [4, 5]])
-    chex.assert_shape(split["y"], (3, 2, 2))
-    with pytest.raises(ValueError, match="6 rows do not divide into 4"):
-        split_rows({"x": jnp.arange(6)}, 4)
 
 
 def test_microbatches_that_do_not_divide_the_batch_raise(toy_policy):

@@ -10,7 +10,7 @@ import pytest
 from grpo_jax.models.loading import load_model
 from grpo_jax.objective.losses import loss_weights
 from grpo_jax.objective.recipes import make_recipe
-from grpo_jax.policy.log_probs import completion_log_probs, tokens_in_use
+from grpo_jax.policy.log_probs import completion_log_probs
 from grpo_jax.policy.packing import make_packing
 from grpo_jax.training.learner import init_train_state, train_step
 from grpo_jax.types import Experience
@@ -48,16 +48,6 @@ def test_each_is_the_derivative_of_the_other(num_tokens):
         (packing.unpack, literal_unpack, tokens, rows),
     ):
         chex.assert_trees_all_close(jax.vjp(ours, x)[1](g), jax.vjp(literal, x)[1](g))
-
-
-def test_tokens_in_use_is_the_smallest_room_of_six():
-    def room(lengths, num_microbatches=1, limit=64):
-        return tokens_in_use(np.arange(limit) < np.array(lengths)[:, None], num_microbatches)
-
-    assert room([8, 8]) == 16 and room([8, 9]) == 32 and room([33, 0]) == 48  # eighths of 128
-    assert room([64, 32]) == 96 and room([64, 33]) is None and room([0, 0]) == 16
-    assert room([40, 2], num_microbatches=2) == 48  # the fuller slice decides
-    assert room([1, 1], limit=31) is None
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from grpo_jax.models.loading import load_model
 from grpo_jax.objective.losses import loss_weights
 from grpo_jax.objective.recipes import make_recipe
 from grpo_jax.policy.decoding import generate
-from grpo_jax.policy.log_probs import completion_log_probs, shared_rows
+from grpo_jax.policy.log_probs import completion_log_probs
 from grpo_jax.training.learner import init_train_state, train_step
 from grpo_jax.types import Experience, Prompts
 
@@ -38,11 +38,6 @@ def rollout(model):
     )
     settings = {"group_size": G, "max_new_tokens": T, "eos_ids": jnp.arange(2), "temperature": 2.0}
     return generate(*model, prompts, jax.random.key(1), **settings)
-
-
-def test_shared_rows():
-    assert shared_rows(32, 8, 1) == 8 and shared_rows(32, 8, 8) == 4 and shared_rows(24, 8, 2) == 4
-    assert shared_rows(32, 8, 32) == 1 and shared_rows(12, 1, 2) == 1
 
 
 @pytest.mark.parametrize("num_microbatches", [1, 4])

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_jax.data.prompt_lengths import bucket_length
 from grpo_jax.models.loading import decode, load_model
 from grpo_jax.objective.losses import loss_weights
 from grpo_jax.objective.recipes import dapo, dr_grpo, grpo, make_recipe
@@ -78,17 +77,6 @@ def collected(model, ref_params):
     return collect(make_actor(model), model.params, ref_params, draw())
 
 
-@given(st.integers(1, 5000), st.integers(1, 5000))
-def test_bucket_length(length, limit):
-    length = min(length, limit)
-    size = bucket_length(length, limit)
-    assert length <= size <= limit
-    assert size <= bucket_length(min(length + 1, limit), limit)  # monotone
-    if length > 24:
-        assert (size - length) / size <= 1 / 3
-    assert bucket_length(size, limit) == size
-
-
 def test_a_policy_that_is_its_reference_has_no_kl_in_its_rewards(model, monkeypatch):
     score, calls = actor_module._score, []
 
@@ -106,12 +94,6 @@ def test_a_policy_that_is_its_reference_has_no_kl_in_its_rewards(model, monkeypa
     moved = jax.tree.map(lambda x: x * 1.001, model.params)
     e = collect(make_actor(model, **settings), moved, copied, draw()).experience
     assert np.any(np.asarray(e.advantages) != 0)
-
-
-def test_bucket_lengths_are_few():
-    sizes = sorted({bucket_length(length, 10**9) for length in range(1, 1025)})
-    assert sizes == [8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
-    assert {bucket_length(length, 40) for length in range(33, 41)} == {40}
 
 
 def test_judge_gives_columns_in_the_order_of_the_rows():
