@@ -13,12 +13,12 @@ from typing import Any
 from grpo_jax.cli import enable_compilation_cache, json_alone, run_command
 from grpo_jax.config.parsing import parse_record
 from grpo_jax.config.run import Config
-from grpo_jax.evaluation.outcomes import Outcome, compare, observe, summarize
-from grpo_jax.evaluation.standstill import remarks
+from grpo_jax.evaluation.outcomes import compare, observe, summarize
 from grpo_jax.models.loading import Model
 from grpo_jax.rewards.loading import Reward
 from grpo_jax.run.build import Parts, build
 from grpo_jax.run.directory import load_model_or_run, read_config, run_of
+from grpo_jax.run.evaluation import evaluate_parts, observe_parts, remarks_parts, summarize_parts
 from grpo_jax.types import Example, Params
 
 
@@ -70,61 +70,6 @@ def evaluate(
     """
     outcome = observe(model, params, examples, rewards, eval_rewards=eval_rewards, **settings)
     return summarize(outcome, [*rewards, *eval_rewards], categories or {})
-
-
-def observe_parts(parts: Parts, params: Params) -> Outcome:
-    """Observes params on a run's held-out prompts, as its config says."""
-    evaluation, sampling = parts.config.evaluation, parts.sampling
-    if evaluation.temperature is not None:
-        sampling = {**sampling, "temperature": evaluation.temperature}
-    return observe(
-        parts.model,
-        params,
-        parts.task.evaluation,
-        parts.rewards,
-        num_samples=evaluation.num_samples,
-        max_new_tokens=parts.config.sampling.max_new_tokens,
-        sampling=sampling,
-        batch_size=evaluation.batch_size,
-        prompt_length=parts.eval_prompt_length,
-        seed=parts.config.training.seed,
-        eval_rewards=parts.eval_rewards,
-        correct=parts.correct,
-    )
-
-
-def summarize_parts(parts: Parts, outcome: Outcome) -> dict[str, float]:
-    """Summarizes an outcome on a run's held-out prompts, as its config says."""
-    return summarize(outcome, [*parts.rewards, *parts.eval_rewards], parts.categories)
-
-
-def evaluate_parts(
-    parts: Parts, params: Params, say: Callable[[str], None] | None = None
-) -> dict[str, float]:
-    """Evaluates params on a run's held-out prompts, as its config says; {} if it has none.
-
-    Args:
-        parts: the run.
-        params: parameters of the policy.
-        say: called with each line on what these figures cannot tell; `None`: nothing is said.
-    """
-    if not parts.task.evaluation:
-        return {}
-    outcome = observe_parts(parts, params)
-    for line in remarks_parts(parts, outcome) if say is not None else ():
-        say(line)
-    return summarize_parts(parts, outcome)
-
-
-def remarks_parts(parts: Parts, outcome: Outcome) -> list[str]:
-    """Returns a line for each figure of an outcome that cannot tell one model from another."""
-    return remarks(
-        outcome,
-        [*parts.rewards, *parts.eval_rewards],
-        parts.correct,
-        categories=parts.categories,
-        best_metric=parts.config.checkpoints.best_metric,
-    )
 
 
 def _resolve(arguments: EvaluateArguments) -> Config:

@@ -18,7 +18,6 @@ from grpo_jax.cli import enable_compilation_cache, run_command
 from grpo_jax.config.parsing import parse_record
 from grpo_jax.config.run import Config
 from grpo_jax.data.loading import batch
-from grpo_jax.evaluate import evaluate_parts
 from grpo_jax.models.loading import save_model
 from grpo_jax.models.peft import save_adapters
 from grpo_jax.objective.kl import adapt_kl_coef
@@ -32,6 +31,7 @@ from grpo_jax.run.build import Parts, build, resolve_adapter
 from grpo_jax.run.continuing import describe_start, same_evaluation
 from grpo_jax.run.diagnostics import Notices
 from grpo_jax.run.directory import config_dict, keep_first_date, read_config, write_config
+from grpo_jax.run.evaluation import evaluate_parts
 from grpo_jax.run.model_card import write_card
 from grpo_jax.run.progress import Progress, restore, resume_sources, save, start
 from grpo_jax.trackers import Trackers, make_trackers

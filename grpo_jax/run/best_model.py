@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.evaluate import summarize_parts
 from grpo_jax.evaluation.outcomes import Outcome
 from grpo_jax.models.loading import save_model
 from grpo_jax.run.build import Parts
+from grpo_jax.run.evaluation import summarize_parts
 from grpo_jax.types import Params
 
 _SLOTS = ("best.0", "best.1")

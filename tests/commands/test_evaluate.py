@@ -20,6 +20,7 @@ from grpo_jax.models.loading import decode, encode, load_model, pad_prompts
 from grpo_jax.policy.decoding import generate
 from grpo_jax.rewards.loading import Reward
 from grpo_jax.run.build import build
+from grpo_jax.run.evaluation import evaluate_parts
 from grpo_jax.train import train
 from grpo_jax.types import Example
 
@@ -172,7 +173,7 @@ def test_a_configs_temperature_rewards_and_category(model, results, tmp_path):
         "exact_match_2",
     ]
     assert parts.sampling["temperature"] == 1.0
-    got = command.evaluate_parts(parts, model.params)
+    got = evaluate_parts(parts, model.params)
     assert got["eval/mean@2"] == got["eval/greedy_accuracy"] == results["eval/greedy_accuracy"]
     assert (
         got["eval/rewards/exact_match_2/mean"] == got["eval/rewards/exact_match/mean"] == got["eval/mean@2"]

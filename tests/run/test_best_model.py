@@ -13,7 +13,6 @@ import small_run
 from safetensors.numpy import load_file
 
 import grpo_jax.train as train_module
-from grpo_jax.evaluate import evaluate_parts
 from grpo_jax.evaluate import main as evaluate_main
 from grpo_jax.models.loading import load_model
 from grpo_jax.plan import main as plan_main
@@ -27,6 +26,7 @@ from grpo_jax.run.best_model import (
     read_best,
 )
 from grpo_jax.run.build import build
+from grpo_jax.run.evaluation import evaluate_parts
 from grpo_jax.train import train
 
 METRIC = "eval/rewards/exact_match/mean"
