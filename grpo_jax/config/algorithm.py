@@ -1,4 +1,4 @@
-"""The section of the configuration that names the objective: a recipe, and what to change in it."""
+"""The section `algorithm` of the configuration: it names a recipe and what is changed in it."""
 
 import math
 from dataclasses import dataclass
@@ -12,54 +12,67 @@ from grpo_jax.objective.surrogates import SURROGATES
 
 @dataclass(frozen=True, kw_only=True)
 class AlgorithmConfig:
-    """Which recipe, and what to change in it. None keeps the recipe's own choice.
+    """A recipe, and what is changed in it. A key that is `null` keeps the recipe's own choice.
 
     Args:
-        name: Name of the recipe: {recipes}.
-        group_size: G, completions sampled for each prompt; at least 2.
-        num_iterations: mu, optimizer passes over one rollout; at least 1.
-        num_minibatches: optimizer batches that one rollout is cut into; it has num_minibatches *
-            training.batch_size completions, and each pass over it makes num_minibatches updates.
-        advantage: what is done to the centred rewards of a group: divided by its `std`, by that of the
-            `batch`, `none`; or `leave_one_out`: the mean of the others is subtracted.
-        aggregation: several reward functions: `sum_then_normalize`, `normalize_then_sum`, or `gdpo`: the
-            latter, divided by the standard deviation over the batch.
-        missing: a completion without some of its rewards: `drop` it (a function that gave nothing to a whole
-            group is left out there instead), `skip` the terms as if they were 0, or `renormalize` the weights
-            of the others.
-        ratio_level: Level of the importance ratio: one per token, one per sequence, or the value of the
+        name: name of the recipe: {recipes}.
+        group_size: G, the number of completions that are sampled for each prompt, at least 2.
+        num_iterations: mu, the number of optimizer passes over one rollout, at least 1.
+        num_minibatches: number of optimizer batches that one rollout is split into. A rollout has
+            num_minibatches * training.batch_size completions, and each pass over it makes num_minibatches
+            updates.
+        advantage: what happens to the centred rewards of a group. They are divided by the standard deviation
+            of the group (`std`), by that of the `batch`, or by nothing (`none`). With `leave_one_out`, the
+            mean of the other completions is subtracted instead.
+        aggregation: how several reward functions become one advantage: `sum_then_normalize`,
+            `normalize_then_sum`, or `gdpo`, which is `normalize_then_sum` divided by the standard deviation
+            over the batch.
+        missing: what happens to a completion that lacks some of its rewards. `drop` leaves it out (but a
+            function that gave no value to a whole group is left out for that group instead). `skip` leaves
+            the missing terms out of the sum, as if they were 0. `renormalize` scales up the weights of the
+            other functions.
+        ratio_level: level of the importance ratio: one ratio per token, one per sequence, or the value of the
             sequence with the gradient of the token.
-        surrogate: Policy loss of a token, see `grpo_jax.objective.surrogates`.
-        clip_range: PPO clip below 1 (and above it unless clip_range_high is given).
-        clip_range_high: PPO clip above 1.
-        delta: two-sided clipping: largest ratio where the advantage is negative; above 1.
-        dual_clip: largest loss where the advantage is negative, in units of it; above 1.
+        surrogate: policy loss of a token, see `grpo_jax.objective.surrogates`.
+        clip_range: distance from 1 at which PPO clips the ratio below 1 (and above it, unless clip_range_high
+            is given).
+        clip_range_high: distance from 1 at which PPO clips the ratio above 1.
+        delta: largest ratio where the advantage is negative (two-sided clipping), above 1.
+        dual_clip: largest loss where the advantage is negative, in units of that advantage, above 1.
         cap: largest importance weight of `cispo`, an absolute ratio.
         tau: sharpness of `sapo`'s gate where the advantage is positive.
-        tau_negative: the same where it is not.
-        log_clip_range: `gmpo`'s clip of log ratios below 0 (and above it unless the next is given).
-        log_clip_range_high: `gmpo`'s clip of log ratios above 0.
-        kl_coef: weight of the KL term to the reference; 0 switches the reference off.
-        kl_estimator: `k1`, `k2`, `k3`; `ratio_k1`, `ratio_k3`: times the importance ratio; or `exact`:
-            over the whole vocabulary, for one more pass of the reference in every update.
-        kl_placement: in the `loss`, or in the `reward` (minus kl_coef times the sum of k1).
-        kl_on_dead_groups: whether groups whose rewards are all equal feel KL and entropy terms.
-        kl_target: KL in nats per token that kl_coef is steered to; None: kl_coef is constant.
-        kl_adaptation: gain of that controller, in (0, 5).
-        ref_sync_every: updates after which the reference moves towards the policy; 0: it is frozen.
-        ref_mixup_alpha: how far it moves then, in (0, 1]; 1 copies the policy.
-        reduction: What the loss is a mean or a sum over, see `grpo_jax.objective.losses.loss_weights`.
+        tau_negative: sharpness of `sapo`'s gate where the advantage is not positive.
+        log_clip_range: bound at which `gmpo` clips log ratios below 0 (and above it, unless
+            log_clip_range_high is given).
+        log_clip_range_high: bound at which `gmpo` clips log ratios above 0.
+        kl_coef: weight of the KL term that pulls towards the reference. With 0 there is no reference.
+        kl_estimator: estimator of the KL term: `k1`, `k2`, `k3`, or a variant. `ratio_k1` and `ratio_k3`
+            are `k1` and `k3` times the importance ratio. `exact` sums over the whole vocabulary, which needs
+            one more pass of the reference in every update.
+        kl_placement: where the KL term goes: into the `loss`, or into the `reward` (minus kl_coef times the
+            sum of k1).
+        kl_on_dead_groups: whether the KL and entropy terms act on groups whose rewards are all equal.
+        kl_target: KL in nats per token. kl_coef is raised or lowered until the KL has this value. `null`
+            keeps kl_coef constant.
+        kl_adaptation: gain of the controller that moves kl_coef towards kl_target, in (0, 5).
+        ref_sync_every: number of updates after which the reference moves towards the policy. 0 freezes the
+            reference.
+        ref_mixup_alpha: share of the way that the reference moves each time, in (0, 1]. 1 copies the policy.
+        reduction: what the loss is a mean or a sum over, see `grpo_jax.objective.losses.loss_weights`.
         entropy_coef: weight of an entropy bonus.
-        top_entropy: share of the batch's tokens, those of highest entropy, that train the policy; (0, 1].
-        max_staleness: nats by which the mean log-prob of a completion with a negative advantage may have
-            fallen since it was sampled; beyond, it does not train the policy.
-        importance_cap: largest truncated importance weight between sampler and scorer; at least 1.
-        mask_truncated: completions cut off at max_new_tokens do not train, nor do they count in the mean and
-            standard deviation of their group.
-        overlong_buffer: tokens before max_new_tokens over which a penalty on the reward grows to 1; 0: off
-            (None with `dapo`: a fifth of max_new_tokens).
-        dynamic_sampling: train only on groups whose rewards differ, and sample more until there are enough.
-        max_sampling_rounds: rounds of sampling per rollout at most, with dynamic_sampling.
+        top_entropy: share of the batch's tokens, those of the highest entropy, that train the policy, in (0,
+            1].
+        max_staleness: largest drop of a completion's mean log-prob since it was sampled, in nats. A
+            completion with a negative advantage that dropped further does not train the policy.
+        importance_cap: largest importance weight between sampler and scorer, at least 1. Larger weights are
+            truncated to it.
+        mask_truncated: whether completions that max_new_tokens truncated are left out. They then neither
+            train nor count in the mean and standard deviation of their group.
+        overlong_buffer: number of tokens before max_new_tokens over which a penalty on the reward grows to 1.
+            0 switches it off. With `dapo`, `null` means a fifth of max_new_tokens.
+        dynamic_sampling: whether only groups whose rewards differ train the policy. More prompts are then
+            sampled until there are enough such groups.
+        max_sampling_rounds: largest number of rounds per rollout that dynamic_sampling may sample.
     """
 
     name: str = "grpo"
@@ -110,10 +123,10 @@ class AlgorithmConfig:
                     raise ValueError(f"algorithm.{name}: {value}; {wanted}")
 
 
-# The help text names the recipes there are.
+# The help text lists the recipes.
 AlgorithmConfig.__doc__ = AlgorithmConfig.__doc__.format(recipes=", ".join(f"`{name}`" for name in RECIPES))
 
-# names -> what must hold of them, in code and in words
+# names of keys -> the condition on their values, in code and in words
 _RANGES = (
     ("group_size", lambda x: x >= 2, "a group needs at least 2"),
     ("num_iterations num_minibatches max_sampling_rounds", lambda x: x >= 1, "at least 1"),

@@ -1,4 +1,4 @@
-"""The section `data` of the configuration: where prompts come from and what is made of them."""
+"""The section `data` of the configuration: it says where prompts come from and how they are built."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,35 +14,39 @@ def require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where prompts come from.
+    """The prompts: where they come from and how they are built.
 
     Args:
-        task: `arithmetic`, `addition`, `countdown` and `reasoning_gym:<name>` make their own problems;
-            `gsm8k` and `completion` read train_file or dataset. The default gives way to a train_file.
+        task: name of a task. `arithmetic`, `addition`, `countdown` and `reasoning_gym:<name>` make their own
+            problems. `gsm8k` and `completion` read train_file or dataset. A train_file alone replaces the
+            default task.
         task_arguments: keyword arguments of the task.
-        train_file: file of rows, a glob such as `parts/*.jsonl`, or a list of these. The formats are .jsonl,
-            .json, .csv and .tsv (with a header), .parquet, and .txt (a row per paragraph, column `text`).
-            Text may be compressed, such as .jsonl.gz. Each row has `prompt` (a string or a list of chat
-            messages); other columns go to the rewards.
-        eval_file: held-out prompts, likewise.
+        train_file: a file of rows, a glob such as `parts/*.jsonl`, or a list of these. The formats are
+            .jsonl, .json, .csv and .tsv (with a header), .parquet, and .txt (one row per paragraph, in the
+            column `text`). Text may be compressed, such as .jsonl.gz. Each row has a `prompt` (a string or a
+            list of chat messages), and the other columns go to the rewards.
+        eval_file: the held-out prompts, in the same formats.
         dataset: a data set of the Hugging Face hub, `owner/name`, or a local directory (extra `hub`).
         dataset_config: the data set's configuration, such as `main`.
-        train_split: split of dataset to train on.
-        eval_split: split of dataset that is held out.
-        eval_fraction: about this share of the training prompts is held out, by their text alone; None: the
-            task's own, none for a file.
-        columns: new name of a column: its name in the file, such as `{prompt: question, answer: solution}`.
+        train_split: split of the data set that is trained on.
+        eval_split: split of the data set that is held out.
+        eval_fraction: approximate share of the training prompts that is held out. The text of a prompt alone
+            decides whether it is. `null` means the task's own share, which is none for a file.
+        columns: new names of columns, each with the name in the file: `{prompt: question, answer: solution}`.
             A name with dots reaches into nested columns: `{answer: reward_model.ground_truth}`.
         prompt_template: jinja2 template that makes the prompt from the row's columns.
-        system_prompt: system message; it turns string prompts into chat messages.
-        few_shot: solved examples put before every prompt; each has `completion`, and `prompt` or the columns
-            of prompt_template. Plain text is joined as it stands; chat prompts get user/assistant turns.
-        few_shot_separator: stands after each example of a plain-text prompt.
-        max_prompt_length: limit in tokens; None: whatever the model's positions leave for the prompt.
-        over_length: what happens to a longer prompt: `error`, `drop`, or `truncate_left` (it loses its
-            beginning, a chat its oldest turns); counted and printed.
-        on_bad_row: what happens to a row that cannot be read, made a prompt of or judged by a reward:
-            `error`, which names file and line, or `drop`; counted and printed with the first reasons.
+        system_prompt: content of the system message. It turns string prompts into chat messages.
+        few_shot: solved examples that are put before every prompt. Each has `completion`, and `prompt` or the
+            columns of prompt_template. In plain text they are joined without further characters, and in a
+            chat they become turns of user and assistant.
+        few_shot_separator: text after each example of a plain-text prompt.
+        max_prompt_length: largest number of tokens of a prompt. `null` means as many as the model's positions
+            leave for it.
+        over_length: what happens to a longer prompt: `error`, `drop`, or `truncate_left` (a text loses its
+            beginning, a chat its oldest turns). Dropped and truncated prompts are counted and reported.
+        on_bad_row: what happens to a row that cannot be read, made into a prompt or judged by a reward:
+            `error`, which names file and line, or `drop`, which counts such rows and reports the first
+            reasons.
     """
 
     task: str = DEFAULT_TASK
@@ -69,7 +73,7 @@ class DataConfig:
         require(fraction is None or 0 <= fraction < 1, f"data.eval_fraction: {fraction}; in [0, 1)")
         require(
             self.train_file is None or self.dataset is None,
-            "data.train_file and data.dataset are both given; prompts come from one of them",
+            "data.train_file and data.dataset are both given; prompts can come from only one of them",
         )
         require(
             self.eval_file is None or self.has_source,
@@ -79,7 +83,7 @@ class DataConfig:
         for name, default in unused.items():
             require(
                 getattr(self, name) == default or self.dataset is not None,
-                f"data.{name} is given without data.dataset; it names a part of one",
+                f"data.{name} is given without data.dataset; it selects a part of a data set",
             )
         held_out = [
             name
@@ -92,8 +96,8 @@ class DataConfig:
         ]
         require(
             len(held_out) <= 1,
-            f"{' and '.join(f'data.{name}' for name in held_out)} are both given; held-out prompts come from "
-            "one of them",
+            f"{' and '.join(f'data.{name}' for name in held_out)} are both given; held-out prompts can "
+            "come from only one of them",
         )
         for i, shot in enumerate(self.few_shot):
             require(
@@ -104,5 +108,5 @@ class DataConfig:
 
     @property
     def has_source(self) -> bool:
-        """Whether prompts come from a file or a data set."""
+        """Says whether prompts come from a file or a data set."""
         return self.train_file is not None or self.dataset is not None

@@ -1,4 +1,4 @@
-"""Config files as people write them: what YAML would read as something else in silence is refused."""
+"""Config files as people write them. What YAML would silently read as something else is refused."""
 
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -7,29 +7,30 @@ from typing import Any
 
 import yaml
 
-_MAX_DEPTH = 50  # of nested lists and mappings
+_MAX_DEPTH = 50  # levels of nested lists and mappings
 _OCTAL = re.compile(r"[-+]?0[0-9_]+")
 _CLOCK = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+")
 
 
 class Ambiguous(ValueError):
-    """A text is YAML, but not what its writer means."""
+    """A text is valid YAML, but YAML reads it as something that its writer does not mean."""
 
 
 def check_yaml(text: str) -> None:
-    """Refuses what the rules of YAML read in silence as something else.
+    """Refuses text that YAML silently reads as something else.
 
-    That is a key given twice (the last would win), an alias (ten nested ones can stand for a billion
-    values), `012` (10, octal), `12:30` (750, a clock) and a hundred brackets. The cost is linear.
+    It refuses a key that is given twice (the last would win), an alias (ten nested ones can expand to a
+    billion values), `012` (octal, so 10), `12:30` (sexagesimal, so 750) and more than 50 levels of brackets.
+    The cost is linear.
 
     Args:
-        text: of a file, or of a value on the command line. Text that is no YAML at all passes: the parser
-            says so better.
+        text: content of a file, or a value from the command line. Text that is not YAML passes, because the
+            parser explains that better.
 
     Raises:
-        Ambiguous: names the line and what to do.
+        Ambiguous: the message names the line and says what to do.
     """
-    mappings: list[dict[str, int] | None] = []  # key -> its line, of every open mapping; None: a list
+    mappings: list[dict[str, int] | None] = []  # for each open mapping: key -> its line; None for a list
     at_key: list[bool] = []  # whether the next node of an open mapping is a key
     try:
         for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
@@ -63,13 +64,13 @@ def _check_key(key: str, line: int, earlier: dict[str, int]) -> None:
         first = "" if earlier[key] == line else f", first in line {earlier[key]}"
         raise Ambiguous(
             f"line {line}: the key `{key}` is there twice{first}; join the two or leave one out (YAML would "
-            "take the last alone)"
+            "use the last alone)"
         )
     earlier[key] = line
 
 
 def _check_scalar(event: yaml.ScalarEvent, line: int) -> None:
-    if event.style or not event.implicit[0]:  # quoted, or of a given type
+    if event.style or not event.implicit[0]:  # it is quoted, or has an explicit type
         return
     if _OCTAL.fullmatch(event.value) or _CLOCK.fullmatch(event.value):
         raise Ambiguous(
@@ -79,11 +80,12 @@ def _check_scalar(event: yaml.ScalarEvent, line: int) -> None:
 
 
 def unknown_keys(document: dict[Any, Any], known: Collection[str], lists: Collection[str]) -> list[str]:
-    """Returns the keys of a config file that are none, in its order.
+    """Returns the unknown keys of a config file, in the order of the file.
 
     Args:
-        document: what the file holds.
-        known: all keys, those in sections with a dot, those of a list's items as `rewards.weight`.
+        document: content of the file.
+        known: all keys. Those in a section are written with a dot, and those of a list's items as
+            `rewards.weight`.
         lists: keys whose values are lists of records.
     """
 
@@ -105,11 +107,13 @@ def unknown_keys(document: dict[Any, Any], known: Collection[str], lists: Collec
 
 
 def as_records(value: Any, key: str = "function") -> Any:
-    """Returns a list of records where people write names: `exact_match`, `[exact_match]`, `{function: ...}`.
+    """Returns a list of records, where people may write names or a single one instead.
+
+    They write `exact_match`, `[exact_match]`, or `{function: exact_match}`.
 
     Args:
-        value: as it is in a file or on the command line.
-        key: of a record, which a name stands for.
+        value: the value in a file or on the command line.
+        key: the key of a record that a plain name stands for.
     """
     items = value if isinstance(value, list) else [value]
     if not all(isinstance(item, str | dict) and item for item in items):
@@ -118,7 +122,7 @@ def as_records(value: Any, key: str = "function") -> Any:
 
 
 def with_records(document: dict[Any, Any], lists: Sequence[str]) -> dict[Any, Any]:
-    """Returns a document whose lists of records hold records, where people write names."""
+    """Returns a document in which names in lists of records are replaced by records."""
     changed = dict(document)
     for name in lists:
         section, _, key = name.rpartition(".")
@@ -130,10 +134,13 @@ def with_records(document: dict[Any, Any], lists: Sequence[str]) -> dict[Any, An
 
 
 def read_document(path: str, load: Callable[[str], Any]) -> Any:
-    """Reads a config file; None if it is no file, or no YAML, which the parser says better.
+    """Reads a config file.
+
+    Returns:
+        the content, or None if there is no such file or it is not YAML, which the parser explains better.
 
     Raises:
-        ValueError: what `check_yaml` refuses, or no UTF-8, after the file's name.
+        ValueError: `check_yaml` refuses the text, or it is not UTF-8. The message names the file.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Settings that do nothing where they are given: refused, or said in a line before the first step."""
+"""Settings that have no effect in a run: they are refused, or a line before the first step names them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -12,11 +12,11 @@ from grpo_jax.objective.surrogates import reinforce_surrogate
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What decides whether a setting does something.
+    """The facts that decide whether a setting has an effect.
 
     Args:
         config: config of the run.
-        recipe: the recipe that it makes.
+        recipe: recipe that the config makes.
         num_rewards: number of reward functions that train.
     """
 
@@ -29,7 +29,7 @@ class _Setting(NamedTuple):
     section: str
     key: str
     works: Callable[[Run], bool]
-    needs: str  # what the setting does nothing without
+    needs: str  # the setting has no effect without this
 
 
 def _has_kl(run: Run) -> bool:
@@ -45,7 +45,7 @@ def _has_several_rewards(run: Run) -> bool:
 
 
 def _has_several_terms(run: Run) -> bool:
-    # A penalty is one more term of the sum, and gdpo divides even a single one by the batch.
+    # A penalty is one more term of the sum, and gdpo divides even a single term by the batch's deviation.
     recipe = run.recipe
     penalty = recipe.overlong_tokens(run.config.sampling.max_new_tokens) or recipe.kl_placement == "reward"
     return _has_several_rewards(run) or bool(penalty) or recipe.aggregation == "gdpo"
@@ -73,15 +73,15 @@ _REFUSED = (
 
 
 def check_settings(config: Config, recipe: Recipe, *, num_rewards: int) -> None:
-    """Refuses a setting that differs from its default and does nothing.
+    """Refuses settings that differ from their defaults and have no effect.
 
     Args:
         config: config of the run.
-        recipe: the recipe that it makes.
+        recipe: recipe that the config makes.
         num_rewards: number of reward functions that train.
 
     Raises:
-        ValueError: names the setting, its value and what it does nothing without.
+        ValueError: the message names the setting, its value and what it needs to have an effect.
     """
     run = Run(config=config, recipe=recipe, num_rewards=num_rewards)
     for section, key, works, needs in _REFUSED:
@@ -91,27 +91,28 @@ def check_settings(config: Config, recipe: Recipe, *, num_rewards: int) -> None:
 
 
 def _is_given(run: Run, section: str, key: str) -> bool:
-    """Says whether a setting is another than it would be if it were left out."""
+    """Says whether a setting differs from what it would be if it were left out."""
     record = getattr(run.config, section)
     default = next(field.default for field in fields(record) if field.name == key)
     if default is not None or section != "algorithm":
         return getattr(record, key) != default
-    # Left out, it is the recipe's own, and saying that once more is no mistake.
+    # If it is left out, the recipe's own value counts. Repeating that value is not a mistake.
     own = RECIPES[run.config.algorithm.name]
     names = ("kl_estimator", "kl_ratio_corrected") if key == "kl_estimator" else (key,)
     return any(getattr(run.recipe, name) != getattr(own, name) for name in names)
 
 
 def setting_notes(config: Config, recipe: Recipe, *, num_held_out: int, num_steps: int) -> list[str]:
-    """Returns a line for each setting that does nothing, or harm, where refusing it would go too far.
+    """Returns a line for each setting that has no effect, or a bad one, but that need not be refused.
 
-    Such as what a trial run of three steps leaves of the schedule in its file, or what the data decides.
+    For example, a trial run of three steps may use a config file with a long schedule, or the effect of a
+    setting may depend on the data.
 
     Args:
         config: config of the run.
-        recipe: the recipe that it makes.
+        recipe: recipe that the config makes.
         num_held_out: number of prompts that evaluation uses.
-        num_steps: optimizer steps of the whole run.
+        num_steps: number of optimizer steps of the whole run.
     """
     found: list[tuple[bool, str]] = [
         (recipe.kl_placement == "loss" and recipe.kl_estimator is kl_k1 and not recipe.kl_ratio_corrected
@@ -119,7 +120,7 @@ def setting_notes(config: Config, recipe: Recipe, *, num_held_out: int, num_step
          "algorithm.kl_estimator: k1 in the loss does not pull towards the reference, since the mean of its "
          "gradient is 0. Use k2, k3, ratio_k1 or exact, or algorithm.kl_placement: reward"),
         (recipe.surrogate is reinforce_surrogate and config.updates_per_rollout > 1,
-         f"the surrogate `reinforce` corrects for no step away from the policy that sampled, and "
+         f"the surrogate `reinforce` corrects for no step away from the policy that sampled, but "
          f"algorithm.num_iterations times num_minibatches makes {config.updates_per_rollout} updates from "
          "one rollout. Set both to 1, or algorithm.surrogate: clipped"),
         (config.training.num_steps is not None and _differs(config.training, "num_epochs"),
@@ -140,7 +141,7 @@ def _differs(record: Any, key: str) -> bool:
 
 
 def _evaluation_notes(config: Config, num_held_out: int) -> list[str]:
-    # batch_size is that of `score` as well.
+    # `score` uses batch_size as well.
     keys = sorted({field.name for field in fields(EvaluationConfig)} - {"num_prompts", "batch_size"})
     given = [f"evaluation.{key}" for key in keys if _differs(config.evaluation, key)]
     if num_held_out or not given:

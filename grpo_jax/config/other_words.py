@@ -1,25 +1,25 @@
-"""What to say about a key that is none of ours: the word of another project, or a slip of the pen."""
+"""Advice on unknown keys: they may be the word of another project, or a typing mistake."""
 
 import difflib
 from collections.abc import Iterable
 
 _BATCHES = "it is `training.batch_size` here: completions of one update, all prompts and devices together"
-_ONE_LOOP = "not supported: completions are sampled by our own compiled loop, there is no second engine"
+_ONE_LOOP = "not supported: our own compiled loop samples the completions, and there is no second engine"
 _ONE_DEVICE = "not supported: a run uses one device and holds the whole model there"
 _HUB = "not supported: the model is written to run_dir/hf, from where any tool uploads it"
 _ADAMW = "not supported: the optimizer is AdamW"
 _EVERY_STEP = "not needed: every step is a row of metrics.jsonl"
-_QUANTIZED = "not supported: weights are float32; `model.dtype` sets what is computed in"
-_DOMAIN = "not supported: tokens are drawn with temperature, `top_k`, `top_p` and `min_p` only"
+_QUANTIZED = "not supported: weights are float32; `model.dtype` sets the data type of the computation"
+_DOMAIN = "not supported: sampling has only temperature, `top_k`, `top_p` and `min_p`"
 _LORA = "not supported: LoRA has `lora.rank`, `lora.alpha`, `lora.targets` and `lora.dropout`"
-_NO_DATA = "not needed: the data are read at once, and their order is a function of the seed and the step"
+_NO_DATA = "not needed: all data are read at the start; seed and step determine their order"
 
 
 def _is(key: str, more: str = "") -> str:
     return f"it is `{key}` here{more}"
 
 
-# Word of TRL, verl or transformers, lower case -> what to say. A name with a section counts there only.
+# Word of TRL, verl or transformers in lower case -> the advice. A name with a section counts only there.
 OTHER_WORDS: dict[str, str] = {
     # the objective
     "beta": _is("algorithm.kl_coef"),
@@ -240,14 +240,15 @@ OTHER_WORDS: dict[str, str] = {
 
 
 def advise(key: str, known: Iterable[str]) -> str:
-    """Returns what to say about an unknown key.
+    """Returns advice on an unknown key.
 
     Args:
-        key: with its section, such as `sampling.stop_strings`.
-        known: the keys there are, likewise.
+        key: the unknown key with its section, such as `sampling.stop_strings`.
+        known: the known keys, likewise with their sections.
 
     Returns:
-        the key that is meant, or why there is none, in a clause; `--help lists the keys` if nothing is near.
+        a clause that names the intended key, or says why there is none. If no key is near, it is
+        `--help lists the keys`.
     """
     section, _, word = key.rpartition(".")
     for name in (key.lower(), word.lower()):
@@ -258,7 +259,7 @@ def advise(key: str, known: Iterable[str]) -> str:
 
 
 def nearest_key(section: str, word: str, known: Iterable[str]) -> str | None:
-    """Returns the key that a word is probably meant for: a slip in the word, its section, or none given."""
+    """Returns the key that is probably meant by a misspelled word or one in the wrong section."""
     scores: dict[str, float] = {}
     for candidate in known:
         its_section, _, its_word = candidate.rpartition(".")

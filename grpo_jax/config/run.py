@@ -1,7 +1,7 @@
-"""The configuration: frozen records, strict, checked before anything is loaded or compiled.
+"""The configuration: frozen records, checked strictly before anything is loaded or compiled.
 
-Sections name their consumer; a field's name is the keyword of the function that receives it.
-Nothing below floor 3 ever sees one of these records.
+A section is named after the part that reads it, and a field has the name of the keyword argument that it
+becomes. The rooms `objective`, `policy` and `training` never see these records.
 """
 
 import math
@@ -20,21 +20,23 @@ class ModelConfig:
     """The language model.
 
     Args:
-        type: what the model is trained as; `policy` is the one kind there is.
-        hf_model_name: a local directory, a Hugging Face hub id, or `packaged:arithmetic` (ships with us).
+        type: what the model is trained as. `policy` is the only kind.
+        hf_model_name: a local directory, a Hugging Face hub id, or `packaged:arithmetic`, a small model that
+            ships with this package.
         revision: branch, tag or commit of a hub id.
-        dtype: compute dtype; parameters and optimizer stay float32.
-        implementation: what computes the model: our `decoder`, the `flax` classes of transformers, or `auto`,
-            the first of these that supports it.
-        remat: what the backward pass computes again to save memory: nothing (`none`), all but the results of
-            dense layers (`dots`), or every layer from its input (`full`). With the decoder only.
-        attention: `shared` (a group's completions attend to one copy of its prompt), or `cudnn`: flash
-            attention on an NVIDIA GPU, with bfloat16; memory then grows linearly with the length of a row.
+        dtype: data type of the computation. Parameters and optimizer stay float32.
+        implementation: code that computes the model: our `decoder`, the `flax` classes of transformers, or
+            `auto`, which takes the first of these that supports the model.
+        remat: what the backward pass recomputes to save memory: nothing (`none`), everything but the results
+            of dense layers (`dots`), or every layer from its input (`full`). Only the decoder can do this.
+        attention: `shared`, where a group's completions attend to one copy of their prompt, or `cudnn`, which
+            is flash attention on an NVIDIA GPU with bfloat16. With `cudnn`, memory grows only linearly with
+            the length of a row.
         chat_template: how chat messages become text: `auto` (the tokenizer's own template), `plain` (lines
-            `role: content`, then `assistant:`; for models without one), or the path of a Jinja file.
+            `role: content`, then `assistant:`, for models without a template), or the path of a Jinja file.
         chat_template_arguments: variables of the chat template by name, such as `enable_thinking: false`.
-        chat_template_date: date, or date and time, that a chat template may print, such as `2026-11-28`;
-            None: that of the run's first start, also when it is continued.
+        chat_template_date: date, or date and time, that a chat template may print, such as `2026-11-28`.
+            `null` means the date of the run's first start, also when the run is continued.
     """
 
     type: Literal["policy"] = "policy"
@@ -45,7 +47,7 @@ class ModelConfig:
     remat: Literal["none", "dots", "full"] = "none"
     attention: Literal["shared", "cudnn"] = "shared"
     chat_template: str = "auto"
-    # Not dict[str, Any]: the parser would read `"a: b"`, a text, as a dict.
+    # The type is not dict[str, Any], because the parser would then read the text `"a: b"` as a dict.
     chat_template_arguments: dict = field(default_factory=dict)
     chat_template_date: str | None = None
 
@@ -54,12 +56,12 @@ class ModelConfig:
 
 
 def spelled_values(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns arguments with texts such as `false` read as the values that they spell."""
+    """Returns arguments in which texts such as `false` are replaced by the values that they spell."""
     return {name: _scalar(value) for name, value in arguments.items()}
 
 
 def _scalar(value: Any) -> Any:
-    """Reads `false` or `3`, texts from a command line, as the values that they spell; "007" stays a text."""
+    """Converts a text such as `false` or `3` to the value that it spells. "007" stays a text."""
     if not isinstance(value, str):
         return value
     if value in ("true", "false", "null"):
@@ -72,14 +74,15 @@ class LoraConfig:
     """Adapters that are trained instead of the model, https://arxiv.org/abs/2106.09685; see `lora.py`.
 
     Args:
-        rank: of the adapters; 0: the whole model is trained.
-        alpha: an adapter is scaled by alpha / rank; None: twice the rank.
-        targets: globs on the names of dense layers, or on their ends: `q_proj`, `attn.c_proj`, `layers.0.*`;
-            empty: every dense layer of attention and MLP.
+        rank: rank of the adapters. With 0 the whole model is trained.
+        alpha: numerator of an adapter's scale, which is alpha / rank. `null` means twice the rank.
+        targets: globs on the names of dense layers, or on the ends of these names: `q_proj`, `attn.c_proj`,
+            `layers.0.*`. An empty list means every dense layer of attention and MLP.
         dropout: probability that an input of an adapter is zeroed, for all tokens of an update.
-        start_from: directory of a LoRA adapter that PEFT or a run has saved; training goes on from it. The
-            rank, alpha and targets are then the adapter's, and what is given has to agree. The base is the
-            reference as ever. null: a fresh adapter, which adds nothing.
+        start_from: directory of a LoRA adapter, saved by PEFT or by a run, from which training goes on. Rank,
+            alpha and targets then come from the adapter, and any that are given must agree with it. The
+            reference is the base model, as always. `null` starts with a fresh adapter, which adds nothing at
+            first.
     """
 
     rank: int = 0
@@ -90,7 +93,7 @@ class LoraConfig:
 
     @property
     def resolved_alpha(self) -> float:
-        """The alpha that counts."""
+        """The alpha that is used."""
         return 2.0 * self.rank if self.alpha is None else float(self.alpha)
 
     def __post_init__(self):
@@ -112,14 +115,16 @@ class RewardConfig:
     """One reward function.
 
     Args:
-        function: built-in name, `package.module:function`, or `path/file.py:function`; with `verl:` before
-            one of the last two, a compute_score written for verl.
+        function: a built-in name, `package.module:function`, or `path/file.py:function`. With `verl:` before
+            one of the last two, it is a compute_score written for verl.
         weight: factor of this reward in the sum.
-        arguments: extra keyword arguments of the function.
-        timeout: seconds that a call may take, in a worker process without a device; what takes longer is
-            killed, and its rows have no reward. None: called in the run's own process, without a limit.
-        workers: such processes.
-        rows_per_call: completions of a call; None: the batch in as many equal parts as there are workers.
+        arguments: further keyword arguments of the function.
+        timeout: seconds that one call may take, in a worker process without a device. A call that takes
+            longer is killed, and its rows have no reward. With `null` the function is called in the run's own
+            process, without a limit.
+        workers: number of worker processes.
+        rows_per_call: number of completions in one call. `null` splits the batch into as many equal parts as
+            there are workers.
     """
 
     function: str
@@ -147,18 +152,20 @@ class TrainingConfig:
     """The optimizer and the length of the run.
 
     Args:
-        batch_size: B, *completions* per optimizer step; batch_size / group_size prompts.
-        num_microbatches: slices of the batch whose gradients are summed before the one update.
-        num_epochs: passes over the training prompts.
-        num_steps: optimizer steps; overrides num_epochs.
+        batch_size: B, *completions* per optimizer step. They belong to batch_size / group_size prompts.
+        num_microbatches: number of slices of the batch, whose gradients are summed for one update.
+        num_epochs: number of passes over the training prompts.
+        num_steps: number of optimizer steps. It overrides num_epochs.
         learning_rate: peak learning rate of AdamW.
-        lr_schedule: `constant`, `linear` (to 0) or `cosine` (to 0), after the warmup.
-        warmup_steps: optimizer steps of linear warmup from 0.
-        weight_decay: AdamW's decoupled decay, on matrices only.
-        adam_b1: decay of the first moment.
-        adam_b2: decay of the second moment.
-        max_grad_norm: global-norm clipping; 0 switches it off.
-        seed: the whole run is a function of it.
+        lr_schedule: learning rate after the warmup: `constant`, `linear` (falls to 0) or `cosine` (falls to
+            0).
+        warmup_steps: number of optimizer steps in which the learning rate rises linearly from 0.
+        weight_decay: decoupled weight decay of AdamW. It acts on matrices only.
+        adam_b1: decay rate of the first moment.
+        adam_b2: decay rate of the second moment.
+        max_grad_norm: largest global norm of the gradient. Larger gradients are scaled down to it. 0 switches
+            this off.
+        seed: seed that determines the whole run.
     """
 
     batch_size: int = 32
@@ -199,12 +206,13 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CorrectConfig:
-    """When a completion counts as correct in evaluation; see `verdicts.py` and docs/evaluation.md.
+    """When a completion counts as correct in evaluation, see docs/evaluation.md.
 
     Args:
-        reward: the name of the reward that decides, as in `rewards/<name>/mean`. None: the first of
-            evaluation.rewards; without any, the first training reward that reads a column of the data.
-        threshold: the least value of a correct completion.
+        reward: name of the reward that decides, as in `rewards/<name>/mean`. `null` means the first of
+            evaluation.rewards or, if that is empty, the first training reward that reads a column of the
+            data.
+        threshold: smallest value of this reward for a correct completion.
     """
 
     reward: str | None = None
@@ -220,14 +228,16 @@ class EvaluationConfig:
     """Held-out evaluation: greedy accuracy, mean@k and pass@k.
 
     Args:
-        every: optimizer steps between evaluations; 0: only before the first and after the last.
-        num_prompts: held-out prompts used, a fixed sample of them if there are more; 0: no evaluation.
-        num_samples: k, sampled completions per prompt.
-        batch_size: completions decoded at once.
-        temperature: of the sampled completions; None: that of training.
-        category: column of the held-out prompts by whose values the results are reported too.
+        every: number of optimizer steps between evaluations. With 0 there are only two, before the first step
+            and after the last.
+        num_prompts: number of held-out prompts that are used. If there are more, a fixed sample of them is
+            used. 0 switches evaluation off.
+        num_samples: k, the number of sampled completions per prompt.
+        batch_size: number of completions that are decoded at once.
+        temperature: temperature of the sampled completions. `null` means that of training.
+        category: column of the held-out prompts. Results are also reported for each of its values.
         rewards: reward functions that are logged and never trained on.
-        correct: when a completion counts as correct.
+        correct: rule that decides when a completion is correct.
     """
 
     every: int = 0
@@ -256,15 +266,15 @@ class CheckpointConfig:
     """Saving and resuming.
 
     Args:
-        every: optimizer steps between checkpoints; the last step is always saved.
-        keep: checkpoints kept.
-        resume: `auto` (continue the run found in run_dir), `never` (refuse a used run_dir), or the
-            path of another run to continue from.
-        best_metric: a metric of the evaluation, such as `eval/mean@4`: the model that was best by it is kept
-            in run_dir/best, apart from the checkpoints to continue from. None: none is.
+        every: number of optimizer steps between checkpoints. The last step is always saved.
+        keep: number of checkpoints that are kept.
+        resume: `auto` (continue the run found in run_dir), `never` (refuse a run_dir that was used before),
+            or the path of another run to continue from.
+        best_metric: a metric of the evaluation, such as `eval/mean@4`. The model with the best value is kept
+            in run_dir/best, apart from the checkpoints. With `null` none is kept.
         best_mode: whether the best value is the largest (`max`) or the smallest (`min`).
-        allow_changes: what may be different from what the checkpoint was made with: `data` (the training
-            prompts and their columns), `rewards` (the code of training rewards). Other changes of these are
+        allow_changes: what may differ from the run that wrote the checkpoint: `data` (the training prompts
+            and their columns), `rewards` (the code of training rewards). All other changes of these two are
             refused.
     """
 
@@ -282,15 +292,16 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
-    """Where metrics go besides metrics.jsonl and the console.
+    """Where metrics are logged, besides metrics.jsonl and the console.
 
     Args:
-        tensorboard: write event files under run_dir/tensorboard (extra `tensorboard`).
-        wandb: log to Weights & Biases (extra `wandb`); offline when there is no key.
-        wandb_project: W&B project.
-        wandb_name: W&B run name; None: the run directory's name.
-        completions_every: optimizer steps between sample tables and rows of completions.jsonl.
-        num_completions: completions shown and written each time.
+        tensorboard: whether event files are written under run_dir/tensorboard (extra `tensorboard`).
+        wandb: whether metrics are logged to Weights & Biases (extra `wandb`). Without a key it works offline.
+        wandb_project: name of the W&B project.
+        wandb_name: name of the W&B run. `null` means the run directory's name.
+        completions_every: number of optimizer steps between two tables of samples, which are also written to
+            completions.jsonl.
+        num_completions: number of completions that are shown and written each time.
     """
 
     tensorboard: bool = False
@@ -313,16 +324,16 @@ class Config:
     Args:
         algorithm: the objective.
         model: the language model.
-        lora: adapters that are trained instead of it.
+        lora: adapters that are trained instead of the model.
         data: prompts.
-        rewards: reward functions; empty: the task's own.
-        sampling: how completions are drawn.
+        rewards: reward functions. With an empty list, the task's own are used.
+        sampling: how completions are sampled.
         training: the optimizer and the length of the run.
         evaluation: held-out evaluation.
         checkpoints: saving and resuming.
-        tracking: where metrics go.
-        run_dir: directory of the run: config.yaml, metrics.jsonl, completions.jsonl, checkpoints/, hf/,
-            adapter/ with LoRA, and best/ if it is asked for.
+        tracking: where metrics are logged.
+        run_dir: directory of the run. It holds config.yaml, metrics.jsonl, completions.jsonl, checkpoints/
+            and hf/, with LoRA also adapter/, and best/ if best_metric is given.
     """
 
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
@@ -339,12 +350,12 @@ class Config:
 
     @property
     def num_prompts(self) -> int:
-        """N, prompts per rollout (and per round of one)."""
+        """N, the number of prompts per rollout (and per round of dynamic sampling)."""
         return self.training.batch_size * self.algorithm.num_minibatches // self.algorithm.group_size
 
     @property
     def updates_per_rollout(self) -> int:
-        """Optimizer steps made from one rollout."""
+        """Number of optimizer steps from one rollout."""
         return self.algorithm.num_iterations * self.algorithm.num_minibatches
 
     def __post_init__(self):

@@ -1,4 +1,4 @@
-"""The configuration of sampling: how tokens are drawn, and what ends a completion."""
+"""The section `sampling` of the configuration: it says how tokens are sampled and what ends a completion."""
 
 import math
 from collections.abc import Sequence
@@ -9,13 +9,13 @@ from grpo_jax.config.data import require
 
 
 def check_drawing(section: str, *, max_new_tokens: int, top_k: int, top_p: float, min_p: float) -> None:
-    """Checks what training and the generate command both say about how completions are drawn.
+    """Checks the settings of how tokens are sampled, which training and `generate` share.
 
     Args:
         section: prefix of the names in the messages, such as `sampling.`.
 
     Raises:
-        ValueError: names the value and its range.
+        ValueError: the message names the value and its range.
     """
     require(max_new_tokens >= 1, f"{section}max_new_tokens: {max_new_tokens}; at least 1")
     require(top_k >= 0, f"{section}top_k: {top_k}; 0 (off) or more")
@@ -23,29 +23,29 @@ def check_drawing(section: str, *, max_new_tokens: int, top_k: int, top_p: float
     require(0 <= min_p < 1, f"{section}min_p: {min_p}; in [0, 1), 0 is off")
 
 
-_MAX_STOP_BYTES = 1000  # the table of `stops` has about one row per byte, of V entries each
+_MAX_STOP_BYTES = 1000  # the table in `models.stops` has about one row of V entries per byte
 
 
 def check_endings(
     section: str, *, eos_token_ids: Any = None, stop: Any = None, include_stop: bool = False
 ) -> None:
-    """Checks what training and the generate command both say about how completions end.
+    """Checks the settings of what ends a completion, which training and `generate` share.
 
     Args:
         section: prefix of the names in the messages, such as `sampling.`.
-        eos_token_ids: as in `SamplingConfig`, as are the next two.
+        eos_token_ids: the tokens, as in `SamplingConfig`.
         stop: stop strings.
         include_stop: whether texts keep them.
 
     Raises:
-        ValueError: names the value and what is right.
+        ValueError: the message names the value and says what is allowed.
     """
     name = f"{section}eos_token_ids"
     for token in as_list(eos_token_ids):
-        # A bool is an int of Python, but no id.
+        # In Python a bool is an int, but it is not an id.
         right = isinstance(token, int | str) and not isinstance(token, bool)
         require(right, f"{name}: {token!r} is no token; give ids or the texts of tokens, such as [2, </s>]")
-        require(token != "", f"{name}: it has an empty text; give ids or the texts of tokens")
+        require(token != "", f"{name}: one of the texts is empty; give ids or the texts of tokens")
         require(isinstance(token, str) or token >= 0, f"{name}: {token}; an id is 0 or more")
     require(
         eos_token_ids is None or bool(as_list(eos_token_ids)) or bool(as_list(stop)),
@@ -62,11 +62,11 @@ def check_stop_strings(name: str, strings: Sequence[Any]) -> None:
     """Checks stop strings.
 
     Args:
-        name: what the messages call them.
-        strings: the stop strings; may be empty.
+        name: name of the setting in the messages.
+        strings: the stop strings. The list may be empty.
 
     Raises:
-        ValueError: one is no text, is empty, or can never be in a text; or they are too long.
+        ValueError: a string is not text, is empty, or can never occur, or all together are too long.
     """
     for string in strings:
         require(isinstance(string, str), f"{name}: {string!r} is no text; give strings, such as [</answer>]")
@@ -78,14 +78,14 @@ def check_stop_strings(name: str, strings: Sequence[Any]) -> None:
 
 
 def as_list(value: Any) -> list:
-    """Returns a list as it is, any other value alone in a list, and an empty list for None."""
+    """Returns a list unchanged, an empty list for None, and a list with one entry for any other value."""
     if value is None:
         return []
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
 
 
 def endings(*, eos_token_ids: Any, stop: Any, include_stop: bool) -> dict[str, Any]:
-    """Returns these settings as `load_model` and `set_endings` take them; a value alone is a tuple of one."""
+    """Returns these settings as the keyword arguments of `load_model` and `set_endings`."""
     given = {"eos_token_ids": eos_token_ids, "stop": stop}
     tuples = {name: None if value is None else tuple(as_list(value)) for name, value in given.items()}
     return {**tuples, "include_stop": include_stop}
@@ -93,21 +93,22 @@ def endings(*, eos_token_ids: Any, stop: Any, include_stop: bool) -> dict[str, A
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How completions are drawn, in training and in sampled evaluation.
+    """How completions are sampled, in training and in evaluation.
 
     Args:
-        max_new_tokens: T, completion tokens at most.
-        temperature: divides the logits; above 0 (evaluation adds a greedy pass of its own).
-        top_k: keep the k most likely tokens; 0 keeps all.
-        top_p: keep the smallest set of tokens with at least this probability; 1 keeps all.
-        min_p: drop tokens below this fraction of the most likely one; 0 keeps all.
-        eos_token_ids: the tokens that end a completion, as ids or texts (`[2, "<|im_end|>"]`). None: all that
-            the model's generation_config.json, its config.json and its tokenizer name.
-        stop: texts that end a completion where it first contains one of them (`["\\nQuestion:"]`, or a single
-            text). What they end counts as finished and is trained up to there. None: those of
-            the model's generation_config.json, which seldom has any; []: none.
-        include_stop: whether the text that rewards read keeps the stop text. By default it ends right before,
-            as with `stop` in vLLM and the OpenAI API.
+        max_new_tokens: T, the largest number of completion tokens.
+        temperature: divisor of the logits, above 0. Evaluation also decodes greedily.
+        top_k: number of the most likely tokens that are kept. 0 keeps all.
+        top_p: probability mass that is kept: the smallest set of tokens with at least this probability. 1
+            keeps all.
+        min_p: smallest probability of a kept token, as a fraction of the most likely token's. 0 keeps all.
+        eos_token_ids: the tokens that end a completion, as ids or texts (`[2, "<|im_end|>"]`). `null` means
+            all tokens that the model's generation_config.json, config.json and tokenizer name.
+        stop: texts that end a completion (`["\\nQuestion:"]`, or a single text). It ends where it first
+            contains one of them, counts as finished and is trained up to there. `null` means the texts of the
+            model's generation_config.json, which seldom has any, and `[]` means none.
+        include_stop: whether the text that rewards read keeps the stop text. By default the text ends right
+            before it, as with `stop` in vLLM and the OpenAI API.
     """
 
     max_new_tokens: int = 64
@@ -121,7 +122,7 @@ class SamplingConfig:
 
     @property
     def endings(self) -> dict[str, Any]:
-        """What ends a completion, as `load_model` and `set_endings` take it."""
+        """The settings of what ends a completion, as keyword arguments of `load_model` and `set_endings`."""
         return endings(eos_token_ids=self.eos_token_ids, stop=self.stop, include_stop=self.include_stop)
 
     def __post_init__(self):
