@@ -37,8 +37,8 @@ from grpo_jax.config.parsing import parse_record
 from grpo_jax.config.run import Config
 from grpo_jax.cpu_tuning import use_huge_pages
 from grpo_jax.models.loading import DTYPES, Model, load_model
-from grpo_jax.plan import make_plan
 from grpo_jax.run.build import Parts, build
+from grpo_jax.run.planning import make_plan
 from grpo_jax.run.progress import Progress
 from grpo_jax.run.progress import start as start_progress
 from grpo_jax.train import _one_step

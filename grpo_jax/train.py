@@ -21,7 +21,6 @@ from grpo_jax.data.loading import batch
 from grpo_jax.models.loading import save_model
 from grpo_jax.models.peft import save_adapters
 from grpo_jax.objective.kl import adapt_kl_coef
-from grpo_jax.plan import make_plan
 from grpo_jax.policy.decoding import generate
 from grpo_jax.policy.log_probs import completion_log_probs
 from grpo_jax.policy.shapes import tokens_in_use
@@ -33,6 +32,7 @@ from grpo_jax.run.diagnostics import Notices
 from grpo_jax.run.directory import config_dict, keep_first_date, read_config, write_config
 from grpo_jax.run.evaluation import evaluate_parts
 from grpo_jax.run.model_card import write_card
+from grpo_jax.run.planning import make_plan
 from grpo_jax.run.progress import Progress, restore, resume_sources, save, start
 from grpo_jax.trackers import Trackers, make_trackers
 from grpo_jax.trackers.console import spread

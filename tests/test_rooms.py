@@ -48,7 +48,6 @@ ROOMS = {
 COMMANDS = ("train", "evaluate", "generate", "plan", "score", "export")
 # Imports that run against the rules today; each is about to go.
 STILL_WRONG = {
-    ("train", "plan"),
     ("training.actor", "data.encoded_examples"),
     ("training.actor", "models.endings"),
     ("training.actor", "models.loading"),

@@ -8,8 +8,8 @@ import small_run
 
 from grpo_jax import plan as plan_module
 from grpo_jax.models.loading import load_model, save_model
-from grpo_jax.plan import make_plan
 from grpo_jax.run.build import build
+from grpo_jax.run.planning import make_plan
 
 # The packaged GPT-2: V=17, D=128, 2 layers, 4 heads, 32 positions, 512 in the MLP.
 PARAMETERS = (
@@ -92,7 +92,9 @@ def test_compilations_follow_what_is_scored_and_packed(tmp_path, model, monkeypa
     alone = {"algorithm__kl_coef": 0.0}  # no reference, and one update per rollout: nothing is scored
     whole, unscored = plan_of(tmp_path, model), plan_of(tmp_path, model, **alone)
     assert (whole.num_compilations, unscored.num_compilations) == (3, 2)
-    monkeypatch.setattr("grpo_jax.plan.PACKED_FROM", 5)  # the completion limit: packed into six buckets
+    monkeypatch.setattr(
+        "grpo_jax.run.planning.PACKED_FROM", 5
+    )  # the completion limit: packed into six buckets
     assert plan_of(tmp_path, model).num_compilations == 1 + 6 + 6
     assert plan_of(tmp_path, model, **alone).num_compilations == 1 + 6
 

@@ -17,8 +17,8 @@ from grpo_jax.config.parsing import parse_record
 from grpo_jax.config.run import Config
 from grpo_jax.models.directories import PACKAGED
 from grpo_jax.models.loading import load_model
-from grpo_jax.plan import make_plan
 from grpo_jax.run.build import build
+from grpo_jax.run.planning import make_plan
 from grpo_jax.train import train
 
 

@@ -7,8 +7,8 @@ import small_run
 
 from grpo_jax.data.held_out import note_on_overlap, sample_held_out
 from grpo_jax.models.loading import load_model
-from grpo_jax.plan import make_plan
 from grpo_jax.run.build import build
+from grpo_jax.run.planning import make_plan
 from grpo_jax.types import Example
 
 

@@ -13,9 +13,9 @@ import grpo_jax.train as train_module
 from grpo_jax import export
 from grpo_jax.checkpoints.manager import Checkpoints
 from grpo_jax.models.loading import load_model, save_model
-from grpo_jax.plan import make_plan
 from grpo_jax.run.build import build
 from grpo_jax.run.directory import load_model_or_run
+from grpo_jax.run.planning import make_plan
 from grpo_jax.train import train
 
 LORA = {"lora__rank": 3, "lora__dropout": 0.1, "training__learning_rate": 3e-3}

@@ -1,0 +1,209 @@
+"""What a run will do, derived before it does it: sizes, memory, compilations."""
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.models.endings import describe_endings
+from grpo_jax.policy.decoding import decoding_params
+from grpo_jax.policy.log_probs import CHUNK_SIZE, completion_hidden
+from grpo_jax.policy.shapes import NUM_BUCKETS, PACKED_FROM, bucket_length, decode_stages, shared_rows
+from grpo_jax.run.build import Parts
+from grpo_jax.types import Rollout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The derived numbers of a run; `text()` is what is printed."""
+
+    title: str
+    num_prompts: int  # N
+    group_size: int  # G
+    batch_size: int  # B
+    num_microbatches: int
+    num_iterations: int
+    num_steps: int
+    num_examples: int
+    num_dropped: int
+    num_truncated: int
+    num_evaluation: int
+    num_held_out: int  # of which num_evaluation are evaluated
+    prompt_length: int  # S
+    max_new_tokens: int  # T
+    generate_shapes: tuple[int, ...]  # prompt buckets that generation may be compiled for
+    num_compilations: int  # of training, at most: see _num_compilations
+    num_evaluation_compilations: int
+    memory: dict[str, int]  # bytes by purpose
+    endings: str = ""  # what ends a completion
+    first_prompt: tuple[str, ...] = ()  # lines that show it as tokens
+    notes: tuple[str, ...] = ()  # of the parts
+
+    @property
+    def checkpoint_size(self) -> int:
+        """Bytes of one checkpoint on disk."""
+        return self.memory.get("adapters", self.memory["parameters"]) + self.memory["optimizer"]
+
+    @property
+    def total_memory(self) -> int:
+        """Bytes at the peak: what stays, plus the larger of generation and update."""
+        transient = max(self.memory["generation"], self.memory["update"])
+        return sum(self.memory.values()) - self.memory["generation"] - self.memory["update"] + transient
+
+    def text(self) -> str:
+        """Returns the plan in a few lines."""
+        epochs = self.num_steps * self.num_prompts / self.num_iterations / self.num_examples
+        passes = f", {self.num_iterations} updates per rollout" if self.num_iterations > 1 else ""
+        slices = f" in {self.num_microbatches} micro-batches" if self.num_microbatches > 1 else ""
+        changed = f" ({self.num_dropped:,} dropped: too long)" if self.num_dropped else ""
+        changed += f" ({self.num_truncated:,} cut at the left: too long)" if self.num_truncated else ""
+        held_out = f"{self.num_evaluation:,}"
+        if self.num_evaluation < self.num_held_out:
+            held_out += f" of {self.num_held_out:,}"
+        evaluation = f" + {self.num_evaluation_compilations} for evaluation"
+        parts = ", ".join(f"{name} {_megabytes(size)}" for name, size in self.memory.items() if size)
+        return "\n".join(
+            [
+                self.title,
+                f"  {self.num_prompts} prompts × {self.group_size} completions = {self.batch_size} per update"
+                f"{slices}{passes}, {self.num_steps:,} updates = {epochs:.2f} epochs of "
+                f"{self.num_examples:,} prompts{changed}",
+                f"  prompts up to {self.prompt_length} tokens + completions up to {self.max_new_tokens} = "
+                f"{self.prompt_length + self.max_new_tokens}; {held_out} held-out prompts",
+                f"  {self.num_compilations} compilations{evaluation if self.num_evaluation else ''}, "
+                f"about {_megabytes(self.total_memory)} MB ({parts})",
+                f"  a checkpoint is {_megabytes(self.checkpoint_size)} MB on disk, and twice that in memory "
+                "while it is written",
+                *(f"  {line}" for line in self.first_prompt),
+                *([f"  {self.endings}"] if self.endings else []),
+                *(f"  note: {note}" for note in self.notes),
+            ]
+        )
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.0f}" if size >= 1e7 else f"{size / 1e6:.1f}"
+
+
+def _bytes(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _activation_bytes(parts: Parts, rows: int) -> int:
+    """Counts what the backward pass of one micro-batch keeps, by abstract evaluation: nothing runs."""
+    length, new_tokens, policy = parts.prompt_length, parts.config.sampling.max_new_tokens, parts.model.policy
+    int_, bool_ = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32), jax.ShapeDtypeStruct
+    rollout = Rollout(
+        prompt_tokens=int_((rows, length)),
+        prompt_mask=bool_((rows, length), jnp.bool_),
+        tokens=int_((rows, new_tokens)),
+        mask=bool_((rows, new_tokens), jnp.bool_),
+        log_probs=None,
+        kept_mass=None,
+        finished=None,
+    )
+
+    def residuals(params, rollout):
+        shared = shared_rows(rows, parts.config.algorithm.group_size, 1)
+        return jax.vjp(lambda params: completion_hidden(policy, params, rollout, group_size=shared), params)
+
+    kept = jax.eval_shape(residuals, parts.model.params, rollout)
+    # The residuals hold the weight matrices too; those are counted with the parameters.
+    return max(0, _bytes(kept) - _bytes(parts.model.params))
+
+
+def _relaid_bytes(parts: Parts, batch: int) -> int:
+    """Returns the bytes of the parameters that generation lays out anew."""
+    policy, stages = parts.model.policy, decode_stages(batch, parts.config.sampling.max_new_tokens)
+    jaxpr = jax.make_jaxpr(lambda params: decoding_params(policy, params, stages))(parts.model.params).jaxpr
+    given = set(jaxpr.invars)
+    return sum(x.aval.size * x.aval.dtype.itemsize for x in jaxpr.outvars if x not in given)
+
+
+def _init_state_of(parts: Parts):
+    """Returns init_state as a function of the model's parameters, whose shapes are then enough."""
+    return lambda params: replace(parts, model=replace(parts.model, params=params)).init_state()
+
+
+def _memory(parts: Parts) -> dict[str, int]:
+    """Estimates bytes by purpose; XLA's fusion usually needs less for the update."""
+    config, policy, params = parts.config, parts.model.policy, parts.model.params
+    size, trained = _bytes(params), jax.eval_shape(_init_state_of(parts), params)
+    batch, length = config.training.batch_size, parts.prompt_length + config.sampling.max_new_tokens
+    rows = batch // config.training.num_microbatches
+    hidden = jax.eval_shape(
+        policy.forward,
+        params,
+        *(jax.ShapeDtypeStruct((1, 1), dtype) for dtype in (jnp.int32, jnp.bool_, jnp.int32)),
+    )[0]
+    vocabulary = jax.eval_shape(policy.unembed, params, hidden).shape[-1]
+
+    def full_cache():
+        prompts = policy.init_cache(parts.num_prompts, parts.prompt_length)
+        return policy.grow_cache(policy.fork_cache(prompts, config.algorithm.group_size), length)
+
+    cache = _bytes(jax.eval_shape(full_cache))
+    logits = 4 * vocabulary * min(CHUNK_SIZE, rows * config.sampling.max_new_tokens)
+    lora = {}
+    if parts.lora is not None:  # its base is the reference
+        kernels = 4 * sum(target.inputs * target.outputs for target in parts.lora.targets)
+        lora = {"adapters": _bytes(trained.params), "merged kernels": kernels}
+    return {
+        "parameters": size,
+        **lora,
+        "reference": size if parts.needs_reference and not lora else 0,
+        "optimizer": _bytes(trained.opt_state),
+        "gradients": _bytes(trained.params) * (2 if config.training.num_microbatches > 1 else 1),
+        # The loop's cache and the one being written; logits, their probabilities and running sums.
+        "generation": 2 * cache + 4 * 4 * vocabulary * batch + _relaid_bytes(parts, batch),
+        "update": _activation_bytes(parts, rows) + 3 * logits,
+    }
+
+
+def _num_compilations(parts: Parts, num_buckets: int) -> int:
+    """Counts the programs of training at most: generation and scoring per prompt bucket, and the update.
+
+    Scoring and update have one for each bucket that `tokens_in_use` may give to completions.
+    """
+    packings = 1 if parts.config.sampling.max_new_tokens < PACKED_FROM else NUM_BUCKETS
+    scoring = packings if parts.scores_policy or parts.scores_reference else 0
+    return num_buckets * (1 + scoring) + packings
+
+
+def make_plan(parts: Parts) -> Plan:
+    """Derives everything from the parts of a run. Compiles and runs nothing."""
+    config = parts.config
+    count = sum(x.size for x in jax.tree.leaves(parts.model.params))
+    limit = parts.prompt_length
+    buckets = tuple(sorted({bucket_length(length, limit) for length in parts.prompt_lengths}))
+    devices = jax.devices()
+    lora = (
+        "" if parts.lora is None else f"LoRA of rank {parts.lora.rank} on {len(parts.lora.targets)} kernels, "
+    )
+    return Plan(
+        title=f"{parts.recipe.name} on {parts.model.source} ({count / 1e6:,.1f} M parameters, {lora}"
+        f"{config.model.dtype}) with {', '.join(reward.name for reward in parts.rewards)}, "
+        f"{len(devices)} × {devices[0].device_kind}",
+        num_prompts=parts.num_prompts,
+        group_size=config.algorithm.group_size,
+        batch_size=config.training.batch_size,
+        num_microbatches=config.training.num_microbatches,
+        num_iterations=config.algorithm.num_iterations,
+        num_steps=parts.num_steps,
+        num_examples=len(parts.task.train),
+        num_dropped=parts.num_dropped,
+        num_truncated=parts.num_truncated,
+        num_evaluation=len(parts.task.evaluation),
+        num_held_out=len(parts.held_out),
+        prompt_length=parts.prompt_length,
+        max_new_tokens=config.sampling.max_new_tokens,
+        generate_shapes=buckets,
+        num_compilations=_num_compilations(parts, len(buckets)),
+        num_evaluation_compilations=2,
+        memory=_memory(parts),
+        endings=describe_endings(parts.model),
+        first_prompt=parts.first_prompt,
+        notes=parts.notes,
+    )
