@@ -1,6 +1,6 @@
-"""The decoder's cache: keys and values of each prompt once for its group, of each row what it has added.
+"""The decoder's cache: keys and values of each prompt, once for its group, and of each row's own tokens.
 
-It is [N, heads, G, slots, head_dim], so that what one matrix product reads lies together.
+Its arrays are [N, heads, G, slots, head_dim], so that what one matrix product reads lies together.
 """
 
 from typing import Any
@@ -14,10 +14,10 @@ from grpo_jax.types import Array
 
 @flax.struct.dataclass
 class DecoderCache:
-    """Keys and values of the tokens seen: of each prompt once, and of each row since.
+    """Keys and values of the tokens seen: those of each prompt once, and those of each row since.
 
-    n prompts (rows n*g to n*g+g-1 continue prompt n), b = n*g rows, k key-value heads, s prompt slots, t
-    slots of their own, d head_dim.
+    There are n prompts (rows n*g to n*g+g-1 continue prompt n), b = n*g rows, k key-value heads, s prompt
+    slots and t slots of each row's own. d is head_dim.
     """
 
     prefix: tuple[tuple[Array, Array], ...] | None  # per layer (keys, values) [n,k,s,d]
@@ -35,7 +35,7 @@ def init_cache(
 
 
 def fork_cache(cache: DecoderCache, group_size: int) -> DecoderCache:
-    """Makes the full cache of N prompts the shared prefix of N*group_size rows, which have no slots yet."""
+    """Turns the full cache of N prompts into the shared prefix of N*group_size rows without slots yet."""
 
     def no_slots(x):
         n, heads, _, _, width = x.shape
@@ -74,7 +74,7 @@ def sharing(cache: DecoderCache | None, tokens: Array, mask: Array) -> tuple[int
     """Returns (number of prompts, slots of each) that the rows of a call share.
 
     Raises:
-        ValueError: mask and cache do not go together.
+        ValueError: the mask does not fit the cache.
     """
     rows, slots = tokens.shape
     num_prompts, prefix_length = rows, 0
@@ -90,7 +90,7 @@ def sharing(cache: DecoderCache | None, tokens: Array, mask: Array) -> tuple[int
 
 
 def layers_of(cache: DecoderCache | None, num_layers: int) -> list[tuple]:
-    """Returns each layer's (prefix, own, size), None where there is none."""
+    """Returns each layer's (prefix, own, size), with None for what is missing."""
     if cache is None:
         return [(None, None, None)] * num_layers
     prefixes = [None] * num_layers if cache.prefix is None else cache.prefix

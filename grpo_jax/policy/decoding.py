@@ -14,17 +14,17 @@ from grpo_jax.types import Array, Cache, Params, Policy, Prompts, Rollout
 
 
 def positions_from_mask(mask: Array) -> Array:
-    """Returns int32 positions [...,L] that count real tokens only: left padding shifts nothing."""
+    """Returns int32 positions [...,L]. They count real tokens only, so left padding shifts nothing."""
     return jnp.maximum(jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1, 0)
 
 
 def prefill(policy: Policy, params: Params, prompts: Prompts) -> tuple[Array, Cache]:
-    """Runs the prompts once and fills a cache of exactly their length; `Policy.grow_cache` makes room.
+    """Runs the prompts once and fills a cache of exactly their length. `Policy.grow_cache` makes room.
 
     Args:
         policy: the model's functions.
-        params: its parameters.
-        prompts: left-padded, [N,S].
+        params: the model's parameters.
+        prompts: [N,S], prompts, left-padded.
 
     Returns:
         (hidden [N,D] at each prompt's last token, cache with N rows).
@@ -45,21 +45,21 @@ def fork(tree: Any, group_size: int) -> Any:
 
 
 def row_keys(key: Array, rows: Array) -> Array:
-    """Returns one key per row: noise belongs to the row's number, however the batch is cut."""
+    """Returns one key per row. Noise depends on the row's index, not on how the batch is split."""
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
 
 
 @flax.struct.dataclass
 class _Rows:
-    """What decoding needs of the rows still running, b of them; `row` says which of the B rows each is."""
+    """What decoding needs of the b rows that are still running."""
 
-    row: Array  # [b]
+    row: Array  # [b] index among the B rows
     cache: Cache
     cache_mask: Array  # [b,L]
     prompt_size: Array  # [b] prompt tokens
-    stop_state: Array | None  # [b] rows of the stop table; None without one
+    stop_state: Array | None  # [b] rows of the stop table, or None without one
     key: Array  # [b]
-    last: Array  # [b] the token drawn last
+    last: Array  # [b] the token sampled last
     done: Array  # [b] bool
 
 
@@ -67,17 +67,17 @@ class _Rows:
 class _Decode:
     """What the decoding loop carries."""
 
-    step: Array  # [] completion tokens drawn so far
+    step: Array  # [] completion tokens sampled so far
     rows: _Rows
-    tokens: Array  # [B,T], as are the next three
+    tokens: Array  # [B,T], like the next three
     mask: Array
     log_probs: Array
     kept_mass: Array
-    finished: Array  # [B] bool, kept here because a row that leaves `rows` need not have ended
+    finished: Array  # [B] bool, kept here because a row that leaves `rows` may be unfinished
 
 
 def _draw_and_record(policy, params, carry: _Decode, hidden, eos_ids, stop_table, sampling) -> _Decode:
-    """Draws token `carry.step` of every running row from hidden [b,D] and writes it into the carry."""
+    """Samples token `carry.step` of every running row from hidden [b,D] and writes it into the carry."""
     logits = policy.unembed(params, hidden)
     rows, t = carry.rows, carry.step
     live = ~rows.done
@@ -87,14 +87,14 @@ def _draw_and_record(policy, params, carry: _Decode, hidden, eos_ids, stop_table
     scaled = scale_logits(logits, sampling["temperature"])
     log_normalizer = jax.nn.logsumexp(scaled, axis=-1)
     log_probs = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0] - log_normalizer
-    # From what is dropped, so that it is exactly 1 if nothing is.
+    # It is computed from what is dropped, so that it is exactly 1 if nothing is.
     dropped = jnp.where(processed == -jnp.inf, jnp.exp(scaled - log_normalizer[:, None]), 0)
     kept_mass = jnp.clip(1.0 - jnp.sum(dropped, axis=-1), 0, 1)
     done = rows.done | jnp.any(tokens[:, None] == eos_ids, axis=1)
     stop_state = rows.stop_state
     if stop_table is not None:
         stop_state = stop_table[stop_state, tokens]
-        done |= stop_state < 0  # a match; what a finished row looks up from then on means nothing
+        done |= stop_state < 0  # A match. What a finished row looks up from then on means nothing.
     return carry.replace(
         step=t + 1,
         rows=rows.replace(stop_state=stop_state, last=tokens, done=done),
@@ -107,12 +107,12 @@ def _draw_and_record(policy, params, carry: _Decode, hidden, eos_ids, stop_table
 
 
 def decoding_params(policy: Policy, params: Params, stages: tuple[tuple[int, int], ...]) -> Params:
-    """Returns params as decoding takes them: laid out for the few rows of the last of the `decode_stages`."""
+    """Returns params as decoding takes them, laid out for the few rows of the last of the `decode_stages`."""
     return params if policy.for_decoding is None else policy.for_decoding(params, stages[-1][0])
 
 
 def _drop_finished(policy: Policy, rows: _Rows, size: int) -> _Rows:
-    """Keeps `size` rows, unfinished ones first. At the limit more may be unfinished: no step follows then."""
+    """Keeps `size` rows, unfinished ones first. More may be unfinished at the limit, where decoding ends."""
     kept = jnp.argsort(rows.done, stable=True)[:size]
     cache = policy.take_cache(rows.cache, kept)
     return jax.tree.map(lambda x: x[kept], rows.replace(cache=None)).replace(cache=cache)
@@ -135,30 +135,30 @@ def generate(
     min_p: float | Array = 0.0,
     first_row: int | Array = 0,
 ) -> Rollout:
-    """Samples group_size completions of each prompt. Compiled once per (N, S, G, T).
+    """Samples group_size completions of each prompt. It is compiled once per (N, S, G, T).
 
     Args:
         policy: the model's functions.
-        params: its parameters.
-        prompts: left-padded, [N,S].
-        key: PRNG key of this step, not consumed but folded with each row's number and each position:
-            completion g of prompt n is the same in whatever batch it is generated.
+        params: the model's parameters.
+        prompts: [N,S], prompts, left-padded.
+        key: PRNG key of this step. It is not consumed but folded with each row's index and each position,
+            so completion g of prompt n is the same in whatever batch it is generated.
         group_size: G.
         max_new_tokens: T.
-        eos_ids: int32 [E], ids that end a completion; traced. Empty: none does.
-        stop_table: int16 [states,V], what each token does to the search for stop strings, see
-            `grpo_jax.models.stops.stop_table`; traced. None: there are none.
-        temperature: see `process_logits`; traced, as are the next three. 0 is greedy.
-        top_k: see `process_logits`.
-        top_p: see `process_logits`.
-        min_p: see `process_logits`.
-        first_row: number of the first row, when these prompts are a slice of a larger batch.
+        eos_ids: int32 [E], traced, ids that end a completion. If it is empty, no id does.
+        stop_table: int16 [states,V], traced, table of what each token does to the search for stop strings,
+            see `grpo_jax.models.stops.stop_table`. None means that there are no stop strings.
+        temperature: temperature of `process_logits`, traced like the next three. 0 is greedy.
+        top_k: top_k of `process_logits`.
+        top_p: top_p of `process_logits`.
+        min_p: min_p of `process_logits`.
+        first_row: index of the first row, if these prompts are a slice of a larger batch.
 
     Returns:
         A Rollout of B = N*G rows, prompt-major. Its log-probs are those of the temperature-scaled
         *full* distribution (at temperature 0, of the unscaled one), whatever the truncation. The first
         eos, or the first token that completes a stop string, is part of the completion, which is then
-        `finished`; tokens after it are 0.
+        `finished`. Tokens after it are 0.
     """
     chex.assert_rank([prompts.tokens, prompts.mask], 2)
     num_prompts, prompt_length = prompts.tokens.shape
@@ -203,12 +203,12 @@ def generate(
         kept_mass=empty,
         finished=jnp.zeros(batch, bool),
     )
-    # The first token needs no forward of its own (the prefill was it), and after the last none follows.
+    # The first token needs no forward of its own, because the prefill was it. None follows the last token.
     carry = sample(start, hidden)
     for size, slots in stages:
         rows = carry.rows if size == carry.rows.row.size else _drop_finished(policy, carry.rows, size)
         carry = carry.replace(rows=rows.replace(cache=policy.grow_cache(rows.cache, prompt_length + slots)))
-        # A stage ends when its slots are full, or when fewer rows are enough: that may skip the next one.
+        # A stage ends when its slots are full, or when fewer rows are enough. That may skip the next stage.
         enough = max((rows for rows, _ in stages if rows < size), default=0)
         carry = jax.lax.while_loop(
             lambda carry, slots=slots, enough=enough: (

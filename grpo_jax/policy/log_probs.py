@@ -26,28 +26,28 @@ def completion_hidden(
     group_size: int = 1,
     num_tokens: int | None = None,
 ) -> Array:
-    """Runs prompts and completions through the model; each prompt once, however many completions it has.
+    """Runs prompts and completions through the model, each prompt once, however many completions it has.
 
-    With a group size above 1 completions attend to their prompt's keys and values, which exist once, as in
-    `generate`, and gradients flow back through them: the work on the prompts falls by that factor.
+    With a group size above 1, completions attend to their prompt's keys and values, which exist once, as in
+    `generate`, and gradients flow back through them. The work on the prompts falls by that factor.
 
     Args:
         policy: the model's functions.
-        params: its parameters.
-        rollout: anything with prompt_tokens [B,S], prompt_mask, tokens [B,T] and mask.
-        group_size: that many consecutive rows have the same prompt; a divisor of B.
-        num_tokens: promise that the completions have at most that many tokens in all; with it, and shared
-            prompts, the work falls to those where the policy can. None: no promise.
+        params: the model's parameters.
+        rollout: record with prompt_tokens [B,S], prompt_mask, tokens [B,T] and mask.
+        group_size: number of consecutive rows that have the same prompt, a divisor of B.
+        num_tokens: upper bound on the number of completion tokens in all. If it is given and prompts are
+            shared, a policy that can do so works on that many tokens alone. None means no bound.
 
     Returns:
-        hidden [B,T,D]; position t is the state that predicts completion token t, if that is real.
+        hidden [B,T,D]. Position t is the state that predicts completion token t, if that is real.
     """
     prompt_length = rollout.prompt_tokens.shape[1]
     # The last completion token predicts nothing we need.
     tokens, mask = rollout.tokens[:, :-1], rollout.mask[:, :-1]
     whole_mask = jnp.concatenate([rollout.prompt_mask, mask], axis=1)
     positions = positions_from_mask(whole_mask)
-    promise = {} if num_tokens is None else {"num_tokens": num_tokens}  # a simple policy takes none
+    promise = {} if num_tokens is None else {"num_tokens": num_tokens}  # a simple policy takes no bound
     if group_size == 1:
         whole = jnp.concatenate([rollout.prompt_tokens, tokens], axis=1)
         hidden, _ = policy.forward(params, whole, whole_mask, positions, None)
@@ -78,19 +78,20 @@ def token_log_probs(
     """Computes log-probs of tokens and entropies from hidden states, chunk_size tokens at a time.
 
     The logits of one chunk [chunk_size, V] are all that exists at a time, in the backward pass too,
-    where they are computed again.
+    where they are recomputed.
 
     Args:
         policy: the model's functions.
-        params: its parameters.
+        params: the model's parameters.
         hidden: [B,T,D].
         tokens: [B,T] int32.
-        temperature: the logits are divided by it; 0 counts as 1, as in `generate`.
-        chunk_size: tokens whose logits exist at a time.
-        packing: of the [B,T] tokens; only those it packs get a value, the others 0. None: all.
+        temperature: divisor of the logits. 0 counts as 1, as in `generate`.
+        chunk_size: number of tokens whose logits exist at a time.
+        packing: packing of the [B,T] tokens. Only those it packs get a value, and the others get 0. None
+            means that all tokens get one.
 
     Returns:
-        (log_probs [B,T], entropies [B,T]), float32, of softmax(logits / temperature); nats.
+        (log_probs [B,T], entropies [B,T]) of softmax(logits / temperature), float32 nats.
     """
     chex.assert_equal_shape_prefix([hidden, tokens], 2)
 
@@ -105,7 +106,7 @@ def token_log_probs(
 def _unembedding(policy, params, hidden) -> tuple[Callable, list[Array]]:
     """Returns unembed(used, hidden) and the parameters that it uses.
 
-    A loop over chunks adds up a gradient of everything it is given, so it is given no more.
+    A loop over chunks adds up a gradient of everything it is given, so it should be given no more.
     """
     leaves, tree = jax.tree.flatten(params)
     row = hidden.reshape(-1, hidden.shape[-1])[:1]
@@ -128,8 +129,9 @@ def _unembedding(policy, params, hidden) -> tuple[Callable, list[Array]]:
 def _chunk_log_probs(unembed, params, hidden, tokens, temperature) -> tuple[Array, Array]:
     """Returns (log-probs of tokens [C], entropies [C]) of hidden states [C,D].
 
-    Its derivative keeps log-normalizers and entropies instead of logits [C,V], and makes the logits' gradient
-    in one pass over them: g (onehot - p) - h p (log p + H), for gradients g and h of log-probs and entropies.
+    Its derivative keeps log-normalizers and entropies instead of logits [C,V]. It computes the gradient of
+    the logits in one pass over them. That is g (onehot - p) - h p (log p + H), for gradients g and h of
+    log-probs and entropies.
     """
     return _chunk_forward(unembed, params, hidden, tokens, temperature)[0]
 
@@ -173,14 +175,14 @@ def token_log_probs_and_kls(
 
     Args:
         policy: the model's functions.
-        params: its parameters.
-        ref_params: parameters of the reference; no gradient flows into them.
-        hidden: [B,T,D], under params.
-        ref_hidden: [B,T,D], under ref_params.
+        params: the model's parameters.
+        ref_params: parameters of the reference. No gradient flows into them.
+        hidden: [B,T,D], hidden states under params.
+        ref_hidden: [B,T,D], hidden states under ref_params.
         tokens: [B,T] int32.
-        temperature: as in `token_log_probs`; of both distributions.
-        chunk_size: tokens whose two sets of logits exist at a time.
-        packing: as in `token_log_probs`.
+        temperature: temperature of both distributions, as in `token_log_probs`.
+        chunk_size: number of tokens whose two sets of logits exist at a time.
+        packing: packing of the tokens, as in `token_log_probs`.
 
     Returns:
         (log_probs [B,T], entropies [B,T], kls [B,T]), float32 nats.
@@ -204,7 +206,7 @@ def _of_logits(logits: Array, tokens: Array) -> tuple[Array, Array, Array]:
     weights = jnp.exp(shifted)
     total = jnp.sum(weights, axis=-1)
     log_total = jnp.log(total)
-    # The zero stands before the product, so that the derivative of 0 * -inf is never taken.
+    # Select the zero before the product, so that the derivative of 0 * -inf is never taken.
     surprise = weights * jnp.where(weights > 0, shifted, 0)
     entropies = log_total - jnp.sum(surprise, axis=-1) / total
     picked = jnp.take_along_axis(shifted, tokens[:, None], axis=-1)[:, 0]
@@ -214,7 +216,11 @@ def _of_logits(logits: Array, tokens: Array) -> tuple[Array, Array, Array]:
 def _over_chunks(
     one_chunk, params: Params, arrays: tuple[Array, ...], chunk_size: int, packing: Packing | None = None
 ) -> tuple[Array, ...]:
-    """Calls one_chunk(params, *chunks) on chunk_size tokens of arrays [B,T,...] at a time: arrays [B,T]."""
+    """Calls one_chunk(params, *chunks) on chunk_size tokens of arrays [B,T,...] at a time.
+
+    Returns:
+        arrays [B,T].
+    """
     shape = arrays[0].shape[:2]
     if packing is None:
         arrays = tuple(x.reshape(-1, *x.shape[2:]) for x in arrays)
@@ -250,17 +256,17 @@ def completion_log_probs(
     num_tokens: int | None = None,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Array, Array]:
-    """Scores the completions of a rollout. Compiled once per shape.
+    """Computes the log-probs of the completions of a rollout. It is compiled once per shape.
 
     Args:
         policy: the model's functions.
-        params: its parameters.
-        rollout: B rows; prompts left-padded, completions right-padded.
-        temperature: the temperature it was sampled with; traced.
-        group_size: see `completion_hidden`; each prompt is then run once per slice.
-        num_microbatches: slices run one after the other; memory falls, the result stays.
-        num_tokens: see `tokens_in_use`; None: all B*T.
-        chunk_size: see `token_log_probs`.
+        params: the model's parameters.
+        rollout: B rows, with prompts left-padded and completions right-padded.
+        temperature: the temperature it was sampled with, traced.
+        group_size: number of consecutive rows that have the same prompt, which is then run once per slice.
+        num_microbatches: number of slices run one after the other. Memory falls, and the result stays.
+        num_tokens: upper bound on a slice's tokens, see `tokens_in_use`. None means all B*T.
+        chunk_size: number of tokens whose logits exist at a time.
 
     Returns:
         (log_probs [B,T], entropies [B,T]), float32 nats, 0 where masked.
@@ -290,5 +296,5 @@ def completion_log_probs(
 
 
 def pack_completions(mask: Array, num_tokens: int | None) -> Packing | None:
-    """Returns the packing of the completions of mask [B,T] into num_tokens; None without a number."""
+    """Returns the packing of the completions of mask [B,T] into num_tokens, or None without a number."""
     return None if num_tokens is None else make_packing(mask, num_tokens)

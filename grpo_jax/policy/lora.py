@@ -1,20 +1,21 @@
-"""LoRA, https://arxiv.org/abs/2106.09685: the base stays; products of two thin matrices are added to kernels.
+"""LoRA, https://arxiv.org/abs/2106.09685, keeps the base and adds products of two thin matrices to kernels.
 
     W + (alpha / rank) A B        A [in, rank], B [rank, out]
 
-Trained are the pairs (A, B), the *adapters*: optimizer state and checkpoints hold nothing else. B starts at
-0, so the policy starts as the base; and the base, which never moves, is the reference.
+Only the pairs (A, B), the *adapters*, are trained. Optimizer state and checkpoints hold nothing else. B
+starts at 0, so the policy starts as the base. The base never moves, and it is the reference.
 
-Kernels are merged before a forward pass, rather than x A B added behind each of them: `merge_adapters` maps
-parameters to parameters, so it is exact and the same for every policy, and decoding runs at the speed of the
-base. What that costs: one product of rank `rank` per kernel, a second copy of the merged kernels during
-generation and during the update, and in the backward pass the gradient [in, out] of each of them, on its way
-to A and B. So an update computes as much as full fine-tuning does. What is saved is memory: there is no
-optimizer state, no sum of gradients and no reference of the size of the model.
+Kernels are merged before a forward pass, instead of x A B being added behind each of them. `merge_adapters`
+maps parameters to parameters, so it is exact and the same for every policy, and decoding runs at the speed of
+the base. It costs one product of rank `rank` per kernel and a second copy of the merged kernels during
+generation and during the update. In the backward pass it also costs the gradient [in, out] of each of them,
+on its way to A and B. So an update computes as much as full fine-tuning does. What it saves is memory: there
+is no optimizer state, no sum of gradients and no reference of the size of the model.
 
-Dropout zeroes inputs of an adapter, which are rows of A: the same ones for all tokens of an update, since
-merged kernels have no inputs of their own (the row masks of https://arxiv.org/abs/2404.09610; PEFT draws
-other ones for each token). It acts in the update alone; what is sampled, scored and exported has none.
+Dropout zeroes inputs of an adapter, which are rows of A. They are the same ones for all tokens of an update,
+because merged kernels have no inputs of their own. These are the row masks of
+https://arxiv.org/abs/2404.09610, whereas PEFT samples other ones for each token. Dropout acts in the update
+alone. Sampling, log-probs and the exported model have none.
 """
 
 import functools
@@ -36,10 +37,10 @@ class Target:
     """A kernel that gets an adapter.
 
     Args:
-        path: of the kernel in the parameters.
-        inputs: its number of inputs.
-        outputs: its number of outputs.
-        output_first: it is stored [out, in].
+        path: path of the kernel in the parameters.
+        inputs: number of inputs.
+        outputs: number of outputs.
+        output_first: whether the kernel is stored [out, in].
     """
 
     path: Path
@@ -49,17 +50,17 @@ class Target:
 
     @property
     def module(self) -> str:
-        """Returns the dotted name of the dense layer, PyTorch's as well: `model.layers.0.mlp.up_proj`."""
+        """Returns the dotted name of the dense layer in PyTorch, such as `model.layers.0.mlp.up_proj`."""
         return ".".join(self.path[:-1] if self.path[-1] == "kernel" else self.path)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """What is adapted, and how. Hashable: to `jit` it is part of the program.
+    """What is adapted, and how. It is hashable, because to `jit` it is part of the program.
 
     Args:
-        rank: r, columns of A and rows of B.
-        alpha: the product is scaled by alpha / rank.
+        rank: r, the number of columns of A and of rows of B.
+        alpha: numerator of the factor alpha / rank of the product.
         targets: the kernels.
         dropout: p, the probability that an input of an adapter is zeroed in an update.
     """
@@ -80,12 +81,13 @@ def match_targets(dense: tuple[Target, ...], patterns: tuple[str, ...]) -> tuple
 
     Args:
         dense: the dense layers of a model.
-        patterns: globs on the dotted name of the layer or on an end of it that begins at a dot: `q_proj`,
-            `attn.c_proj`, `layers.0.*`. None at all: every dense layer of attention and MLP, which are those
-            inside a numbered layer.
+        patterns: globs on the dotted name of the layer or on an end of it that begins at a dot, such as
+            `q_proj`, `attn.c_proj` or `layers.0.*`. If there are none, every dense layer of attention and MLP
+            is meant, which are those inside a numbered layer.
 
     Raises:
-        ValueError: a pattern matches nothing, or there are none and no layer is numbered; it lists the names.
+        ValueError: a pattern matches nothing, or there is no pattern and no layer is numbered. The message
+            lists the names.
     """
     if not patterns:
         found = [target for target in dense if any(part.isdecimal() for part in target.path)]
@@ -103,7 +105,7 @@ def match_targets(dense: tuple[Target, ...], patterns: tuple[str, ...]) -> tuple
 
 
 def _kinds(dense: tuple[Target, ...]) -> str:
-    """Lists names, those that differ in the number of the layer once."""
+    """Lists names. Those that differ only in the number of the layer are listed once."""
     names = dict.fromkeys(
         ".".join("*" if part.isdecimal() else part for part in target.module.split(".")) for target in dense
     )
@@ -111,12 +113,12 @@ def _kinds(dense: tuple[Target, ...]) -> str:
 
 
 def init_adapters(lora: Lora, key: Array) -> Params:
-    """Makes the adapters of step 0: A uniform in ±1/sqrt(in) (Kaiming's, as in PEFT), B zero.
+    """Makes the adapters of step 0. A is uniform in ±1/sqrt(in) (Kaiming's, as in PEFT), and B is zero.
 
     Args:
-        lora: what is adapted.
-        key: PRNG key, not consumed but folded with the name of each kernel: an adapter starts the same
-            whatever else is adapted.
+        lora: the choice of what is adapted.
+        key: PRNG key. It is not consumed but folded with the name of each kernel, so an adapter starts the
+            same whatever else is adapted.
 
     Returns:
         a pytree with {"a" [in, rank], "b" [rank, out]} in the place of each kernel, float32.
@@ -135,14 +137,14 @@ def init_adapters(lora: Lora, key: Array) -> Params:
 def merge_adapters(lora: Lora, base: Params, adapters: Params, *, dropout_key: Array | None = None) -> Params:
     """Adds the adapters to their kernels.
 
-    Differentiable by the adapters and the base; differentiate by the adapters alone.
+    It is differentiable by the adapters and by the base. Differentiate by the adapters alone.
 
     Args:
-        lora: what is adapted.
+        lora: the choice of what is adapted.
         base: parameters of the model.
-        adapters: as `init_adapters` makes them.
-        dropout_key: PRNG key of the dropout, not consumed but folded with the name of each kernel; None: no
-            dropout.
+        adapters: pytree as `init_adapters` makes it.
+        dropout_key: PRNG key of the dropout. It is not consumed but folded with the name of each kernel. None
+            means no dropout.
 
     Returns:
         a pytree like base, whose other arrays are those of base. While every B is 0, it equals base.
@@ -163,7 +165,7 @@ def merge_adapters(lora: Lora, base: Params, adapters: Params, *, dropout_key: A
 
 
 def adds_nothing(adapters: Params) -> Array:
-    """Says whether every B is 0, as at step 0, so that the merged model is the base: bool []."""
+    """Returns bool [], True if every B is 0, as at step 0, so that the merged model is the base."""
     flat = flatten_dict(adapters)
     return jnp.stack([jnp.all(leaf == 0) for path, leaf in flat.items() if path[-1] == "b"]).all()
 
@@ -180,10 +182,10 @@ def _own_key(target: Target, key: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnames="lora")
 def _merge_kernels(lora: Lora, kernels: list[Array], factors: list[tuple[Array, Array]]) -> list[Array]:
-    """Merges in one program, or as a part of another. Only kernels go in: the rest is not copied."""
+    """Merges in one program, or as a part of another. Only kernels go in, so the rest is not copied."""
     merged = []
     for target, kernel, (a, b) in zip(lora.targets, kernels, factors, strict=True):
-        # Thin as it is: in float32 also where products of float32 are not by default.
+        # It is thin, so it is computed in float32 even where products of float32 are not by default.
         delta = jnp.matmul(lora.scale * a, b, precision=jax.lax.Precision.HIGHEST)
         merged.append(kernel + (delta.T if target.output_first else delta))
     return merged

@@ -10,20 +10,20 @@ from grpo_jax.types import Array
 
 @dataclass(frozen=True, kw_only=True)
 class LinearScaling:
-    """Positions divided by a factor. https://arxiv.org/abs/2306.15595"""
+    """It divides positions by a factor, as https://arxiv.org/abs/2306.15595 does."""
 
     factor: float
 
     def scale(self, frequencies: Array) -> Array:
-        """Returns the frequencies [head_dim/2] that stand for longer positions."""
+        """Returns the frequencies [head_dim/2] for longer sequences."""
         return frequencies / self.factor
 
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3Scaling:
-    """Low frequencies divided by a factor, high ones kept, those between blended; as Llama 3.1 does.
+    """It divides low frequencies by a factor, keeps high ones and blends those between, as Llama 3.1 does.
 
-    https://arxiv.org/abs/2407.21783, and `_compute_llama3_parameters` of transformers.
+    See https://arxiv.org/abs/2407.21783, and `_compute_llama3_parameters` of transformers.
     """
 
     factor: float
@@ -32,7 +32,7 @@ class Llama3Scaling:
     original_max_positions: int
 
     def scale(self, frequencies: Array) -> Array:
-        """Returns the frequencies [head_dim/2] that stand for longer positions."""
+        """Returns the frequencies [head_dim/2] for longer sequences."""
         turns = self.original_max_positions * frequencies / (2 * math.pi)
         low, high = self.low_freq_factor, self.high_freq_factor
         kept = jnp.clip((turns - low) / (high - low), 0, 1)
@@ -41,7 +41,7 @@ class Llama3Scaling:
 
 @dataclass(frozen=True, kw_only=True)
 class Rotary:
-    """Rotary positions, halves rotated against each other. https://arxiv.org/abs/2104.09864"""
+    """Rotary positions, https://arxiv.org/abs/2104.09864, with the halves rotated against each other."""
 
     theta: float = 10000.0
     scaling: LinearScaling | Llama3Scaling | None = None

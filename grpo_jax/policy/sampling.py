@@ -1,4 +1,4 @@
-"""From logits to one token: temperature, truncation, and the draw. Every setting may be traced."""
+"""From logits to one token: temperature, truncation and sampling. Every setting may be traced."""
 
 import chex
 import jax
@@ -10,7 +10,7 @@ _BLOCK = 128  # width of the second level of `draw`
 
 
 def scale_logits(logits: Array, temperature: float | Array) -> Array:
-    """Returns float32 logits / temperature; temperature 0 leaves them as they are.
+    """Returns float32 logits / temperature. Temperature 0 leaves them as they are.
 
     Args:
         logits: [..., V].
@@ -26,13 +26,14 @@ def scale_logits(logits: Array, temperature: float | Array) -> Array:
 def _keep_largest(logits: Array, enough) -> Array:
     """Keeps the smallest set of largest entries for which ``enough(keep) -> bool [..., 1]`` holds.
 
-    Bisection on the bits of the float32 logits, whose order is the order of the numbers: 32 passes
-    over V, exact, and never a sort. Entries equal to the smallest kept one are all kept.
+    It bisects the bits of the float32 logits, whose order is the order of the numbers. That takes 32 passes
+    over V and no sort, and it is exact. Entries equal to the smallest kept one are all kept.
     """
     bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
-    # Negative floats order backwards as integers: negate their magnitude. -0.0 and 0.0 become one key.
+    # Negative floats have the reverse order as integers, so negate their magnitude. -0.0 and 0.0 become one
+    # key.
     keys = jnp.where(bits < 0, -(bits & jnp.int32(0x7FFFFFFF)), bits)
-    # The largest threshold that keeps enough lies in [low, high]; start with all int32.
+    # The largest threshold that keeps enough lies in [low, high]. Start with all of int32.
     low = jnp.full((*keys.shape[:-1], 1), jnp.iinfo(jnp.int32).min)
     high = jnp.full_like(low, jnp.iinfo(jnp.int32).max)
 
@@ -52,7 +53,7 @@ def _keep_top_k(logits: Array, top_k: Array) -> Array:
 
 def _keep_top_p(logits: Array, top_p: Array) -> Array:
     probs = jax.nn.softmax(logits, axis=-1)
-    # Rounding may leave the whole vocabulary a hair below 1: nothing is dropped for that.
+    # Rounding may leave the sum of the whole vocabulary slightly below 1. Nothing is dropped for that.
     target = jnp.minimum(top_p, jnp.sum(probs, axis=-1, keepdims=True))
     return _keep_largest(logits, lambda keep: jnp.sum(probs * keep, axis=-1, keepdims=True) >= target)
 
@@ -73,18 +74,18 @@ def process_logits(
     """Applies temperature, then top-k, top-p (https://arxiv.org/abs/1904.09751) and min-p
     (https://arxiv.org/abs/2407.01082), each on what the one before has left.
 
-    All settings may be traced: changing them does not compile again. A filter that is off costs
-    nothing; one that is on costs 32 passes over V instead of a sort.
+    All settings may be traced, so that changing them causes no recompilation. A filter that is off costs
+    nothing. One that is on costs 32 passes over V instead of a sort.
 
     Args:
         logits: [..., V].
-        temperature: not negative; 0 means greedy: only the (first) most likely token is kept.
-        top_k: keeps the k most likely tokens (and ties with the last of them); 0 is off.
-        top_p: keeps the smallest set of most likely tokens with at least this probability; 1 is off.
-        min_p: drops tokens less likely than min_p times the most likely one; 0 is off.
+        temperature: number, not negative. 0 means greedy, so that only the (first) most likely token is kept.
+        top_k: number of most likely tokens that are kept, with all ties of the last one. 0 is off.
+        top_p: probability that the smallest set of most likely tokens has at least, which is kept. 1 is off.
+        min_p: share of the largest probability below which tokens are dropped. 0 is off.
 
     Returns:
-        float32 [..., V], -inf for dropped tokens; at least one token is kept.
+        float32 [..., V], -inf for dropped tokens. At least one token is kept.
     """
     temperature, top_k = jnp.asarray(temperature, jnp.float32), jnp.asarray(top_k, jnp.int32)
     top_p, min_p = jnp.asarray(top_p, jnp.float32), jnp.asarray(min_p, jnp.float32)
@@ -109,13 +110,13 @@ def process_logits(
 
 
 def _pick(weights: Array, targets: Array) -> tuple[Array, Array]:
-    """Returns (index [...], weight before it [...]): the first place where the running sum of
-    weights [..., K] exceeds targets [...], among positive weights only.
+    """Returns (index [...], weight before it [...]) of the first positive weight at which the running sum
+    of weights [..., K] exceeds targets [...].
     """
     sums = jnp.cumsum(weights, axis=-1)
     positive = weights > 0
     hit = positive & (sums > targets[..., None])
-    # The target can reach the total by rounding: then the last token that can be drawn at all.
+    # The target can reach the total by rounding. Then the last token that can be sampled is taken.
     last = weights.shape[-1] - 1 - jnp.argmax(positive[..., ::-1], axis=-1)
     index = jnp.where(jnp.any(hit, axis=-1), jnp.argmax(hit, axis=-1), last)
     before = jnp.take_along_axis(sums - weights, index[..., None], axis=-1)[..., 0]
@@ -123,17 +124,17 @@ def _pick(weights: Array, targets: Array) -> tuple[Array, Array]:
 
 
 def draw(logits: Array, uniforms: Array) -> Array:
-    """Draws one token per row by inverting the cumulative distribution, in two levels.
+    """Samples one token per row by inverting the cumulative distribution, in two levels.
 
-    One uniform number per row instead of V Gumbel noises: first a block of 128 tokens by the blocks'
-    sums, then the token inside it.
+    It needs one uniform number per row instead of V Gumbel noises. That number chooses a block of 128 tokens
+    by the blocks' sums, and then the token inside it.
 
     Args:
-        logits: float32 [..., V], -inf for tokens that must not be drawn; at least one is finite.
+        logits: float32 [..., V], -inf for tokens that must not be sampled. At least one is finite.
         uniforms: float32 [...], in [0, 1).
 
     Returns:
-        int32 [...]; never a token of probability 0.
+        int32 [...], never a token of probability 0.
     """
     probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
     size = probs.shape[-1]

@@ -30,9 +30,9 @@ def padded_length(prompt_length: int, max_new_tokens: int, max_positions: int | 
     """Returns the bucket of prompts of so many tokens, within the positions that completions leave to them.
 
     Args:
-        prompt_length: tokens of the longest prompt.
+        prompt_length: number of tokens of the longest prompt.
         max_new_tokens: T.
-        max_positions: positions of the model. `None` means that it has no limit.
+        max_positions: number of positions of the model. `None` means that it has no limit.
     """
     left = max(prompt_length, (max_positions or 10**9) - max_new_tokens)
     return bucket_length(prompt_length, left)
@@ -78,10 +78,10 @@ def shared_rows(num_rows: int, group_size: int, num_microbatches: int) -> int:
 
 
 def split_rows(batch, num_parts: int):
-    """Cuts every array [B, ...] of a pytree into [num_parts, B / num_parts, ...], rows in order.
+    """Splits every array [B, ...] of a pytree into [num_parts, B / num_parts, ...], rows in order.
 
     Raises:
-        ValueError: B does not divide.
+        ValueError: num_parts is not a divisor of B.
     """
 
     def split(x):
