@@ -1,4 +1,4 @@
-"""Held-out prompts by category: a column of the data says which."""
+"""Held-out prompts by category, which a column of the data names."""
 
 from collections.abc import Sequence
 
@@ -8,17 +8,17 @@ MAX_CATEGORIES = 20  # each gets metrics of its own in every evaluation
 
 
 def rows_by_category(examples: Sequence[Example], column: str | None) -> dict[str, list[int]]:
-    """Groups examples by what a column says of them.
+    """Groups examples by the value of a column.
 
     Args:
         examples: N held-out examples.
-        column: its name; None: there are no categories.
+        column: name of the column. None means that there are no categories.
 
     Returns:
-        category -> its rows, in the order of their first appearance.
+        category -> its rows. Categories are in the order of their first appearance.
 
     Raises:
-        ValueError: there is no such column, its values are no names, or there are more than MAX_CATEGORIES.
+        ValueError: the column does not exist, a value is no name, or there are over MAX_CATEGORIES values.
     """
     if column is None or not examples:
         return {}
@@ -33,7 +33,7 @@ def rows_by_category(examples: Sequence[Example], column: str | None) -> dict[st
                 f"evaluation.category: `{column}` of held-out prompt {row} is {value!r:.80}; a category is a "
                 "text, a number or a bool"
             )
-        # Slashes part the names of metrics.
+        # Slashes separate the parts of a metric's name.
         rows.setdefault(str(value).replace("/", "_"), []).append(row)
     if len(rows) > MAX_CATEGORIES:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What a model makes of prompts, with k samples of each: sampled, judged, summarized, compared."""
+"""Samples, judges, summarizes and compares what a model makes of prompts, with k samples of each."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from grpo_jax.training.actor import judge
 from grpo_jax.training.experience import combine
 from grpo_jax.types import Example, Params
 
-# Evaluation noise must not repeat any training step's: steps count up from 0 and never get here.
+# Evaluation noise must not repeat that of a training step. Steps count up from 0 and never get here.
 _NOISE_STEP = 2**31 - 1
 
 
@@ -46,7 +46,7 @@ def sample_texts(
     for start in range(0, len(sequences), size):
         part = sequences[start : start + size]
         rows = len(part) * group_size
-        # The last part is filled up to the one compiled shape; its extra rows are dropped.
+        # The last part is filled up to the one compiled shape. Its extra rows are dropped.
         filled = part + [part[0]] * (size - len(part))
         rollout = generate(
             model.policy,
@@ -70,11 +70,11 @@ def sample_texts(
 class Outcome:
     """What a model made of N held-out prompts, with k samples of each."""
 
-    greedy: np.ndarray  # [N] bool, the greedy completion is correct
-    correct: np.ndarray  # [N,k] bool, of the samples
-    scores: np.ndarray  # [N*k,R] float32, NaN for missing; those of evaluation only stand last
+    greedy: np.ndarray  # [N] bool, whether the greedy completion is correct
+    correct: np.ndarray  # [N,k] bool, whether each sample is correct
+    scores: np.ndarray  # [N*k,R] float32, NaN where missing; rewards of evaluation only are last
     totals: np.ndarray  # [N,k] float32, weighted sums of the training rewards
-    valid: np.ndarray  # [N,k] bool, where totals count
+    valid: np.ndarray  # [N,k] bool, True where totals count
     lengths: np.ndarray  # [N*k] tokens
     finished: np.ndarray  # [N*k] bool
 
@@ -94,26 +94,27 @@ def observe(
     eval_rewards: Sequence[Reward] = (),
     correct: Correct | None = None,
 ) -> Outcome:
-    """Completes held-out prompts, once greedily and with num_samples samples per prompt, and judges that.
+    """Completes held-out prompts, greedily and with num_samples samples each, and judges the completions.
 
     The noise depends on the seed alone, so outcomes of two models, or of two steps of one run, are paired.
 
     Args:
         model: functions and tokenizer.
         params: parameters to evaluate.
-        examples: held-out prompts with their columns; at least one.
-        rewards: reward functions of the training; their weighted sum is the total.
+        examples: held-out prompts with their columns, at least one.
+        rewards: reward functions of the training. Their weighted sum is the total.
         num_samples: k.
         max_new_tokens: T.
-        sampling: temperature, top_k, top_p, min_p of the sampled part.
-        batch_size: completions decoded at once.
-        prompt_length: longest prompt in tokens; None: found out.
-        seed: of the noise.
+        sampling: temperature, top_k, top_p and min_p of the sampled part.
+        batch_size: number of completions decoded at once.
+        prompt_length: length of the longest prompt in tokens. None means that it is computed.
+        seed: seed of the sampling noise.
         eval_rewards: reward functions that take no part in the total.
-        correct: when a completion is correct; None: as `choose_correct` decides.
+        correct: rule that says when a completion is correct. None means that `choose_correct` decides.
 
     Raises:
-        ValueError: no examples. RewardError: a reward function failed.
+        ValueError: there are no examples.
+        RewardError: a reward function failed.
     """
     if not examples:
         raise ValueError("evaluation needs at least one held-out prompt; there are none")
@@ -158,12 +159,12 @@ def summarize(
     """Turns an outcome into metrics, which `grpo_jax.training.metrics` defines.
 
     Args:
-        outcome: of N prompts.
+        outcome: outcome on N prompts.
         rewards: the R reward functions of its scores.
         categories: category -> rows of its prompts.
     """
     k, valid = outcome.correct.shape[1], outcome.valid
-    # What was lost to a timeout is missing as well.
+    # Rewards that were lost to a timeout are missing as well.
     figures = {
         f"eval/{name}": value
         for name, value in reward_means(rewards, outcome.scores).items()
@@ -191,8 +192,8 @@ def compare(outcome: Outcome, baseline: Outcome, *, seed: int = 0) -> dict[str, 
     """Compares two outcomes on the same prompts.
 
     Returns:
-        metric -> (difference, low, high): the outcome's minus the baseline's, and the 95 % interval of a
-        paired bootstrap over prompts.
+        metric -> (difference, low, high). The difference is the outcome's value minus the baseline's. Low and
+        high are the 95 % interval of a paired bootstrap over prompts.
     """
     k = outcome.correct.shape[1]
     pairs = {

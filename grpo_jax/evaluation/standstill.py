@@ -1,4 +1,4 @@
-"""What an evaluation cannot tell: figures that are the same for every completion, and why."""
+"""Finds figures of an evaluation that are the same for every completion, and says why."""
 
 from collections.abc import Mapping, Sequence
 
@@ -20,14 +20,14 @@ def remarks(
     """Says which figures of an evaluation cannot tell one model from another.
 
     Args:
-        outcome: what was observed of N held-out prompts.
+        outcome: outcome on N held-out prompts.
         rewards: the R rewards of its scores.
-        correct: what counted as correct.
+        correct: the rule that said what is correct.
         categories: category -> rows of the prompts.
-        best_metric: the metric that chooses the best model, one of `summarize`; None: there is none.
+        best_metric: the metric of `summarize` that chooses the best model. None means that none does.
 
     Returns:
-        lines, most often none.
+        lines for the user, most often none.
     """
     lines = [line for line in (_about_correct(outcome, correct),) if line is not None]
     if best_metric is None:
@@ -43,7 +43,7 @@ def remarks(
 
 
 def _about_correct(outcome: Outcome, correct: Correct) -> str | None:
-    """Returns a line where every completion has the same verdict for a reason that is not the model."""
+    """Returns a line if every completion has the same verdict for a reason that is not the model."""
     column = outcome.scores[:, correct.index]
     values = column[~np.isnan(column)]
     k = outcome.correct.shape[1]
@@ -65,7 +65,7 @@ def _about_correct(outcome: Outcome, correct: Correct) -> str | None:
             f"the reward {correct.name}, which decides what is correct, gives no value for any held-out "
             f"completion, so {verdicts} are 0. Name another one in evaluation.correct.reward"
         )
-    top = values.max()  # float32: its shortest text, read again, is a threshold that it reaches
+    top = values.max()  # a float32, whose shortest text is read back as a threshold that it reaches
     if top == 0 and (values == 0).all():
         alone = "" if not varied else ", although other rewards differ"
         return (
@@ -89,7 +89,7 @@ def _about_correct(outcome: Outcome, correct: Correct) -> str | None:
 def _values_behind(
     outcome: Outcome, rewards: Sequence[Reward], categories: Mapping[str, Sequence[int]], metric: str
 ) -> np.ndarray:
-    """Returns the values that a metric averages; all equal where it tells nothing."""
+    """Returns the values that a metric averages. If all are equal, it tells nothing."""
     name = metric.removeprefix("eval/")
     rows = list(range(len(outcome.greedy)))
     for category, indices in categories.items():

@@ -1,11 +1,11 @@
-"""What n samples per prompt say: pass@k, groups of other sizes, and differences with their noise."""
+"""Statistics of n samples per prompt: pass@k, groups of other sizes, and differences with their noise."""
 
 import itertools
 import math
 
 import numpy as np
 
-_DRAWS_AT_ONCE = 2_000_000  # of the bootstrap: bounds its memory
+_DRAWS_AT_ONCE = 2_000_000  # bounds the memory of the bootstrap
 
 
 def doublings(limit: int) -> list[int]:
@@ -20,20 +20,21 @@ def doublings(limit: int) -> list[int]:
 def pass_at_k(correct: np.ndarray, k: int) -> float:
     """Estimates the chance that at least one of k samples is correct, without bias.
 
-    https://arxiv.org/abs/2107.03374, equation 1: ``1 - C(n - c, k) / C(n, k)``, averaged over prompts.
+    It is ``1 - C(n - c, k) / C(n, k)``, averaged over prompts, as in https://arxiv.org/abs/2107.03374,
+    equation 1.
 
     Args:
-        correct: bool [N, n].
-        k: 1 to n.
+        correct: bool [N, n], True at correct samples.
+        k: number of samples, 1 to n.
 
     Raises:
-        ValueError: k is larger than n.
+        ValueError: k is not in 1 to n.
     """
     n = correct.shape[1]
     if not 1 <= k <= n:
         raise ValueError(f"pass@{k} needs at least {k} samples per prompt; there are {n}")
     wrong = n - correct.sum(axis=1)
-    # C(w, k) / C(n, k) as a product of k factors; it is 0 as soon as w < k.
+    # C(w, k) / C(n, k) is a product of k factors, and is 0 as soon as w < k.
     factors = [np.clip(wrong - i, 0, None) / (n - i) for i in range(k)]
     return float(np.mean(1.0 - np.prod(factors, axis=0)))
 
@@ -44,10 +45,10 @@ def subsets(n: int, size: int, *, limit: int = 13_000, seed: int = 0) -> np.ndar
     Averaged over them, any figure of a group is an unbiased estimate of what groups of that size have.
 
     Args:
-        n: samples.
-        size: 1 to n.
-        limit: with at most so many subsets all are returned, else that many random ones.
-        seed: seed of those.
+        n: number of samples.
+        size: number of samples in a group, 1 to n.
+        limit: number of subsets up to which all are returned. If there are more, that many random ones are.
+        seed: seed of the random subsets.
 
     Returns:
         int [K, size], distinct within each row.
@@ -74,17 +75,17 @@ def paired_bootstrap(
 ) -> tuple[float, float, float]:
     """Compares two means on the same prompts, with a percentile interval over resampled prompts.
 
-    A mean is ``sum_i sums_i / sum_i counts_i``, 0 where nothing counts. Both models are resampled together,
-    prompt by prompt: what makes a prompt hard for both cancels.
+    A mean is ``sum_i sums_i / sum_i counts_i``, or 0 if nothing counts. Both models are resampled together,
+    prompt by prompt, so what makes a prompt hard for both cancels.
 
     Args:
-        sums: [N], what the model's values on each prompt add up to.
-        baseline_sums: [N], the same of the other model.
-        counts: [N], values on each prompt; None: one each.
-        baseline_counts: the same of the other model.
-        num_resamples: draws of N prompts with replacement.
-        level: share of them inside the interval.
-        seed: of the draws.
+        sums: [N], sums of the model's values on each prompt.
+        baseline_sums: [N], the same for the other model.
+        counts: [N], numbers of values on each prompt. None means one each.
+        baseline_counts: [N], the same for the other model.
+        num_resamples: number of draws of N prompts with replacement.
+        level: share of the draws inside the interval.
+        seed: seed of the draws.
 
     Returns:
         (difference, low, high).

@@ -1,4 +1,4 @@
-"""What counts as correct in evaluation, and what to say when that cannot tell one model from another."""
+"""Decides what counts as correct in evaluation."""
 
 import inspect
 from collections.abc import Iterable, Sequence
@@ -8,7 +8,7 @@ import numpy as np
 
 from grpo_jax.rewards.loading import Reward
 
-# Built-in rewards that look at form alone: they decide only where there is nothing else.
+# Built-in rewards that look at form alone. They decide only if there is nothing else.
 _FORM = (
     "regex_format",
     "think_format",
@@ -21,11 +21,11 @@ _FORM = (
 
 @dataclass(frozen=True, kw_only=True)
 class Correct:
-    """When a completion is correct: one reward gives it at least a threshold.
+    """The rule that a completion is correct if one reward gives it at least a threshold.
 
     Args:
         name: name of the reward that decides.
-        index: its place among all rewards, those of training first.
+        index: index of that reward among all rewards, those of training first.
         threshold: least value of a correct completion.
     """
 
@@ -40,9 +40,9 @@ class Correct:
             scores: values of the deciding reward, any shape, NaN where it gave none.
 
         Returns:
-            bool of the same shape, False where there is no value.
+            bool of the same shape, False where the value is missing.
         """
-        # The threshold is a float64 and rewards are float32: 0.9 has to reach 0.9.
+        # The threshold is a float64 and rewards are float32, but 0.9 has to reach 0.9.
         return np.nan_to_num(scores, nan=-np.inf) >= np.float32(self.threshold)
 
     def __str__(self) -> str:
@@ -60,15 +60,16 @@ def choose_correct(
     """Chooses the reward that decides what is correct.
 
     Without a name the first of eval_rewards decides. If there are none, it is the first training reward that
-    reads a column of the data, as a checker of answers does; else the first that is no built-in check of
-    form; else the first of all. A reward of negative weight is a penalty and comes last as well.
+    reads a column of the data, as a checker of answers does. If there is none either, it is the first that is
+    no built-in check of form, or else the first of all. A reward of negative weight is a penalty and comes
+    last as well.
 
     Args:
         rewards: training rewards.
         eval_rewards: rewards of evaluation only.
         columns: names of the data's columns.
-        name: `evaluation.correct.reward`; None: chosen as above.
-        threshold: `evaluation.correct.threshold`.
+        name: value of `evaluation.correct.reward`. None means that the reward is chosen as above.
+        threshold: value of `evaluation.correct.threshold`.
 
     Raises:
         ValueError: no reward has that name.
@@ -101,7 +102,7 @@ def _likelihood(reward: Reward, columns: set[str]) -> int:
 
 
 def note_on_choice(correct: Correct, rewards: Sequence[Reward], eval_rewards: Sequence[Reward]) -> str | None:
-    """Returns a line that says which of several rewards was chosen; None where there is only one."""
+    """Returns a line that says which of several rewards was chosen, or None if there is only one."""
     if len(eval_rewards or rewards) < 2:
         return None
     return (
