@@ -1,6 +1,6 @@
 """Pytrees as they are stored: named arrays on the host, each described by its dtype, shape and CRC-32.
 
-`checkpoints` writes and reads them; what here refuses a pytree does so before anything is written.
+`manager` writes and reads them. Invalid pytrees are rejected here, before anything is written.
 """
 
 import json
@@ -16,19 +16,19 @@ import numpy as np
 PyTree = Any
 Template = PyTree | Callable[[int], PyTree]  # a pytree with shapes and dtypes, or a function num_rows -> one
 Leaves = dict[str, np.ndarray]
-Descriptions = dict[str, list]  # of each leaf: [dtype, shape, CRC-32], as JSON has them
+Descriptions = dict[str, list]  # leaf -> [dtype, shape, CRC-32], as JSON has them
 _LEAVES, _CRC = "_leaves", "_crc32"  # our keys in the stored JSON
 
 
 def to_host(tree: PyTree, item: str) -> Leaves:
-    """Copies every leaf to the host, refusing what would come back as something else.
+    """Copies every leaf to the host. It refuses leaves that would come back as something else.
 
     Args:
         tree: pytree of arrays and Python scalars.
-        item: what the tree is, for the errors.
+        item: name of the tree in errors.
 
     Returns:
-        The leaves by their paths ("params/h/0/w"), sharing no memory with the tree.
+        The leaves by their paths ("params/h/0/w"). They share no memory with the tree.
 
     Raises:
         ValueError: a leaf, named in the message, cannot be stored faithfully.
@@ -38,8 +38,8 @@ def to_host(tree: PyTree, item: str) -> Leaves:
         where = f"checkpoint leaf {item}/{name}"
         if jnp.issubdtype(struct.dtype, jax.dtypes.prng_key):
             raise ValueError(f"{where} is a typed PRNG key: store jax.random.key_data(key)")
-        # A copy, not a view: the caller donates its state to the next train_step while we are still
-        # writing, and on CPU np.asarray(jax array) is the very buffer that XLA then overwrites.
+        # This has to be a copy, not a view. The caller donates its state to the next train_step while we are
+        # still writing, and on CPU np.asarray(jax array) is the very buffer that XLA then overwrites.
         value = np.array(leaf, dtype=struct.dtype if np.isscalar(leaf) else None, order="C", copy=True)
         if value.dtype != struct.dtype:
             raise ValueError(f"{where} is {value.dtype}, which jit turns into {struct.dtype}")
@@ -56,7 +56,7 @@ def to_host(tree: PyTree, item: str) -> Leaves:
 
 
 def to_device(leaves: Leaves, template: PyTree) -> PyTree:
-    """Makes the template's pytree of the leaves: uncommitted arrays, weakly typed where the template is."""
+    """Fills the template's pytree with the leaves, as uncommitted arrays, weakly typed where it is."""
     arrays = [_to_array(leaves[name], struct) for name, _, struct in _named(template)]
     return jax.tree.structure(template).unflatten(arrays)
 
@@ -68,16 +68,16 @@ def describe(value: np.ndarray) -> list:
 
 
 def fingerprint(tree: PyTree) -> str:
-    """Returns a short text that differs between trees of other names, shapes, dtypes or values."""
+    """Returns a short text that differs between trees whose names, shapes, dtypes or values differ."""
     described = {name: describe(np.asarray(leaf)) for name, leaf, _ in _named(tree)}
     return f"{_crc(described):08x}"
 
 
 def fill_template(template: Template, saved: Descriptions, item: str) -> PyTree:
-    """Returns the template, made for the stored number of rows where it is a function of it.
+    """Returns the template. If it is a function, it is called with the stored number of rows.
 
     Raises:
-        ValueError: it is a function and the first stored leaf has no axis 0.
+        ValueError: the template is a function and the first stored leaf has no axis 0.
     """
     if not callable(template):
         return template
@@ -88,7 +88,7 @@ def fill_template(template: Template, saved: Descriptions, item: str) -> PyTree:
 
 
 def check_fits(saved: Descriptions, template: PyTree, path: Path) -> None:
-    """Raises ValueError, with the path and the first differences, unless the template is what was stored."""
+    """Raises ValueError with the path and the first differences, unless the template fits what was stored."""
     expected = {name: f"{struct.dtype}{list(struct.shape)}" for name, _, struct in _named(template)}
     found = {name: f"{dtype}{shape}" for name, (dtype, shape, _) in saved.items()}
     wrong = [
@@ -107,7 +107,7 @@ def seal(extra: dict[str, Any], items: dict[str, Leaves]) -> dict[str, Any]:
     """Puts the caller's JSON, a description of every leaf and a CRC-32 of both into one document.
 
     Raises:
-        ValueError: extra would not come back from JSON equal to itself, or has one of our keys.
+        ValueError: `extra` would not come back from JSON equal to itself, or has one of our keys.
     """
     if {_LEAVES, _CRC} & set(extra):
         raise ValueError(f"checkpoint extra: the keys {_LEAVES!r} and {_CRC!r} are ours")
@@ -123,10 +123,10 @@ def seal(extra: dict[str, Any], items: dict[str, Leaves]) -> dict[str, Any]:
 
 
 def unseal(document: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Descriptions]]:
-    """Verifies what `seal` made and takes it apart: the caller's JSON, and the leaves of every item.
+    """Verifies what `seal` made and separates the caller's JSON from the leaves of every item.
 
     Raises:
-        ValueError, KeyError: it is not what was sealed.
+        ValueError, KeyError: the document is not what was sealed.
     """
     extra = {key: value for key, value in document.items() if key != _CRC}
     if document[_CRC] != _crc(extra):
@@ -136,7 +136,7 @@ def unseal(document: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Descript
 
 
 def _named(tree: PyTree) -> list[tuple[str, Any, jax.ShapeDtypeStruct]]:
-    """Lists the leaves: name, value, and shape, dtype and weak type as `jit` sees them."""
+    """Lists (name, value, shape with dtype and weak type as `jit` sees them) of every leaf."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     structs = jax.tree.leaves(jax.eval_shape(lambda t: t, tree))
     names = [jax.tree_util.keystr(path, simple=True, separator="/") or "array" for path, _ in leaves]
@@ -144,7 +144,7 @@ def _named(tree: PyTree) -> list[tuple[str, Any, jax.ShapeDtypeStruct]]:
 
 
 def _to_array(value: np.ndarray, struct: jax.ShapeDtypeStruct) -> jax.Array:
-    # Only a Python scalar makes a weakly typed array; anything else would compile train_step again.
+    # Only a Python scalar makes a weakly typed array. Anything else would compile train_step again.
     return jnp.array(value if not struct.weak_type or value.ndim else value.item())
 
 

@@ -1,14 +1,14 @@
-"""Checkpoints: everything a run needs to go on bit for bit after a kill. The only file that imports orbax.
+"""Checkpoints hold all that a run needs to continue bit for bit after a kill. No other file imports orbax.
 
     <directory>/<step>/state        the train state, one array per leaf, named by its path ("params/h/0/w")
-    <directory>/<step>/extra        JSON of the caller, and per leaf its dtype, shape and CRC-32
+    <directory>/<step>/extra        JSON of the caller, and the dtype, shape and CRC-32 of every leaf
     <directory>/<step>/<other>      any of OTHER_ITEMS that the caller had at that step, stored like the state
     <directory>/reference/0/state   the frozen reference parameters, written once
     <directory>/corrupted/<step>    a checkpoint that failed its checksums, moved out of the way
 
 A save is written to a temporary directory and renamed when complete, so a process killed at any time
-leaves the previous checkpoint whole. Orbax keeps no checksums of what it stores: ours (`stored_leaves`)
-are verified on every restore. One process writes; arrays sharded over its devices are gathered on the host.
+leaves the previous checkpoint whole. Orbax keeps no checksums of what it stores, so our own (`format`) are
+verified on every restore. One process writes. Arrays sharded over its devices are gathered on the host.
 """
 
 import logging
@@ -35,11 +35,12 @@ from grpo_jax.checkpoints.format import (
     unseal,
 )
 
-# What may be saved beside the state. Fixed, because orbax is told of every item when a directory is opened.
+# What may be saved beside the state. The list is fixed, because orbax is told of every item when a directory
+# is opened.
 OTHER_ITEMS = (
-    "experience",  # the rollout in use, where the step falls between two passes over it
+    "experience",  # the rollout in use, if the step falls between two passes over it
     "leftovers",  # rows of a rollout that wait for a later step; their number varies from step to step
-    "reference",  # the reference parameters, where they move during the run; `save_reference` has frozen ones
+    "reference",  # the reference parameters, if they move during the run; `save_reference` has frozen ones
 )
 
 
@@ -54,13 +55,14 @@ class Checkpoints:
     """The checkpoints of one run, saved in the background.
 
     Args:
-        directory: where they live; made absolute, created if missing.
-        keep: newest checkpoints kept, at least 1.
-        read_only: look at a directory that another process may be writing to, as it is now: nothing is
-            created, cleaned up or moved. (A second writer would delete the first one's unfinished save.)
+        directory: directory of the checkpoints. It is made absolute, and is created if missing.
+        keep: number of newest checkpoints kept, at least 1.
+        read_only: whether to look at a directory that another process may be writing to, as it is now.
+            Nothing is then created, cleaned up or moved. (A second writer would delete the first one's
+            unfinished save.)
 
     Raises:
-        ValueError: the directory cannot be written (or, read only, does not exist); keep is below 1.
+        ValueError: the directory cannot be written (or, read only, does not exist), or keep is below 1.
     """
 
     def __init__(self, directory: str | Path, *, keep: int = 2, read_only: bool = False):
@@ -69,7 +71,7 @@ class Checkpoints:
         self.directory = Path(directory).expanduser().absolute()  # orbax refuses relative paths
         self._read_only = read_only
         _check_directory(self.directory, read_only)
-        logging.getLogger("absl").addFilter(_WITHOUT_ORBAX)  # a second time does nothing
+        logging.getLogger("absl").addFilter(_WITHOUT_ORBAX)  # adding it again does nothing
         self._clean_up("trash", "*.orbax-checkpoint-tmp*")
         self._manager = _make_manager(self.directory, keep, read_only)
         self._saving: int | None = None  # the step being written in the background
@@ -83,11 +85,11 @@ class Checkpoints:
         The caller may donate or overwrite `state` and `others` as soon as this returns.
 
         Args:
-            step: optimizer steps done; above every saved step.
+            step: number of optimizer steps done, above every saved step.
             state: pytree of arrays. A Python scalar is stored as the array `jit` would make of it.
-            extra: JSON: what comes back equals what went in.
+            extra: JSON object. What comes back equals what went in.
             others: pytrees of arrays to store beside the state, under names from `OTHER_ITEMS`. Empty
-                arrays cannot be stored: leave out an item that has no rows.
+                arrays cannot be stored, so leave out an item that has no rows.
 
         Raises:
             ValueError: the step is not new, an item has another name, or a leaf or `extra` cannot be stored
@@ -121,15 +123,15 @@ class Checkpoints:
 
         Args:
             step: one of `steps()`.
-            state_template: pytree of arrays or `jax.ShapeDtypeStruct`: structure, shapes and dtypes.
-            other_templates: the same for the items of `OTHER_ITEMS` that are wanted. Where the number of
-                rows is known only to the checkpoint, a function `num_rows -> template`, called with the
+            state_template: pytree of arrays or `jax.ShapeDtypeStruct`. It gives structure, shapes and dtypes.
+            other_templates: the same for the items of `OTHER_ITEMS` that are wanted. If only the checkpoint
+                knows the number of rows, give a function `num_rows -> template`. It is called with the
                 length of axis 0 of the item's first leaf if the item was stored.
 
         Returns:
-            `(state, extra, others)`, bit-identical to what was saved: uncommitted arrays on the default
-            device, weakly typed where the template is. others holds the items that were stored and have a
-            template.
+            `(state, extra, others)`, bit-identical to what was saved. Arrays are uncommitted on the default
+            device, and weakly typed where the template is. `others` holds the items that were stored and
+            have a template.
 
         Raises:
             CorruptedCheckpoint: a file is missing, unreadable or fails its checksum.
@@ -152,11 +154,11 @@ class Checkpoints:
     ) -> tuple[int, PyTree, dict[str, Any], dict[str, PyTree]]:
         """Restores the newest checkpoint that is whole.
 
-        Corrupted newer ones are warned about and moved to `corrupted/`, so that their steps can be
+        It warns about corrupted newer ones and moves them to `corrupted/`, so that their steps can be
         saved again.
 
         Returns:
-            `(step, state, extra, others)`; templates and returns are those of `restore`.
+            `(step, state, extra, others)`. Templates and the other values are those of `restore`.
 
         Raises:
             CorruptedCheckpoint: every checkpoint is corrupted.
@@ -189,14 +191,14 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def latest_step(self) -> int | None:
-        """Returns the newest saved step, None if there is none, after waiting for a save under way."""
+        """Returns the newest saved step, or None without any, after waiting for a save under way."""
         return max(self.steps(), default=None)
 
     def save_reference(self, params: PyTree) -> None:
         """Writes the reference parameters, once, and waits until they are on disk.
 
         Raises:
-            ValueError: there is a reference already; it must never change during a run.
+            ValueError: there is a reference already. It must never change during a run.
             RuntimeError: it could not be written.
         """
         if self.has_reference():
@@ -206,11 +208,11 @@ class Checkpoints:
         reference.wait()
 
     def has_reference(self) -> bool:
-        """Tells whether a complete reference is on disk."""
+        """Says whether a complete reference is on disk."""
         return (self.directory / "reference" / "0").is_dir()
 
     def restore_reference(self, template: PyTree) -> PyTree:
-        """Reads the reference parameters; arrays and errors as in `restore`."""
+        """Reads the reference parameters. Arrays and errors are those of `restore`."""
         if not self.has_reference():
             raise ValueError(f"no reference in {self.directory}")
         return self._open_reference().restore(0, template)[0]
@@ -219,7 +221,7 @@ class Checkpoints:
         """Blocks until the save under way is on disk.
 
         Raises:
-            RuntimeError: it failed. The earlier checkpoints are untouched, and saving may go on.
+            RuntimeError: the save failed. The earlier checkpoints are untouched, and saving may go on.
         """
         try:
             self._manager.wait_until_finished()
@@ -229,7 +231,7 @@ class Checkpoints:
         self._clean_up("trash")
 
     def close(self) -> None:
-        """Waits, raises as `wait` does, and ends the background threads."""
+        """Waits and raises as `wait` does, then ends the background threads."""
         try:
             self.wait()
         finally:
@@ -243,7 +245,7 @@ class Checkpoints:
         return self._reference
 
     def _document(self, step: int) -> tuple[dict[str, Any], dict[str, Descriptions]]:
-        """Returns the caller's JSON, and for each item what was stored."""
+        """Returns the caller's JSON, and a description of what was stored of each item."""
         if step not in self.steps():
             raise ValueError(f"no checkpoint of step {step} in {self.directory}; there are {self.steps()}")
         try:
@@ -283,9 +285,9 @@ class Checkpoints:
         ) from error
 
     def _clean_up(self, *patterns: str) -> None:
-        # A rename is atomic, a deletion is not: orbax renames old steps to trash/ and leaves the deletion to
-        # us, so that a half-deleted step is never taken for a checkpoint. Its own clean-up of temporary
-        # directories comes only before the next save, and never after a failed one.
+        # A rename is atomic, and a deletion is not. So orbax renames old steps to trash/ and leaves the
+        # deletion to us, and a half-deleted step is never taken for a checkpoint. Its own clean-up of
+        # temporary directories comes only before the next save, and never after a failed one.
         if not self._read_only:
             for path in (path for pattern in patterns for path in self.directory.glob(pattern)):
                 shutil.rmtree(path, ignore_errors=True)
@@ -296,7 +298,7 @@ def _make_manager(directory: Path, keep: int, read_only: bool) -> ocp.Checkpoint
         options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
     else:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, todelete_subdir="trash")
-    # Plain files: without OCDBT's database a gigabyte is written about twice as fast, as more files.
+    # Plain files, without OCDBT's database, take half the time for a gigabyte. There are more of them.
     handlers = {name: ocp.PyTreeCheckpointHandler(use_ocdbt=False) for name in ("state", *OTHER_ITEMS)}
     handlers["extra"] = ocp.JsonCheckpointHandler()
     return ocp.CheckpointManager(directory, item_handlers=handlers, options=options)
@@ -326,7 +328,7 @@ def _check_names(others: Mapping[str, Any] | None) -> dict[str, Any]:
 
 class _WithoutOrbax(logging.Filter):
     # Orbax reports every save in tens of lines, and every error in a traceback, through the logger that all
-    # users of absl share. What matters of it is raised.
+    # users of absl share. Anything that matters is raised as an exception.
     def filter(self, record: logging.LogRecord) -> bool:
         return "/orbax/checkpoint/" not in record.pathname
 
