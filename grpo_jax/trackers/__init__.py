@@ -1,6 +1,6 @@
-"""Where metrics go: JSONL always, the console, TensorBoard and Weights & Biases behind one `log`.
+"""Where metrics go: always to JSONL, and to the console, TensorBoard and Weights & Biases, by one `log`.
 
-The JSONL files are the record of a run (see jsonl.py). The others are views of it: when one of them
+The JSONL files are the record of a run (see jsonl.py). The others are views of it. When one of them
 fails, the run says so once and carries on.
 """
 
@@ -35,10 +35,10 @@ class Tracker(Protocol):
     """A place where metrics go."""
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Takes the metrics of a step; may be called again for the same step with other names."""
+        """Takes the metrics of a step. It may be called again for the same step with other names."""
 
     def log_completions(self, step: int, rows: Sequence[Row]) -> None:
-        """Takes samples: prompt, completion, reward, advantage, rewards/<name>."""
+        """Takes samples, each with prompt, completion, reward, advantage and rewards/<name>."""
 
     def close(self) -> None:
         """Writes what is left."""
@@ -50,16 +50,16 @@ def is_timing(name: str) -> bool:
 
 
 class Trackers:
-    """Several trackers as one; a context manager that closes them.
+    """Several trackers as one, and a context manager that closes them.
 
-    An error of the first, the JSONL record that a resumed run relies on, goes through. One of the others
+    An error of the JSONL record, which a resumed run relies on, is raised. An error of another tracker
     is printed once, in one line, and the run carries on.
 
     Args:
         record: the JSONL tracker.
-        console: prints the messages.
-        others: TensorBoard, W&B.
-        num_completions: rows of a `log_completions` that are kept.
+        console: the tracker that prints the messages.
+        others: other trackers, such as TensorBoard and W&B.
+        num_completions: number of rows of a `log_completions` that are kept.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Trackers:
         self.close()
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Hands the metrics of a step to every tracker; nothing happens without metrics."""
+        """Hands the metrics of a step to every tracker. Nothing happens without metrics."""
         if metrics:
             self._record.log(step, metrics)
             for tracker in (self._console, *self._others):
@@ -100,7 +100,7 @@ class Trackers:
         self._guard(self._console, self._console.message, text)
 
     def close(self) -> None:
-        """Closes every tracker, the console last: the others may have something to say."""
+        """Closes every tracker, the console last, because the others may have something to say."""
         self._record.close()
         for tracker in (*self._others, self._console):
             self._guard(tracker, tracker.close)
@@ -131,15 +131,15 @@ def make_trackers(
     """Opens the trackers that a config asks for.
 
     Args:
-        tracking: which ones.
+        tracking: the part of the config that says which ones.
         run_dir: directory of the run.
         config: the resolved config, logged without secrets.
-        total_steps: of the whole run.
-        resume_step: step of the checkpoint the run continues from: later rows of an earlier attempt are
-            dropped. None: a fresh run, the files start empty.
+        total_steps: number of steps of the whole run.
+        resume_step: step of the checkpoint that the run continues from. Later rows of an earlier attempt are
+            dropped. None means a fresh run, whose files start empty.
 
     Raises:
-        ImportError: an option is on whose package is missing; the message says what to install.
+        ImportError: an option is on whose package is missing. The message says what to install.
     """
     console = ConsoleTracker(total_steps, resume_step)
     others: list[Tracker] = []
@@ -156,6 +156,6 @@ def make_trackers(
                 message=console.message,
             )
         )
-    # last, as opening it rewinds the files: a missing package must not cost anybody's record
+    # This comes last, because it rewinds the files, and a missing package must not cost anybody's record.
     record = JsonlTracker(run_dir, resume_step)
     return Trackers(record, console, others, num_completions=tracking.num_completions)

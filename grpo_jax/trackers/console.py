@@ -17,7 +17,7 @@ from grpo_jax.trackers.jsonl import Metrics, Row, plain
 
 
 def printable(value: Any) -> str:
-    """Makes a text of a model safe for a terminal: control and invisible characters become escapes."""
+    """Makes a model's text safe for a terminal by escaping control and invisible characters."""
     text = value if isinstance(value, str) else json.dumps(plain(value), ensure_ascii=False)
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
@@ -32,7 +32,7 @@ def _figure(value: float | None, spec: str = ".4g") -> str:
     return "-" if value is None else format(float(value), spec)
 
 
-_SHOWN_CHARACTERS = 160  # of a prompt (its end) and of a completion (its start)
+_SHOWN_CHARACTERS = 160  # number of characters of a prompt (its end) and of a completion (its start)
 
 
 def spread(rows: Sequence, count: int) -> list:
@@ -42,7 +42,7 @@ def spread(rows: Sequence, count: int) -> list:
 
 
 def bars(counts: Sequence[int]) -> str:
-    """Draws a histogram as one word: a block of up to eight eighths for each count, a dot for none.
+    """Draws a histogram as one word. Each count is a block of up to eight eighths, or a dot if it is 0.
 
     >>> bars([8, 0, 1, 4])
     '█.▁▄'
@@ -52,7 +52,7 @@ def bars(counts: Sequence[int]) -> str:
 
 
 def samples_table(title: str, rows: Sequence[Row]) -> Table:
-    """Makes a table of samples: prompt, completion, reward, rewards/<name>; the advantage if there is one."""
+    """Makes a table of samples: prompt, completion, reward, rewards/<name> and, if given, the advantage."""
     table = Table(title=Text(printable(title)), title_justify="left")
     names = [name for name in rows[0] if name.startswith("rewards/")] if rows else []
     for heading in ("prompt", "completion"):
@@ -84,15 +84,15 @@ def figures_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[s
 
 
 class ConsoleTracker:
-    """Shows a progress bar on a terminal, now and then a line of plain text anywhere else.
+    """Shows a progress bar on a terminal. Anywhere else it prints a line of plain text now and then.
 
-    Tokens per second are those of the last step: the growth of `num_tokens` over `step_time`.
+    Tokens per second are those of the last step, the growth of `num_tokens` over `step_time`.
 
     Args:
-        total_steps: of the whole run.
-        resume_step: steps done before.
-        stream: where to; None: standard output.
-        clock: seconds, for the time left and the pace of lines.
+        total_steps: number of steps of the whole run.
+        resume_step: number of steps done before.
+        stream: stream to print to. None means standard output.
+        clock: function that returns seconds, for the time left and the pace of lines.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class ConsoleTracker:
         self._began: tuple[int, float] | None = None  # step and time of the first training metrics
         self._line = (self._first - self._every, -math.inf)  # step and time of the last line
         terminal = self._stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
-        # Said outright: FORCE_COLOR in a CI job would make rich take its log for a terminal.
+        # rich is told, because FORCE_COLOR in a CI job would make it take the log for a terminal.
         self._console = Console(
             file=self._stream,
             force_terminal=terminal,
@@ -157,7 +157,7 @@ class ConsoleTracker:
             self.message(f"step {step}/{self._total}  {figures}  {self._time_left(step, now)} left")
 
     def _time_left(self, step: int, now: float) -> str:
-        if self._began is None:  # the first step compiles: it says nothing about the others
+        if self._began is None:  # the first step compiles, so it says nothing about the others
             self._began = (step, now)
             return "-"
         first, started = self._began
@@ -183,7 +183,7 @@ class ConsoleTracker:
 
     def _print(self, what: str | Table) -> None:
         if self._progress is not None:
-            # soft_wrap: a command that a message shows must stay one line
+            # soft_wrap keeps a command that a message shows on one line.
             is_text = isinstance(what, str)
             self._console.print(Text(what) if is_text else what, soft_wrap=is_text)
             return
@@ -191,7 +191,8 @@ class ConsoleTracker:
             with self._console.capture() as capture:
                 self._console.print(what)
             what = capture.get().rstrip("\n")
-        encoding = self._stream.encoding or "utf-8"  # a log in ASCII shows other characters as escapes
+        # A log in ASCII shows other characters as escapes.
+        encoding = self._stream.encoding or "utf-8"
         self._stream.write(what.encode(encoding, "backslashreplace").decode(encoding) + "\n")
         self._stream.flush()
 

@@ -1,8 +1,8 @@
 """metrics.jsonl and completions.jsonl: the record of a run, which a resumed run continues.
 
-One object per line, `{"step": n, ...}`. Floats are written so that equal floats give equal text, NaN and
-infinities as null: JSON has no other way to say them. A run that was killed and continued leaves the same
-rows as one that was not, timings apart, if all rows of a step are written before its checkpoint is.
+Each line is one object, `{"step": n, ...}`. Floats are written so that equal floats give equal text. NaN and
+infinities are null, because JSON has no other way to say them. A run that was killed and continued leaves the
+same rows as one that was not, timings apart, if all rows of a step are written before its checkpoint is.
 """
 
 import json
@@ -19,7 +19,7 @@ Row = Mapping[str, Any]
 
 
 def plain(value: Any) -> Any:
-    """Turns a value into what JSON can say: NumPy scalars become Python's, NaN and infinities None."""
+    """Turns a value into JSON's types. NumPy scalars become Python's, and NaN and infinities become None."""
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -34,13 +34,13 @@ def plain(value: Any) -> Any:
 
 
 def rewind(path: Path, step: int | None) -> None:
-    """Drops the rows of a JSONL file that lie after a step, and a last line that was cut off.
+    """Drops the rows of a JSONL file that lie after a step, and a last line that is incomplete.
 
-    The file is replaced in one move: a crash leaves the old one or the new one.
+    The file is replaced in one move, so a crash leaves the old one or the new one.
 
     Args:
-        path: file of rows with a `step`; need not exist.
-        step: last step to keep; None: keep nothing.
+        path: file of rows with a `step`. It need not exist.
+        step: last step to keep. None means that nothing is kept.
     """
     kept = []
     if step is not None and path.exists():

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _SECRET = {"secret", "password", "passwd", "passphrase", "credential", "auth", "apikey", "env", "environ"}
-_SECRET_UNLESS_NUMBER = {"key", "token"}  # max_new_tokens is none
+_SECRET_UNLESS_NUMBER = {"key", "token"}  # max_new_tokens is no secret
 _SECRET_TEXT = re.compile(
     r"\b(?:(?:hf_|ghp_|AKIA)[A-Za-z0-9]{16,}|(?:github_pat_|sk-|wandb_v1_)[\w-]{16,})"
     r"|(?<=://)[^/@\s]+(?=@)"
@@ -27,9 +27,9 @@ def _is_secret(name: str, value: Any = "") -> bool:
 def redact(config: Any) -> Any:
     """Returns a config without secrets.
 
-    Hidden are values under a name with a word such as key, token, secret, password or env (a number under
-    a key or token stays: `max_new_tokens` is none), credentials in URLs, tokens of known form,
-    and the values of environment variables with such a name wherever they stand in a text.
+    It hides values under a name with a word such as key, token, secret, password or env. A number under a key
+    or token stays, because `max_new_tokens` is no secret. It also hides credentials in URLs, tokens of known
+    form, and the values of environment variables with such a name, wherever they occur in a text.
 
     >>> redact({"api_key": "abc", "max_new_tokens": 64, "url": "https://me:pw@host/x"})
     {'api_key': '[redacted]', 'max_new_tokens': 64, 'url': 'https://[redacted]@host/x'}

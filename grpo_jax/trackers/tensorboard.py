@@ -11,10 +11,11 @@ from grpo_jax.trackers.redaction import redact
 
 
 class TensorBoardTracker:
-    """Writes event files under run_dir/tensorboard; on resume the rows after resume_step are purged.
+    """Writes event files under run_dir/tensorboard. On resume the rows after resume_step are purged.
 
-    Events are written here and now. tensorboardX's SummaryWriter hands them to a thread through a queue,
-    and once that thread died of a full disk the queue blocks, if not `log` then the end of the process.
+    Events are written at once, in this thread. tensorboardX's SummaryWriter hands them to another thread
+    through a queue. When that thread dies because the disk is full, the queue blocks `log`, or else the exit
+    of the process.
     """
 
     def __init__(self, run_dir: str | Path, config: Mapping[str, Any], resume_step: int | None = None):
@@ -29,8 +30,9 @@ class TensorBoardTracker:
         self._summary, self._event = summary, Event
         directory = Path(run_dir) / "tensorboard"
         directory.mkdir(parents=True, exist_ok=True)
-        # Names end with the second: writers opened within one would overwrite one file. TensorBoard reads
-        # files in the order of their names, so the rest of the name has to be a time as well.
+        # Names end with the second, so writers opened within the same second would overwrite one file.
+        # TensorBoard reads files in the order of their names, so the rest of the name has to be a time as
+        # well.
         self._writer = EventsWriter(str(directory / "events"), f".{time.time_ns()}")
         first = 0 if resume_step is None else resume_step + 1
         self._write(first, session_log=SessionLog(status=SessionLog.START))  # purges from there on
@@ -41,7 +43,7 @@ class TensorBoardTracker:
         self._writer.write_event(self._event(wall_time=time.time(), step=step, **what))
 
     def _write_text(self, tag: str, text: str, step: int) -> None:
-        # indented: a code block, so that a model's text is not read as Markdown
+        # Indentation makes it a code block, so that a model's text is not read as Markdown.
         block = "".join(f"    {line}\n" for line in text.split("\n"))
         self._write(step, summary=self._summary.text(tag, block))
 

@@ -17,7 +17,7 @@ from grpo_jax.trackers.redaction import redact
 
 
 def has_wandb_key() -> bool:
-    """Says whether W&B credentials are there: in the environment, in netrc, or in its settings file."""
+    """Says whether the environment, netrc or W&B's settings file has credentials."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
@@ -38,19 +38,18 @@ def has_wandb_key() -> bool:
 
 
 class WandbTracker:
-    """Logs to Weights & Biases: online with a key, else offline into run_dir/wandb.
+    """Logs to Weights & Biases, online with a key, else offline into run_dir/wandb.
 
-    WANDB_MODE decides if it is set. What cannot be opened online is opened offline. On
-    resume the same W&B run goes on; steps it has already are equal to the repeated ones, and W&B ignores
-    those.
+    WANDB_MODE decides if it is set. A run that cannot be opened online is opened offline. On resume the same
+    W&B run goes on. Steps that it already has are equal to the repeated ones, which W&B ignores.
 
     Args:
-        run_dir: of the run; its `wandb_id` keeps the id.
-        config: of the run, logged without secrets.
+        run_dir: directory of the run. Its file `wandb_id` keeps the id.
+        config: config of the run, logged without secrets.
         project: W&B project.
-        name: W&B run name; None: the run directory's.
-        resume_step: None: a new W&B run.
-        message: prints a line.
+        name: name of the W&B run. None means the name of the run directory.
+        resume_step: step that the run continues from. None means a new W&B run.
+        message: function that prints a line.
     """
 
     def __init__(
