@@ -38,6 +38,6 @@ def rows_by_category(examples: Sequence[Example], column: str | None) -> dict[st
     if len(rows) > MAX_CATEGORIES:
         raise ValueError(
             f"evaluation.category: `{column}` has {len(rows)} values among {len(examples)} held-out "
-            f"prompts; {MAX_CATEGORIES} at most, each has metrics of its own"
+            f"prompts; {MAX_CATEGORIES} at most are possible, because each has metrics of its own"
         )
     return rows
