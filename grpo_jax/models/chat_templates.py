@@ -1,4 +1,4 @@
-"""From chat messages to the text that the model sees: the chat template of a tokenizer.
+"""Turns chat messages into the text that the model sees, by the chat template of a tokenizer.
 
 A prompt is a function of the data and of the `ChatSettings` of a run. A template that asks for the time gets
 that of the settings, never that of the clock.
@@ -19,7 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from grpo_jax.models.control_tokens import ControlTokens, find_control_token
 from grpo_jax.spelling import nearest
 
-# A line per message, for models that were never taught to chat.
+# It writes a line per message, for models that were never taught to chat.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -55,18 +55,18 @@ class Rendering(Protocol):
 
     @property
     def source(self) -> str:
-        """The name that messages call the model."""
+        """The name of the model in messages."""
 
     @property
     def chat(self) -> ChatSettings:
-        """What the chat template is given."""
+        """The settings that the chat template is given."""
 
 
 def read_date(text: str) -> datetime:
     """Reads the value of `model.chat_template_date`.
 
     Raises:
-        ValueError: it is no date.
+        ValueError: the text is no date.
     """
     try:
         return datetime.fromisoformat(text)
@@ -80,7 +80,7 @@ def set_chat_template(tokenizer: Any, chat_template: str) -> None:
     """Gives a tokenizer the chat template that a config names: `auto`, `plain`, or the path of a Jinja file.
 
     Raises:
-        FileNotFoundError: it is no file.
+        FileNotFoundError: the path is no file.
     """
     if chat_template == "auto":
         return
@@ -103,7 +103,7 @@ def check_arguments(tokenizer: Any, arguments: Mapping[str, Any], source: str) -
     Args:
         tokenizer: the fast tokenizer.
         arguments: variables of the template by name.
-        source: the name that messages call the model.
+        source: name of the model in messages.
 
     Raises:
         ValueError: there is no template, or it does not use an argument.
@@ -146,7 +146,7 @@ def render(model: Rendering, name: str, messages: list[dict], control: ControlTo
 
     Args:
         model: a loaded model.
-        name: what messages call the prompt.
+        name: name of the prompt in messages.
         messages: dicts with `role` and `content`.
         control: the control tokens of the model's tokenizer.
 
@@ -161,7 +161,7 @@ def render(model: Rendering, name: str, messages: list[dict], control: ControlTo
             "give strings, a model tuned for chat, or set model.chat_template to plain or to a Jinja file"
         )
     if (token := find_control_token(control, messages)) is not None:
-        # The template mixes text and control tokens in one string: there it would become control.
+        # The template mixes text and control tokens in one string, where the text would become control.
         raise ValueError(f"{name}: a message spells the control token {token!r}: take it out")
     try:
         return apply_template(model.tokenizer, messages, model.chat)
@@ -178,7 +178,7 @@ def apply_template(
     Args:
         tokenizer: the fast tokenizer.
         messages: dicts with `role` and `content`.
-        settings: what the template is given besides.
+        settings: what the template is given besides the messages.
         add_generation_prompt: whether the start of the assistant's turn follows.
     """
     given = {_CLOCK: settings.now.strftime, **settings.arguments}
@@ -188,7 +188,7 @@ def apply_template(
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """Reads `{% generation %}`, which transformers has in its templates, as what is in it."""
+    """Reads the block `{% generation %}`, which transformers has in its templates, as its content."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -204,7 +204,7 @@ _ENVIRONMENT = ImmutableSandboxedEnvironment(
 
 
 def _parsed(tokenizer: Any, settings: ChatSettings) -> Any:
-    """Returns the syntax tree of the chat template; `None` if it is broken, which rendering will say."""
+    """Returns the syntax tree of the chat template, or `None` if it is broken, which rendering will say."""
     try:
         source = tokenizer.get_chat_template(None, settings.arguments.get("tools"))
         return _ENVIRONMENT.parse(source)

@@ -1,11 +1,11 @@
-"""The control tokens of a tokenizer, found once: what they are, and where text spells one."""
+"""Finds the control tokens of a tokenizer, once, and the texts that spell one."""
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_PREFIX = 3  # characters by which tokens are looked up in a text
+_PREFIX = 3  # number of characters by which tokens are looked up in a text
 _FOUND: weakref.WeakKeyDictionary = (
     weakref.WeakKeyDictionary()
 )  # tokenizer -> (its state, its control tokens)
@@ -16,10 +16,10 @@ class ControlTokens:
     """What a tokenizer's special tokens are.
 
     Args:
-        meaning: those that mean something to the model, by id; a mere `unk` does not.
-        spelled: the texts of all of them, by their first characters.
-        num_before: tokens that the tokenizer puts before every text, such as BOS.
-        num_behind: tokens that it puts behind every text, such as EOS.
+        meaning: the tokens that mean something to the model, by id. A mere `unk` does not.
+        spelled: the texts of all special tokens, by their first characters.
+        num_before: number of tokens that the tokenizer puts before every text, such as BOS.
+        num_behind: number of tokens that it puts behind every text, such as EOS.
     """
 
     meaning: Mapping[int, str]
@@ -31,7 +31,8 @@ class ControlTokens:
 def control_tokens(tokenizer: Any) -> ControlTokens:
     """Returns the control tokens of a fast tokenizer.
 
-    transformers makes its table of added tokens anew at every access: milliseconds with thousands of them.
+    They are kept, because transformers re-creates its table of added tokens at every access. That takes
+    milliseconds if there are thousands of them.
     """
     state = (tokenizer.__len__(), tokenizer.special_tokens_map)
     known = _FOUND.get(tokenizer)
@@ -58,9 +59,9 @@ def _find(tokenizer: Any) -> ControlTokens:
 
 
 def find_control_token(control: ControlTokens, messages: Sequence[Mapping[str, Any]]) -> str | None:
-    """Returns a control token that the messages spell, `None` if there is none.
+    """Returns a control token that the messages spell, or `None` if there is none.
 
-    A role may be the name of a token, as templates write it; it may not hold one among other text.
+    A role may be the name of a token, as templates write it. It may not hold one among other text.
     """
     for message in messages:
         for text in _texts([value for key, value in message.items() if key != "role"]):
@@ -73,7 +74,7 @@ def find_control_token(control: ControlTokens, messages: Sequence[Mapping[str, A
 
 
 def spelled_token(text: str, control: ControlTokens) -> str | None:
-    """Returns a control token that a text spells, `None` if there is none."""
+    """Returns a control token that a text spells, or `None` if there is none."""
     for prefix, tokens in control.spelled.items():
         if prefix in text:
             for token in tokens:
@@ -83,7 +84,7 @@ def spelled_token(text: str, control: ControlTokens) -> str | None:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Yields every string of a message, whatever it lies in."""
+    """Yields every string of a message, however deeply it is nested."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):

@@ -1,7 +1,7 @@
-"""Which configurations `decoder.py` computes: each as an `Architecture`, and the names of its weights.
+"""The configurations that `decoder.py` computes, each as an `Architecture` with the names of its weights.
 
-Parameters keep the pytree of `FlaxAutoModelForCausalLM`, also where that has no class: paths are PyTorch's
-module names, kernels are [in, out] (GPT-2's are the other way round). So files, exports and checkpoints
+Parameters keep the pytree of `FlaxAutoModelForCausalLM`, even if that has no class for the type. Paths are
+PyTorch's module names, and kernels are [in, out] (GPT-2's are [out, in]). So files, exports and checkpoints
 do not depend on which of the two computes. Every type here agrees with PyTorch transformers on the
 checkpoints under tests/fixtures/models.
 """
@@ -23,7 +23,7 @@ Config = Any  # a transformers PretrainedConfig
 Settings = dict[str, Any]  # its fields, defaults filled in, and the keys of config.json it does not know
 Problems = Iterator[str]  # reasons why a configuration is refused
 
-# The names in config.json -> ours; three of them are the tanh approximation.
+# The names in config.json -> ours. Three of them are the tanh approximation.
 ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
@@ -46,11 +46,12 @@ class Line:
 
     Args:
         activation: field that names the activation.
-        biases: says which dense layers have one: (query, key and value; attention output; MLP).
-        windows: the field `sliding_window` counts on the layers of `layer_types`, on all, or on none.
-        head_norms: queries and keys are normalised.
-        sandwich: attention and MLP have a norm behind them, too.
-        gemma: embeddings are scaled by sqrt(width), scales of norms stored around 0.
+        biases: function that says which dense layers have a bias: query, key and value, then the attention
+            output, then the MLP.
+        windows: layers that the field `sliding_window` applies to: those of `layer_types`, `all`, or `none`.
+        head_norms: whether queries and keys are normalised.
+        sandwich: whether attention and MLP have a norm behind them, too.
+        gemma: whether embeddings are scaled by sqrt(width), and scales of norms are stored around 0.
         ignored: fields that PyTorch's class does not use, though others of the line do.
     """
 
@@ -92,7 +93,7 @@ MODEL_TYPES = ("gpt2", *LINES)
 
 
 def problems(config: Config) -> Problems:
-    """Yields every reason for which the decoder would not compute what PyTorch computes."""
+    """Yields every reason why the decoder would not compute what PyTorch computes."""
     if config.model_type not in MODEL_TYPES:
         yield f"the decoder knows no {config.model_type}; it knows {', '.join(MODEL_TYPES)}"
         return
@@ -253,7 +254,7 @@ def _scaling(rope: dict | None) -> LinearScaling | Llama3Scaling | None:
 
 @dataclass(frozen=True)
 class Leaf:
-    """One parameter: where it is, its shape there, and whether the decoder reads it transposed."""
+    """One parameter: its path, its shape there, and whether the decoder reads it transposed."""
 
     path: tuple[str, ...]
     shape: tuple[int, ...]
@@ -266,7 +267,7 @@ class Leaf:
 
 
 def layout(config: Config) -> dict[str, Any]:
-    """Returns the decoder's tree of weights (see `make_decoder`) with a `Leaf` for each."""
+    """Returns the decoder's tree of weights (see `make_decoder`), with a `Leaf` for each weight."""
     s = config.to_dict()
     return _gpt2_layout(s) if config.model_type == "gpt2" else _line_layout(s)
 
@@ -362,9 +363,9 @@ def make_policy(config: Config, *, dtype: Any, remat: str = "none", attention: s
 
     Args:
         config: the transformers configuration object.
-        dtype: compute dtype, jnp.float32 or jnp.bfloat16; logits are float32 either way.
-        remat: see `make_decoder`.
-        attention: see `make_decoder`.
+        dtype: compute dtype, jnp.float32 or jnp.bfloat16. Logits are float32 either way.
+        remat: remat of `make_decoder`.
+        attention: attention of `make_decoder`.
     """
     tree = layout(config)
 
@@ -375,15 +376,15 @@ def make_policy(config: Config, *, dtype: Any, remat: str = "none", attention: s
 
 
 def embedding_path(config: Config) -> tuple[str, ...]:
-    """Returns the path of the token embedding; its first part is the base model's."""
+    """Returns the path of the token embedding. Its first part is the base model's."""
     return layout(config)["embedding"].path
 
 
 def buffers(config: Config) -> tuple[str, ...]:
-    """Returns patterns of tensors in PyTorch files which are constants, not parameters."""
+    """Returns patterns of tensors in PyTorch files that are constants, not parameters."""
     return (r"\.attn\.(masked_)?bias$",) if config.model_type == "gpt2" else (r"\.rotary_emb\.inv_freq$",)
 
 
 def max_positions(config: Config) -> int:
-    """Returns the longest sequence, padding included; a window does not limit it."""
+    """Returns the length of the longest sequence, padding included. A window does not limit it."""
     return architecture_of(config).max_positions

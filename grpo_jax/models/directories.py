@@ -1,4 +1,4 @@
-"""From a model's name to a local directory: a path, a hub id, or a packaged model."""
+"""Finds the local directory of a model's name, which is a path, a hub id, or a packaged model."""
 
 import json
 from importlib.resources import files
@@ -18,7 +18,7 @@ PACKAGED = Path(str(files("grpo_jax"))) / "packaged"
 
 
 def find_directory(name: str, *, revision: str | None) -> Path:
-    """Returns the local directory of a model, downloading a hub id."""
+    """Returns the local directory of a model. It downloads a model named by a hub id."""
     packaged = name.removeprefix("packaged:")
     path = Path(name).expanduser() if packaged == name else PACKAGED / packaged
     is_path = packaged != name or path.is_dir() or name.startswith((".", "/", "~")) or name.count("/") > 1
@@ -54,7 +54,8 @@ _SMALL_FILES += [ADAPTER_CONFIG]
 
 
 def _download(name: str, revision: str | None) -> Path:
-    # Configuration first: a model that will be refused costs no gigabytes. Then the first format there is.
+    # The configuration comes first, so that a model that will be refused costs no gigabytes. Then comes the
+    # first format that exists.
     stages = (_SMALL_FILES, ["model.safetensors", "model-*.safetensors"], ["flax_model*.msgpack"])
     try:
         for patterns in stages:
@@ -78,7 +79,7 @@ def _download(name: str, revision: str | None) -> Path:
 
 
 def read_json(path: Path) -> dict | None:
-    """Returns the contents of a JSON file, None if there is no such file."""
+    """Returns the contents of a JSON file, or None if there is no such file."""
     if not path.is_file():
         return None
     try:

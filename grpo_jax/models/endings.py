@@ -14,7 +14,7 @@ _GIVEN = "sampling.eos_token_ids"
 
 
 class Ending(Protocol):
-    """What of a `Model` says how its completions end."""
+    """The fields of a `Model` that say how its completions end."""
 
     tokenizer: Any
     eos_ids: tuple[int, ...]
@@ -39,17 +39,17 @@ def find_eos(
 
     Args:
         generation_config: contents of generation_config.json.
-        config: contents of config.json. What its class would add by default is nothing that the model names.
-        tokenizer: its `eos_token` counts, and an `eot_token` (end of turn), which some have.
+        config: contents of config.json. Defaults of its class do not count, as the model does not name them.
+        tokenizer: tokenizer. Its `eos_token` counts, and so does an `eot_token` (end of turn), if it has one.
         vocab_size: V.
-        source: what messages call the model.
-        required: whether there has to be one.
+        source: name of the model in messages.
+        required: whether there has to be such a token.
 
     Returns:
         id -> the places that name it, in the order above.
 
     Raises:
-        ValueError: an entry is no id of the vocabulary, there is none, or none can be drawn.
+        ValueError: an entry is no id of the vocabulary, there is no entry, or none can be sampled.
     """
     named = {
         "generation_config.json": generation_config.get("eos_token_id"),
@@ -81,16 +81,16 @@ def choose_eos(
     """Turns the tokens that a user gives into ids.
 
     Args:
-        tokens: ids, or the texts of tokens; none if nothing but stop strings should end a completion.
-        tokenizer: of the model.
+        tokens: ids or texts of tokens. If it is empty, only stop strings end a completion.
+        tokenizer: tokenizer of the model.
         vocab_size: V.
-        source: what messages call the model.
+        source: name of the model in messages.
 
     Returns:
         id -> where it comes from.
 
     Raises:
-        ValueError: something is no id of the vocabulary, or no single token; or none can be drawn.
+        ValueError: an entry is no id of the vocabulary or no single token, or no entry can be sampled.
     """
     ids = []
     for token in tokens:
@@ -106,7 +106,7 @@ def choose_eos(
 
 
 def _id_of(text: str, tokenizer: Any, source: str) -> int:
-    """Returns the id of the token of this text: as the vocabulary spells it, or as it reads."""
+    """Returns the id of the token with this text, as the vocabulary spells it or as it decodes."""
     found = tokenizer.get_vocab().get(text)
     if found is not None:
         return found
@@ -136,10 +136,10 @@ def _drawable(found: dict[int, str], tokenizer: Any, source: str) -> dict[int, s
 
 
 def tokenizer_to_save(model: Ending) -> Any:
-    """Returns the tokenizer, as it is if its eos token is one of the model's.
+    """Returns the tokenizer as it is, if its eos token is one of the model's.
 
-    Otherwise a copy names the first of the model's that is a control token: to name an ordinary token would
-    make it one, and take it out of every text.
+    Otherwise it returns a copy that names the first control token among the model's. Naming an ordinary token
+    would make it a control token and take it out of every text.
     """
     tokenizer = model.tokenizer
     special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -152,7 +152,7 @@ def tokenizer_to_save(model: Ending) -> Any:
 
 
 def describe_endings(model: Ending) -> str:
-    """Says in one line what ends a completion: each token's text, its id, and who names it; stop strings."""
+    """Says in one line what ends a completion: each token's text, id and origin, and the stop strings."""
     tokens = [
         f"{_text_of(model.tokenizer, token)} (id {token}: {origin})"
         for token, origin in zip(model.eos_ids, model.eos_origins, strict=True)
@@ -174,7 +174,7 @@ def end_arguments(model: Ending) -> dict[str, Any]:
 
 
 def stop_notes(model: Ending) -> list[str]:
-    """Returns a line for each stop string that stops nothing, or that a reward may look for."""
+    """Returns a line for each stop string that stops nothing or that a reward may look for."""
     if model.stops is None:
         return []
     special = _special_tokens_in(model.tokenizer, model.stops.strings)
@@ -217,7 +217,7 @@ def _text_of(tokenizer: Any, token: int) -> str:
 
 
 def turn_end_note(model: Ending) -> str | None:
-    """Returns a line for prompts that are chats, if a turn's own end does not end a completion; else None.
+    """Returns a line for prompts that are chats if a turn's own end does not end a completion, else None.
 
     The turn's end is the first control token that the chat template puts behind an assistant's message.
     """

@@ -1,9 +1,9 @@
 """Model families whose Flax class in transformers is adapted to `Policy`, and reading config.json.
 
-The modules are those of `FlaxAutoModelForCausalLM`; parameters keep its pytree. Several of these classes
-ignore parts of their configuration and would compute a different model without a word: `problems` says so of
-a configuration. Every family here agrees with PyTorch transformers on the checkpoints under
-tests/fixtures/models. The types that our own decoder computes are in `architectures`.
+The modules are those of `FlaxAutoModelForCausalLM`, and parameters keep its pytree. Several of these classes
+ignore parts of their configuration and would silently compute a different model. `problems` finds such a
+configuration. Every family here agrees with PyTorch transformers on the checkpoints under
+tests/fixtures/models. The types that our own decoder computes are in `decoder_families`.
 """
 
 import copy
@@ -49,12 +49,13 @@ class Family:
     """How one model type differs from the others.
 
     Args:
-        embedding: path of the token embedding in the parameters; its first part is the base model's.
-        problems: yields the reasons for which a configuration (object, the same as a dict) is refused.
-        activation: config field that names the activation; None if the family has only one.
-        takes_positions: False when positions come from the mask (ALiBi).
-        computed_tables: position tables are computed, so they may be cut to the length in use.
-        buffers: patterns of tensors in PyTorch files which are constants, not parameters.
+        embedding: path of the token embedding in the parameters. Its first part is the base model's.
+        problems: function that yields why a configuration (object, the same as a dict) is refused.
+        activation: config field that names the activation, or None if the family has only one.
+        takes_positions: whether positions are an input. With ALiBi they come from the mask instead.
+        computed_tables: whether position tables are computed, so that they may be truncated to the length in
+            use.
+        buffers: patterns of tensors in PyTorch files that are constants, not parameters.
     """
 
     embedding: tuple[str, ...]
@@ -97,7 +98,7 @@ def _xglm(config: Config, raw: dict) -> Problems:
     if config.pad_token_id is not None and config.pad_token_id >= 2:
         yield (
             f"pad_token_id={config.pad_token_id}: PyTorch zeroes the embedding of position "
-            f"{config.pad_token_id - 2} then, the Flax class does not"
+            f"{config.pad_token_id - 2} then, and the Flax class does not"
         )
     if config.hidden_size % 2 or config.hidden_size < 4:
         yield f"d_model={config.hidden_size}: the sinusoidal positions need an even width of at least 4"
@@ -135,7 +136,7 @@ def _mistral(config: Config, raw: dict) -> Problems:
 
 def _gemma(config: Config, raw: dict) -> Problems:
     yield from _rope(config, raw)
-    # PyTorch reads hidden_act, Flax hidden_activation (None: the tanh approximation).
+    # PyTorch reads hidden_act. Flax reads hidden_activation, where None means the tanh approximation.
     flax_act, torch_act = config.hidden_activation or "gelu_pytorch_tanh", config.hidden_act
     if flax_act != torch_act and not {flax_act, torch_act} <= _TANH_GELU:
         yield (
@@ -185,9 +186,13 @@ def read_config(raw: dict, source: str) -> Config:
 
     Args:
         raw: config.json as a dict.
-        source: what to call the model in messages.
-    Returns: the transformers configuration object.
-    Raises: ValueError for remote code, an unknown model type, or contents that are no configuration of it.
+        source: name of the model in messages.
+
+    Returns:
+        the transformers configuration object.
+
+    Raises:
+        ValueError: it names remote code or an unknown model type, or is no configuration of its type.
     """
     if "auto_map" in raw:
         raise ValueError(
@@ -254,7 +259,7 @@ def _rope_of_layers(rope: dict) -> tuple[dict, dict]:
 
 
 def problems(config: Config) -> Problems:
-    """Yields every reason for which the Flax class would not compute what PyTorch computes."""
+    """Yields every reason why the Flax class would not compute what PyTorch computes."""
     if config.model_type not in FAMILIES:
         yield f"there is no Flax class for {config.model_type} here; there are {', '.join(FAMILIES)}"
         return
@@ -278,7 +283,7 @@ def _common_problems(config: Config, raw: dict) -> Problems:
 
 
 def max_positions(config: Config) -> int | None:
-    """Returns the longest sequence (padding included) the model computes correctly; None: no limit."""
+    """Returns the longest length (padding included) that the model computes correctly, None without limit."""
     if config.model_type == "bloom":
         return None
     limit = config.max_position_embeddings
@@ -292,7 +297,7 @@ def _module_config(config: Config, length: int) -> Config:
     """Returns the configuration for sequences of `length`.
 
     Rotary families build a table of sines and a causal mask of max_position_embeddings in every layer,
-    on every trace; only `length` of it is used.
+    on every trace. Only `length` of it is used.
     """
     if not FAMILIES[config.model_type].computed_tables:
         return config
@@ -300,7 +305,7 @@ def _module_config(config: Config, length: int) -> Config:
     rows = max(length, min(config.max_position_embeddings, 2048))
     if config.model_type != "gptj":
         width = config.head_dim or config.hidden_size // config.num_attention_heads
-        rows = max(rows, 2 * width)  # these classes cut the table's width to its number of rows
+        rows = max(rows, 2 * width)  # these classes truncate the table's width to its number of rows
     config.max_position_embeddings = rows
     if config.model_type == "mistral":
         config.sliding_window = rows  # None leaves only the diagonal of the Flax mask
@@ -313,7 +318,7 @@ def _inputs(config: Config, tokens: Array, mask: Array, positions: Array) -> dic
     """Returns the keyword arguments of a module call. Dropout is always off."""
     inputs = {"input_ids": tokens, "attention_mask": mask.astype(jnp.int32)}
     if FAMILIES[config.model_type].takes_positions:
-        # A pad has position cumsum(mask) - 1 = -1; nothing depends on it, but it must index the table.
+        # A pad has position cumsum(mask) - 1 = -1. Nothing depends on it, but it must index the table.
         inputs["position_ids"] = jnp.maximum(positions, 0)
     return inputs | {"deterministic": True, "return_dict": False}
 
@@ -326,7 +331,7 @@ def param_shapes(config: Config) -> Params:
 
 
 def causal_module(model: Any) -> Any | None:
-    """Returns the linen module of a `FlaxXxxForCausalLM`, given that or the model; None for anything else."""
+    """Returns the linen module of a `FlaxXxxForCausalLM`, given either of them, or None for anything else."""
     module = model.module if isinstance(model, transformers.FlaxPreTrainedModel) else model
     classes = [model_class.module_class for model_class in FLAX_MODEL_FOR_CAUSAL_LM_MAPPING.values()]
     return module if type(module) in classes else None
@@ -338,12 +343,12 @@ def torch_class_name(config: Config) -> str:
 
 
 def embedding_path(config: Config) -> tuple[str, ...]:
-    """Returns the path of the token embedding; its first part is the base model's."""
+    """Returns the path of the token embedding. Its first part is the base model's."""
     return FAMILIES[config.model_type].embedding
 
 
 def buffers(config: Config) -> tuple[str, ...]:
-    """Returns patterns of tensors in PyTorch files which are constants, not parameters."""
+    """Returns patterns of tensors in PyTorch files that are constants, not parameters."""
     return FAMILIES[config.model_type].buffers
 
 
@@ -352,11 +357,15 @@ def make_policy(config: Config, *, dtype: Any, remat: str = "none", attention: s
 
     Args:
         config: a configuration without `problems`.
-        dtype: compute dtype, jnp.float32 or jnp.bfloat16; logits are float32 either way.
-        remat: `none`; these classes keep everything for the backward pass.
-        attention: `shared`; these classes have their own.
-    Returns: the policy. A length over `max_positions` is a ValueError when the function is traced.
-    Raises: ValueError for another remat or attention.
+        dtype: compute dtype, jnp.float32 or jnp.bfloat16. Logits are float32 either way.
+        remat: `none`. These classes keep everything for the backward pass.
+        attention: `shared`. These classes have their own attention.
+
+    Returns:
+        the policy. A length over `max_positions` is a ValueError when the function is traced.
+
+    Raises:
+        ValueError: remat or attention is another one.
     """
     if attention != "shared":
         raise ValueError(
@@ -410,7 +419,7 @@ def make_policy(config: Config, *, dtype: Any, remat: str = "none", attention: s
             )
         else:
             kernel, axis, bias = params["lm_head"]["kernel"], 0, params["lm_head"].get("bias", 0.0)
-        # Operands in the compute dtype, sums in float32: bfloat16 logits would cost 0.1 nats.
+        # Operands have the compute dtype and sums are float32. bfloat16 logits would cost 0.1 nats.
         contract = (((hidden.ndim - 1,), (axis,)), ((), ()))
         return bias + jax.lax.dot_general(
             hidden.astype(dtype), kernel.astype(dtype), contract, preferred_element_type=jnp.float32

@@ -1,4 +1,4 @@
-"""A `Policy` of a model object that is already in memory: a `FlaxAutoModelForCausalLM` of transformers.
+"""Makes a `Policy` of a model object in memory, which is a `FlaxAutoModelForCausalLM` of transformers.
 
 `train_step` makes one for a plain flax `TrainState`, whose `apply_fn` is `model.__call__`.
 """
@@ -15,7 +15,7 @@ from grpo_jax.models import flax_families
 from grpo_jax.models.implementations import IMPLEMENTATIONS, choose_implementation
 from grpo_jax.types import Params, Policy
 
-_POLICIES: dict[tuple, Policy] = {}  # by configuration and dtype, so that nothing is compiled twice
+_POLICIES: dict[tuple, Policy] = {}  # (configuration, dtype) -> policy, so that nothing is compiled twice
 _ADVICE = (
     "give the model or the `__call__` of a FlaxAutoModelForCausalLM; for any other model write a "
     "grpo_jax.Policy and make the state with grpo_jax.init_train_state(policy, params, optimizer)"
@@ -37,7 +37,7 @@ def policy_of(model: Any) -> Policy:
         configuration and dtype have the same policy.
 
     Raises:
-        ValueError: it is no such model, or one that would not be computed as PyTorch computes it.
+        ValueError: it is no such model, or it would not be computed as PyTorch computes it.
     """
     if isinstance(model, Policy):
         return model
@@ -57,7 +57,7 @@ def check_params(model: Any, params: Params) -> None:
     """Raises unless parameters have the structure and the shapes of a Flax model's, see `policy_of`.
 
     Raises:
-        ValueError: names the first parameter that differs.
+        ValueError: a parameter differs. The message names the first one.
     """
     if isinstance(model, Policy):
         return

@@ -1,4 +1,4 @@
-"""What can compute a model: our own decoder, or the Flax classes of transformers."""
+"""The implementations that can compute a model: our own decoder, or the Flax classes of transformers."""
 
 from typing import Any
 
@@ -13,8 +13,13 @@ def choose_implementation(config: Any, wanted: str, *, source: str) -> str:
     Args:
         config: the transformers configuration object.
         wanted: a key of IMPLEMENTATIONS, or `auto` for the first that is right.
-        source: what to call the model in messages.
-    Raises: ValueError when there is none, with every reason.
+        source: name of the model in messages.
+
+    Returns:
+        a key of IMPLEMENTATIONS.
+
+    Raises:
+        ValueError: there is no such implementation. The message has every reason.
     """
     if wanted not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(f"implementation {wanted!r}: choose one of auto, {', '.join(IMPLEMENTATIONS)}")

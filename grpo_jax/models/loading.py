@@ -1,8 +1,8 @@
 """Loads a Hugging Face causal language model as a `Policy`, its float32 parameters and its tokenizer.
 
 `tokenizer_files` opens tokenizers and `text` encodes. Two implementations compute models: our own decoder
-(`architectures`) and the Flax classes of transformers (`families`). Parameters and files are the same for
-both.
+(`decoder_families`) and the Flax classes of transformers (`flax_families`). Parameters and files are the same
+for both.
 """
 
 import json
@@ -53,21 +53,21 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 @dataclass(frozen=True)
 class Model:
-    """What a loaded checkpoint is.
+    """A loaded checkpoint.
 
     Args:
         policy: the model as pure functions.
-        params: its parameters, the pytree of `FlaxXxxForCausalLM`, float32.
+        params: the parameters, in the pytree of `FlaxXxxForCausalLM`, float32.
         tokenizer: the fast tokenizer.
         config: the transformers configuration object.
         eos_ids: the tokens that end a completion, see `find_eos`.
-        eos_origins: who names each of them.
-        stops: the texts that end a completion; None: none do.
-        max_positions: longest prompt (padding included) + completion in tokens; None: no limit.
-        source: the name it was loaded by.
-        generation_config: the contents of generation_config.json; empty without one.
-        implementation: what computes it, a key of IMPLEMENTATIONS.
-        chat: what the chat template is given besides the messages.
+        eos_origins: the places that name each of them.
+        stops: the texts that end a completion. None means that no text does.
+        max_positions: limit of prompt (padding included) + completion in tokens. None means no limit.
+        source: the name that the model was loaded by.
+        generation_config: the contents of generation_config.json, empty without such a file.
+        implementation: the implementation that computes the model, a key of IMPLEMENTATIONS.
+        chat: the settings that the chat template is given besides the messages.
     """
 
     policy: Policy
@@ -101,26 +101,31 @@ def load_model(
 ) -> Model:
     """Loads a model from a directory, the Hugging Face hub, or the package.
 
-    Nothing is unpickled and no code from the checkpoint runs. Loading is strict: a missing, unexpected or
-    wrongly shaped tensor is an error, as is a configuration that would be computed wrongly.
+    Nothing is unpickled and no code from the checkpoint runs. Loading is strict. A missing, unexpected or
+    wrongly shaped tensor is an error, and so is a configuration that would be computed wrongly.
 
     Args:
         hf_model_name: a directory, a hub id (`owner/name`), or `packaged:<name>`.
         revision: branch, tag or commit of a hub id.
-        dtype: compute dtype, `float32` or `bfloat16`; parameters are float32 either way.
+        dtype: compute dtype, `float32` or `bfloat16`. Parameters are float32 either way.
         implementation: `decoder` (ours), `flax` (that of transformers), or `auto`, the first that is right.
-        remat: what a layer's backward pass computes again, `none`, `dots` or `full`; see `make_decoder`.
-        attention: `shared`, or `cudnn` on NVIDIA in bfloat16; see `attend_flash`.
-        chat_template: how messages become text: `auto` (the tokenizer's own template), `plain` (a line
-            `role: content` each, then `assistant:`), or the path of a Jinja file. It is exported, too.
-        eos_token_ids: the tokens that end a completion, as ids or texts; None: all that the model names.
-        stop: texts that end a completion; None: those of generation_config.json, which seldom has any. With
-            them, a model may name no eos token.
-        include_stop: whether texts keep the one that ended them; see `make_stops`.
+        remat: what a layer's backward pass recomputes, `none`, `dots` or `full`, see `make_decoder`.
+        attention: `shared`, or `cudnn` on NVIDIA in bfloat16, see `attend_flash`.
+        chat_template: way in which messages become text: `auto` (the tokenizer's own template), `plain` (a
+            line `role: content` each, then `assistant:`), or the path of a Jinja file. It is exported, too.
+        eos_token_ids: the tokens that end a completion, as ids or texts. None means all that the model names.
+        stop: texts that end a completion. None means those of generation_config.json, which seldom has any.
+            If there are such texts, the model need not name an eos token.
+        include_stop: whether texts keep the stop string that ended them, see `make_stops`.
         chat_template_arguments: variables of the chat template by name, such as `enable_thinking`.
-        chat_template_date: date (and time) that a chat template may print, as ISO 8601; None: now.
-    Returns: the model. Ids that its tokenizer does not have are never sampled, see `limit_vocabulary`.
-    Raises: FileNotFoundError for what is not there, ValueError for what is not supported.
+        chat_template_date: date (and time) that a chat template may print, as ISO 8601. None means now.
+
+    Returns:
+        the model. Ids that its tokenizer does not have are never sampled, see `limit_vocabulary`.
+
+    Raises:
+        FileNotFoundError: the model or one of its files is missing.
+        ValueError: something about the model is not supported.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
@@ -140,8 +145,9 @@ def load_model(
     now = start_of_run() if chat_template_date is None else read_date(chat_template_date)
     if (largest := max(tokenizer.get_vocab().values(), default=-1)) >= config.vocab_size:
         raise ValueError(
-            f"{hf_model_name}: the tokenizer has {len(tokenizer)} tokens with ids up to {largest}, the "
-            f"model's vocabulary {config.vocab_size}: resize the embedding or use the model's own tokenizer"
+            f"{hf_model_name}: the tokenizer has {len(tokenizer)} tokens with ids up to {largest}, and the "
+            f"model's vocabulary has {config.vocab_size}: resize the embedding or use the model's own "
+            "tokenizer"
         )
     generation_config = read_json(directory / "generation_config.json") or {}
     place = {"vocab_size": config.vocab_size, "source": hf_model_name}
@@ -187,16 +193,16 @@ def set_endings(
     stop: Sequence[str] | None = None,
     include_stop: bool = False,
 ) -> Model:
-    """Returns a model whose completions end otherwise.
+    """Returns a model with other ends of its completions.
 
     Args:
         model: a loaded model.
-        eos_token_ids: ids or texts of tokens; None: as they are.
-        stop: texts that end a completion, empty for none; None: as they are.
-        include_stop: whether texts keep the one that ended them.
+        eos_token_ids: ids or texts of tokens. None means that they stay.
+        stop: texts that end a completion, empty for none. None means that they stay.
+        include_stop: whether texts keep the stop string that ended them.
 
     Raises:
-        ValueError: something is no token of the model.
+        ValueError: an entry is no token of the model.
     """
     place = {"vocab_size": model.config.vocab_size, "source": model.source}
     if eos_token_ids is not None:
@@ -217,19 +223,21 @@ def save_model(
     max_shard_size: int = tensor_files.MAX_SHARD_SIZE,
     dtype: str = "float32",
 ) -> None:
-    """Writes a directory that PyTorch transformers, and `load_model`, open as it is.
+    """Writes a directory that PyTorch transformers and `load_model` open as it is.
 
-    What ends a completion is written as the model has it: an eos token that it does not use is named neither
-    by the configurations nor, if another control token can take its place, by the tokenizer.
+    It writes what ends a completion as the model has it. The configurations do not name an eos token that the
+    model does not use. Neither does the tokenizer, if another control token can take its place.
 
     Args:
-        model: where configuration and tokenizer come from.
-        params: parameters to save, float32, the pytree of `model.params`.
-        directory: made if it does not exist; files of the same names are replaced, as are older weights.
-        max_shard_size: bytes, see `write_params`.
-        dtype: of the weights in the files, `float32`, `bfloat16` or `float16`.
-    Raises: ValueError when `params` are not of the model's structure, shapes and dtype, or too large for
-        float16.
+        model: the model that configuration and tokenizer come from.
+        params: parameters to save, float32, in the pytree of `model.params`.
+        directory: directory, which is created if missing. Files of the same names and older weights are
+            replaced.
+        max_shard_size: largest size of a file in bytes, see `write_params`.
+        dtype: dtype of the weights in the files, `float32`, `bfloat16` or `float16`.
+
+    Raises:
+        ValueError: `params` do not have the model's structure, shapes and dtype, or do not fit into float16.
     """
 
     def describe(tree):
@@ -258,10 +266,11 @@ def save_model(
     if "stop_strings" in generation_config:
         generation_config["stop_strings"] = list(model.stops.strings) if model.stops else None
     if not set(as_list(config.get("eos_token_id"))) <= set(eos_ids):
-        # Without any, null: a default of the configuration's class may be no token of the model.
+        # Without any it is null, because the default of the configuration's class may be no token of the
+        # model.
         config["eos_token_id"] = eos_ids if len(eos_ids) > 1 else next(iter(eos_ids), None)
     for name, content in (("config.json", config), ("generation_config.json", generation_config)):
-        # Notes of the library to itself, and a second name of torch_dtype.
+        # These are notes of the library to itself, and a second name of torch_dtype.
         for key in ("dtype", "_from_model_config", *flax_families.HARMLESS_KEYS):
             content.pop(key, None)
         (directory / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

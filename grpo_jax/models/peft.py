@@ -1,4 +1,4 @@
-"""LoRA adapters of a Hugging Face model: which dense layers it has, and the files of PEFT."""
+"""LoRA adapters of a Hugging Face model: its dense layers, and the files of PEFT."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from grpo_jax.policy.lora import Lora, Target, match_targets
 from grpo_jax.types import Params
 
 ADAPTER_TENSORS = "adapter_model.safetensors"
-# PyTorch's class has Conv1D where others have Linear: weights [in, out], and kernels [out, in] here.
+# PyTorch's class has Conv1D where others have Linear. Its weights are [in, out], and kernels here [out, in].
 _CONV1D = ("gpt2",)
 
 
@@ -39,12 +39,12 @@ def make_lora(
     Args:
         model: a loaded model.
         rank: r.
-        alpha: the product is scaled by alpha / rank.
-        targets: see `match_targets`.
-        dropout: see `Lora`.
+        alpha: numerator of the factor alpha / rank of the product.
+        targets: patterns of `match_targets`.
+        dropout: dropout of `Lora`.
 
     Raises:
-        ValueError: a target matches no dense layer; the message lists them.
+        ValueError: a target matches no dense layer. The message lists the dense layers.
     """
     try:
         chosen = match_targets(dense_layers(model), targets)
@@ -58,11 +58,11 @@ def check_base(theirs: str | None, ours: str, where: Path) -> None:
 
     Args:
         theirs: `fingerprint` of the base they were trained on.
-        ours: that of the base that was loaded.
-        where: they are.
+        ours: fingerprint of the base that was loaded.
+        where: path of the adapters.
 
     Raises:
-        ValueError: these differ.
+        ValueError: the fingerprints differ.
     """
     if theirs != ours:
         raise ValueError(
@@ -75,16 +75,16 @@ def save_adapters(model: Model, lora: Lora, adapters: Params, directory: str | o
     """Writes a directory that `peft.PeftModel.from_pretrained` puts on top of the base model.
 
     Args:
-        model: the base; its params are not used.
-        lora: what is adapted.
-        adapters: as `init_adapters` makes them.
-        directory: made if it does not exist; files of the same names are replaced.
+        model: the base. Its params are not used.
+        lora: the choice of what is adapted.
+        adapters: pytree as `init_adapters` makes it.
+        directory: directory, which is created if missing. Files of the same names are replaced.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     pairs, tensors = flatten_dict(jax.device_get(adapters)), {}
     for target in lora.targets:
-        # PyTorch's Linear has its weights [out, in]; these two are Linear also where the layer is a Conv1D.
+        # PyTorch's Linear has its weights [out, in]. These two are Linear even if the layer is a Conv1D.
         for name, factor in (("lora_A", "a"), ("lora_B", "b")):
             tensors[f"base_model.model.{target.module}.{name}.weight"] = np.ascontiguousarray(
                 pairs[(*target.path, factor)].T
@@ -107,7 +107,7 @@ def save_adapters(model: Model, lora: Lora, adapters: Params, directory: str | o
 
 
 def _target_modules(model: Model, lora: Lora) -> list[str]:
-    """Returns PEFT's names of the targets: their last parts, if these name no other layer, or all of them."""
+    """Returns PEFT's names of the targets: last parts if these name no other layer, else whole names."""
     chosen = {target.module for target in lora.targets}
     short = {name.rpartition(".")[2] for name in chosen}
     named = {t.module for t in dense_layers(model) if t.module.rpartition(".")[2] in short}

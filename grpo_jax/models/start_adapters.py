@@ -1,6 +1,6 @@
-"""A LoRA adapter that PEFT or a run has saved, as the start of training: `lora.start_from`.
+"""Reads a LoRA adapter that PEFT or a run has saved, as the start of training (`lora.start_from`).
 
-What our adapters cannot be is refused, rather than read as something else.
+An adapter that ours cannot represent is refused, rather than read as something else.
 """
 
 import re
@@ -40,18 +40,18 @@ _PLAIN = {
 
 
 def settings_of_adapter(lora: LoraConfig) -> LoraConfig:
-    """Fills rank, alpha and targets in from the adapter that `start_from` names.
+    """Fills in rank, alpha and targets from the adapter that `start_from` names.
 
     Args:
-        lora: of a config. Where it gives rank, alpha or targets itself, they have to be the adapter's.
+        lora: the part of a config. If it gives rank, alpha or targets itself, they have to be the adapter's.
             Targets are patterns, so they are compared once the model is known, see `read_adapters`.
 
     Returns:
-        The same with rank, alpha and targets given. Without `start_from` it comes back as it is.
+        The same record with rank, alpha and targets given. Without `start_from` it comes back as it is.
 
     Raises:
         FileNotFoundError: there is no such adapter.
-        ValueError: it is none that we can train, or one of other settings.
+        ValueError: the adapter cannot be trained here, or has other settings.
     """
     if lora.start_from is None:
         return lora
@@ -71,7 +71,7 @@ def read_adapters(lora: Lora, start_from: str) -> Params:
     """Reads the adapters of a directory.
 
     Args:
-        lora: what is adapted.
+        lora: the choice of what is adapted.
         start_from: the directory.
 
     Returns:
@@ -79,7 +79,7 @@ def read_adapters(lora: Lora, start_from: str) -> Params:
 
     Raises:
         FileNotFoundError: there is no such adapter.
-        ValueError: other layers are adapted there, or layers of other sizes.
+        ValueError: the adapter adapts other layers, or layers of other sizes.
     """
     directory = Path(start_from).expanduser()
     tensors = _read_pairs(directory, lora.rank)
@@ -122,7 +122,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
         )
     where = f"lora.start_from: {directory / ADAPTER_CONFIG}"
     if content.get("peft_type") != "LORA":
-        raise ValueError(f"{where}: peft_type is {content.get('peft_type')!r}; only LORA can be gone on from")
+        raise ValueError(f"{where}: peft_type is {content.get('peft_type')!r}; only LORA is supported")
     for key, plain in _PLAIN.items():
         value = content.get(key)
         if value is not None and value not in plain:
@@ -139,7 +139,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 
 def _read_pairs(directory: Path, rank: int) -> dict[tuple[str, str], np.ndarray]:
-    """Reads the tensors by (module, `A` or `B`); both of each module are there, finite, and of that rank."""
+    """Reads the tensors by (module, `A` or `B`). Both of each module exist, are finite and have that rank."""
     path = directory / ADAPTER_TENSORS
     if not path.is_file():
         pickled = directory / "adapter_model.bin"

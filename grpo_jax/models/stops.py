@@ -3,7 +3,7 @@
 Where a stop string ends has little to do with where a token ends: it may begin inside one token and end
 inside another. So the search runs over bytes, by the automaton of Aho and Corasick (1975,
 https://doi.org/10.1145/360825.360855). Its state is how much of which stop string the text now ends with.
-What a token does to each state is worked out beforehand on the host, into a table that decoding looks up.
+The host computes beforehand what a token does to each state, in a table that decoding looks up.
 """
 
 from collections import deque
@@ -37,10 +37,10 @@ class Stops:
     unspellable: tuple[str, ...] = ()
 
     def cut(self, text: str) -> str:
-        """Cuts a text at the stop string that ended it: right before it, or right after if it is included.
+        """Truncates a text at the stop string that ended it, right before it, or right after if included.
 
         That is the one that was complete first, the longest if several were. Characters behind it, which its
-        last token may have, are cut off as well.
+        last token may have, are dropped as well.
         """
         found = [(text.find(string) + len(string), -len(string)) for string in self.strings if string in text]
         if not found:
@@ -55,14 +55,14 @@ def make_stops(
     """Makes stop strings ready for decoding.
 
     Args:
-        strings: the stop strings, checked; empty: there are none.
+        strings: the stop strings, checked. If it is empty, there are none.
         tokenizer: the fast tokenizer of the model.
         vocab_size: V.
-        source: what messages call the model.
+        source: name of the model in messages.
         included: whether texts keep the stop string that ended them.
 
     Returns:
-        the stop strings with their table; None if there are none.
+        the stop strings with their table, or None if there are none.
 
     Raises:
         ValueError: the tokenizer decodes in a way that cannot be followed.
@@ -83,22 +83,22 @@ def make_stops(
 
 
 def stop_table(strings: Sequence[str], texts: TokenTexts) -> np.ndarray:
-    """Works out what each token does to each state of the search.
+    """Computes what each token does to each state of the search.
 
     Args:
         strings: the stop strings, not empty.
-        texts: what the V tokens add to a text.
+        texts: the pieces that the V tokens add to a text.
 
     Returns:
-        int16 [states, V]: the state after a token, or MATCH if the text then contains a stop string. A
-        completion begins in state 0. The states are filled up to a power of two, at least 16, so that
-        few programs are compiled.
+        int16 [states, V], the state after a token, or MATCH if the text then contains a stop string. A
+        completion begins in state 0. The states are padded to a power of two, at least 16, so that few
+        programs are compiled.
     """
     return _Search([string.encode() for string in strings], texts).table()
 
 
 def _byte_automaton(strings: Sequence[bytes]) -> np.ndarray:
-    """Returns the automaton [A+1,256]: the state after a byte. State A is a match and stays one."""
+    """Returns the automaton [A+1,256] with the state after a byte. State A is a match and stays one."""
     children: list[dict[int, int]] = [{}]
     ends = [False]
     for string in strings:
@@ -113,7 +113,7 @@ def _byte_automaton(strings: Sequence[bytes]) -> np.ndarray:
     moves = np.zeros((len(children) + 1, 256), np.int32)
     match = len(children)
     moves[match] = match
-    # `fails` is the longest proper end of a state that is a state too: it is shorter, so its row is there.
+    # `fails` is the longest proper end of a state that is a state too. It is shorter, so its row is filled.
     fails, waiting = [0] * len(children), deque([0])
     while waiting:
         state = waiting.popleft()
@@ -128,21 +128,21 @@ def _byte_automaton(strings: Sequence[bytes]) -> np.ndarray:
     return np.where(np.append(ends, True)[moves], match, moves)
 
 
-# Where a text stands, apart from the stop strings. Besides these two:
-# ("begin", first, n): there is no text yet, and no token either if `first`; n characters may be stripped.
-# ("part", low, high, n): byte tokens have begun a character; n bytes are missing, the next in [low, high].
-_TEXT = ("text",)  # there is text, and all characters are whole
+# How far a text is, apart from the stop strings. Besides these two there are:
+# ("begin", first, n): There is no text yet, and if `first` no token either. n characters may be stripped.
+# ("part", low, high, n): Byte tokens have begun a character. n bytes are missing, the next in [low, high].
+_TEXT = ("text",)  # There is text, and all characters are whole.
 # A run of byte tokens is no UTF-8 any more. All of it is U+FFFD, until another token comes.
 _BROKEN = ("broken",)
 
 
 def _leading(byte: int) -> tuple | None:
-    """Returns where a byte token that begins a character leads; None: nothing begins with it."""
+    """Returns where a byte token that begins a character leads, or None if nothing begins with it."""
     if byte < 0x80:
         return _TEXT
     if not 0xC2 <= byte <= 0xF4:
         return None
-    # These four may not be followed by every continuation: longer than needed, surrogates, beyond Unicode.
+    # Not every continuation may follow these four. Some would be too long, surrogates, or beyond Unicode.
     low, high = {0xE0: (0xA0, 0xBF), 0xED: (0x80, 0x9F), 0xF0: (0x90, 0xBF), 0xF4: (0x80, 0x8F)}.get(
         byte, (0x80, 0xBF)
     )
@@ -150,7 +150,7 @@ def _leading(byte: int) -> tuple | None:
 
 
 class _Search:
-    """The search through a text that comes in tokens. A state: (where the text stands, automaton state)."""
+    """The search through a text that comes in tokens. A state is (how far the text is, automaton state)."""
 
     def __init__(self, strings: Sequence[bytes], texts: TokenTexts):
         self.texts = texts
@@ -161,7 +161,7 @@ class _Search:
         self.pieces: dict[tuple[bool, int], tuple] = {}
 
     def table(self) -> np.ndarray:
-        """Visits every state that a text can reach; see `stop_table`."""
+        """Visits every state that a text can reach, see `stop_table`."""
         numbers = {(("begin", True, self.texts.num_strips), 0): 0}
         waiting, rows = deque(numbers), []
         while waiting:
@@ -185,7 +185,7 @@ class _Search:
         else:
             state_before, where_before = state, where
         ends, left = self._after_pieces(first, strips, state_before)
-        # A piece without any text leaves a beginning a beginning.
+        # After a piece without any text, a beginning is still a beginning.
         if where_before[0] == "begin":
             begun = [("begin", False, n) for n in range(strips + 1)]
             codes = np.where(left < 0, ends, self.match + 1 + left)
@@ -215,8 +215,8 @@ class _Search:
         return None if state == self.match else (following, state)
 
     def _after_pieces(self, first: bool, strips: int, state: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the automaton's state after each token's piece [V], and the strips left [V] where the piece
-        left no text: -1 where it did.
+        """Returns the automaton's state after each token's piece [V], and the number of strips left [V] where
+        the piece has no text, or -1 where it has.
         """
         if (first, strips) not in self.pieces:
             self.pieces[first, strips] = self._columns(first, strips)
@@ -229,8 +229,8 @@ class _Search:
         return self.ends[first, strips, state], left
 
     def _columns(self, first: bool, strips: int) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-        """Returns the pieces by position, the longest piece first: (bytes at each position of the pieces that
-        reach it, order [V] of the tokens, strips left [V]).
+        """Returns the pieces by position, the longest piece first, as (bytes at each position of the pieces
+        that reach it, order [V] of the tokens, number of strips left [V]).
         """
         pieces, left = [], np.full(len(self.silent), -1)
         for token, piece in enumerate(self.texts.first if first else self.texts.later):

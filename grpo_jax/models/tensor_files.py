@@ -1,7 +1,7 @@
-"""Checkpoint files, strictly: every tensor is there, has the right shape, and none is left over.
+"""Reads and writes checkpoint files. No tensor may be missing, have a wrong shape or be left over.
 
-Reads safetensors (PyTorch or Flax names; one file or shards) and Flax msgpack, writes safetensors with
-PyTorch names. Nothing here unpickles, and nothing needs torch.
+It reads safetensors (PyTorch or Flax names, one file or shards) and Flax msgpack, and it writes safetensors
+with PyTorch names. Nothing here unpickles, and nothing needs torch.
 """
 
 import functools
@@ -26,7 +26,7 @@ SAFETENSORS, MSGPACK = "model.safetensors", "flax_model.msgpack"
 MAX_SHARD_SIZE = 5 * 10**9  # bytes
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _FLAX_LEAVES = {"kernel", "embedding", "scale"}
-# What files may be written in.
+# The dtypes that files may be written in.
 DTYPES = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -43,14 +43,19 @@ def read_params(
     """Reads a checkpoint directory into float32 parameters.
 
     Args:
-        directory: holds model.safetensors or flax_model.msgpack, or shards with their index.
+        directory: directory with model.safetensors or flax_model.msgpack, or shards with their index.
         shapes: the parameters' pytree, as shapes.
-        embedding: path of the token embedding; its first part is the base model's prefix, which the
+        embedding: path of the token embedding. Its first part is the base model's prefix, which the
             files may leave out.
         buffers: patterns of constants that PyTorch files may hold besides the parameters.
-    Returns: the pytree of `shapes`, float32 whatever the file's dtype.
-    Raises: FileNotFoundError without weights; ValueError for a broken file, or missing, unexpected or
-        wrongly shaped tensors, naming them.
+
+    Returns:
+        the pytree of `shapes`, float32 whatever the file's dtype.
+
+    Raises:
+        FileNotFoundError: there are no weights.
+        ValueError: a file is broken, or tensors are missing, unexpected or wrongly shaped. The message names
+            them.
     """
     tensors = _open(directory)
     expected = flatten_dict(shapes)
@@ -92,11 +97,12 @@ def write_params(
     """Writes parameters as safetensors with PyTorch names and layouts, in place of older weights.
 
     Args:
-        directory: gets model.safetensors; or, where that would be larger than max_shard_size, shards with an
-            index. An existing file is replaced only when the new one is complete.
+        directory: directory for model.safetensors or, if that would be larger than max_shard_size, for shards
+            with an index. An existing file is replaced only when the new one is complete.
         params: pytree of float32 arrays.
-        max_shard_size: bytes of tensors in one file; a single larger tensor has a file of its own.
-        dtype: of the tensors in the files, `float32`, `bfloat16` or `float16`.
+        max_shard_size: largest size in bytes of the tensors in one file. A single larger tensor has a file of
+            its own.
+        dtype: dtype of the tensors in the files, `float32`, `bfloat16` or `float16`.
 
     Raises:
         ValueError: a parameter does not fit into float16, whose largest number is 65,504.
@@ -116,7 +122,7 @@ def write_params(
     if count > 1:
         content = {"metadata": {"total_size": _count(params) * size_of_one}, "weight_map": weight_map}
         index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    # Weights of an export before this one would be read first, or fill the disk.
+    # Weights of an earlier export would be read first, or fill the disk.
     older = {*directory.glob("model-?????-of-?????.safetensors"), directory / SAFETENSORS}
     for path in older - {directory / file for file in weight_map.values()}:
         path.unlink(missing_ok=True)
@@ -125,7 +131,7 @@ def write_params(
 
 
 def _rounded(name: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    with np.errstate(over="ignore"):  # said below
+    with np.errstate(over="ignore"):  # the error below says it
         rounded = value.astype(dtype)
     if dtype == np.float16 and not np.all(np.isfinite(rounded) | ~np.isfinite(value)):
         raise ValueError(
@@ -140,7 +146,7 @@ def _count(tree: Params) -> int:
 
 
 def _into_shards(leaves: dict[tuple[str, ...], jax.Array], max_size: int, size_of_one: int) -> list[dict]:
-    """Distributes parameters, in their order, over as many files as it takes."""
+    """Distributes parameters, in their order, over as many files as are needed."""
     shards, size = [{}], 0
     for key, leaf in leaves.items():
         if shards[-1] and size + leaf.size * size_of_one > max_size:
@@ -152,7 +158,7 @@ def _into_shards(leaves: dict[tuple[str, ...], jax.Array], max_size: int, size_o
 
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Writes contiguous arrays as a safetensors file; an existing one is replaced by the complete new one."""
+    """Writes contiguous arrays as a safetensors file. Only the complete file replaces an existing one."""
     unfinished = path.with_name(path.name + ".unfinished")
     save_file(tensors, unfinished, metadata={"format": "pt"})
     unfinished.chmod(0o644)  # safetensors writes files that only their owner can read
@@ -163,7 +169,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     """Reads a safetensors file of floating-point arrays.
 
     Raises:
-        ValueError: it is no such file, or has other numbers.
+        ValueError: the file is no such file, or has other numbers.
     """
     tensors = {name: read() for name, read in _open_safetensors(path).items()}
     for name, value in tensors.items():
@@ -173,7 +179,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def torch_name(path: tuple[str, ...]) -> str:
-    """Returns the PyTorch name of a Flax parameter: the same path, but leaves are `weight` and `bias`."""
+    """Returns the PyTorch name of a Flax parameter. It is the path, with leaves named `weight` and `bias`."""
     return ".".join((*path[:-1], "weight" if path[-1] in _FLAX_LEAVES else path[-1]))
 
 
@@ -209,7 +215,7 @@ def _convert(name: str, value: np.ndarray, shape: tuple[int, ...], transpose: bo
     wanted = shape[::-1] if transpose else shape
     if value.shape != wanted:
         raise ValueError(f"tensor {name} has shape {value.shape}, the configuration says {wanted}")
-    # A copy that JAX owns: the parameters will be donated to the update.
+    # JAX has to own this copy, because the parameters will be donated to the update.
     return jnp.array(value.T if transpose else value, jnp.float32)
 
 

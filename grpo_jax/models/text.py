@@ -14,8 +14,8 @@ from grpo_jax.types import Prompts
 def encode(model: Rendering, prompts: Sequence[str | list[dict]]) -> list[list[int]]:
     """Turns prompts into token ids, without padding.
 
-    A string is plain text: a special token spelled in it (`<|endoftext|>`) stays text. The tokenizer's own
-    default decides about a BOS; what it puts behind a text, such as an EOS, is left out. A list of messages
+    A string is plain text, so a special token spelled in it (`<|endoftext|>`) stays text. The tokenizer's own
+    default decides about a BOS. What it puts behind a text, such as an EOS, is left out. A list of messages
     goes through the tokenizer's chat template, followed by the start of the assistant's turn.
 
     Args:
@@ -26,8 +26,8 @@ def encode(model: Rendering, prompts: Sequence[str | list[dict]]) -> list[list[i
         N lists of token ids, each with at least one.
 
     Raises:
-        ValueError: an empty prompt, messages without a chat template, text that the tokenizer can only turn
-            into a control token, or text that is no Unicode.
+        ValueError: a prompt is empty, messages have no chat template, or a text is no Unicode or can only be
+            turned into a control token.
     """
     found = try_encode(model, prompts)
     for result in found:
@@ -44,10 +44,10 @@ def try_encode(
     Args:
         model: a loaded model.
         prompts: N strings or lists of messages.
-        names: what messages call each of them; `None` means `prompt 0`, `prompt 1`, ...
+        names: names of the prompts in messages. `None` means `prompt 0`, `prompt 1`, ...
 
     Returns:
-        for each prompt its token ids, or what is wrong with it in one line.
+        the token ids of each prompt, or an error that says in one line what is wrong with it.
     """
     if names is None:
         names = [f"prompt {i}" for i in range(len(prompts))]
@@ -79,8 +79,12 @@ def pad_prompts(sequences: Sequence[Sequence[int]], length: int) -> Prompts:
     Args:
         sequences: N lists of token ids.
         length: S, the padded length.
-    Returns: prompts [N,S], NumPy arrays; pads are id 0 under a False mask.
-    Raises: ValueError for a sequence longer than `length`.
+
+    Returns:
+        prompts [N,S], NumPy arrays. Pads are id 0 under a False mask.
+
+    Raises:
+        ValueError: a sequence is longer than `length`.
     """
     tokens = np.zeros((len(sequences), length), np.int32)
     mask = np.zeros((len(sequences), length), bool)
@@ -94,13 +98,15 @@ def pad_prompts(sequences: Sequence[Sequence[int]], length: int) -> Prompts:
 
 
 def decode(model: Ending, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
-    """Turns completions into text, special tokens left out, cut at the stop string that ended it.
+    """Turns completions into texts without special tokens, truncated at the stop string that ended them.
 
     Args:
         model: a loaded model.
         tokens: token ids [B,T].
-        mask: bool [B,T], True on the first tokens of each row; a length, whatever the ids.
-    Returns: B strings.
+        mask: bool [B,T], True on the first tokens of each row. It gives their number, whatever the ids are.
+
+    Returns:
+        B strings.
     """
     lengths = np.asarray(mask).sum(axis=1)
     rows = [row[:length].tolist() for row, length in zip(np.asarray(tokens), lengths, strict=True)]
@@ -123,7 +129,7 @@ def _encode_texts(
             continue
         end = len(encoded["input_ids"]) - control.num_behind
         ids, added = encoded["input_ids"][:end], encoded["special_tokens_mask"][:end]
-        # A word-level or unigram vocabulary holds the spelling of its control tokens as an ordinary piece.
+        # A word-level or unigram vocabulary holds the spelling of its control tokens as ordinary pieces.
         spelled = [t for t, is_added in zip(ids, added, strict=True) if not is_added and t in control.meaning]
         found[i] = ids
         if spelled:
@@ -137,7 +143,7 @@ def _encode_texts(
 def _tokenize(
     tokenizer: Any, texts: Mapping[int, str], names: Sequence[str], **settings: bool
 ) -> dict[int, Mapping[str, list[int]] | ValueError]:
-    """Calls the tokenizer once for all texts; returns for each what it made of it, or what is wrong."""
+    """Calls the tokenizer once for all texts. It returns what it made of each, or what is wrong with it."""
     if not texts:
         return {}
     settings |= {"return_attention_mask": False, "verbose": False}

@@ -1,7 +1,7 @@
-"""What each token adds to the text of a completion, as bytes: what a tokenizer's decoder does, taken apart.
+"""Finds the bytes that each token adds to the text of a completion, by taking a tokenizer's decoder apart.
 
-A decoder turns the tokens of a whole text into a string. For most of them the text is put together from one
-piece per token, with three exceptions that matter here:
+A decoder turns the tokens of a whole text into a string. Most decoders put the text together from one piece
+per token, with three exceptions that matter here:
 
 * The first token may be written differently (without its leading space).
 * The first characters of the whole text may be taken off (`Strip`).
@@ -24,14 +24,15 @@ _WORDPIECE_CLEANUP = (
 
 @dataclass(frozen=True)
 class TokenTexts:
-    """What the V tokens of a vocabulary add to a text.
+    """The pieces that the V tokens of a vocabulary add to a text.
 
     Args:
-        first: bytes of each token as the first of a text. None: it is left out, as special tokens are.
-        later: bytes of each token after others.
-        fallback: token -> byte, of the byte tokens whose runs become text as a whole.
+        first: bytes of each token as the first of a text. None means that it is left out, as special tokens
+            are.
+        later: bytes of each token after others, likewise.
+        fallback: token -> byte, for the byte tokens whose runs become text as a whole.
         strip: the one character that is taken off the beginning of a text.
-        num_strips: how often at most.
+        num_strips: number of times that it is taken off at most.
     """
 
     first: list[bytes | None]
@@ -41,7 +42,7 @@ class TokenTexts:
     num_strips: int
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Returns the text of tokens; what the tokenizer returns without special tokens."""
+        """Returns the text of tokens, which is what the tokenizer returns without special tokens."""
         text, run = b"", b""
 
         def flushed(run: bytes) -> bytes:
@@ -67,11 +68,11 @@ def token_texts(tokenizer: Any, *, vocab_size: int, source: str) -> TokenTexts:
 
     Args:
         tokenizer: a fast tokenizer.
-        vocab_size: V; ids that the tokenizer does not have add nothing.
-        source: what messages call the model.
+        vocab_size: V. Ids that the tokenizer does not have add nothing.
+        source: name of the model in messages.
 
     Raises:
-        ValueError: its decoder is of a kind for which a text is not put together from tokens.
+        ValueError: its decoder is of a kind that does not put a text together from tokens.
     """
     backend = tokenizer.backend_tokenizer
     special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
@@ -153,7 +154,7 @@ def _byte_level() -> dict[str, int]:
 
 def _spelled_bytes(byte_of: dict[str, int]) -> Callable[[str], bytes]:
     def encode(piece: str) -> bytes:
-        # An added token is plain text, and need not be spelled in these characters.
+        # An added token is plain text. It need not be spelled in these characters.
         spelled = all(character in byte_of for character in piece)
         return bytes(byte_of[character] for character in piece) if spelled else piece.encode()
 
@@ -161,7 +162,7 @@ def _spelled_bytes(byte_of: dict[str, int]) -> Callable[[str], bytes]:
 
 
 def _check(texts: TokenTexts, backend: Any, complaint: str) -> None:
-    """Compares every token, alone and behind another, with what the tokenizer itself makes of it."""
+    """Compares the text of every token, alone and behind another, with that of the tokenizer itself."""
     shown = [i for i, piece in enumerate(texts.later) if piece is not None]
     before = next((i for i in shown if i not in texts.fallback and texts.later[i].strip()), None)
     sequences = [[i] for i in shown] + [[before, i] for i in shown if before is not None]

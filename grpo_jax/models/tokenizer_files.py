@@ -1,8 +1,8 @@
 """Opens the fast tokenizer of a model's directory, whichever version of transformers wrote it.
 
 transformers 5 writes names into tokenizer_config.json that version 4 does not know: the class
-`TokenizersBackend`, and a list under `extra_special_tokens`. What it saves is complete in tokenizer.json, so
-such a tokenizer is made from that file as it is.
+`TokenizersBackend`, and a list under `extra_special_tokens`. Its tokenizer.json is complete, so such a
+tokenizer is made from that file as it is.
 """
 
 import json
@@ -22,7 +22,7 @@ _TOKENIZER_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
-# What transformers 5 notes about itself, and what says how the backend is made: tokenizer.json has that.
+# Notes of transformers 5 about itself, and about how the backend is made, which tokenizer.json says.
 _NOTES_OF_V5 = (
     "tokenizer_class",
     "backend",
@@ -42,11 +42,12 @@ def load_tokenizer(directory: Path, source: str) -> PreTrainedTokenizerFast:
     """Loads the fast tokenizer of a directory.
 
     Args:
-        directory: holds tokenizer.json, or the vocabulary files of a class that transformers knows.
-        source: what messages call it.
+        directory: directory with tokenizer.json, or the vocabulary files of a class that transformers knows.
+        source: name of the tokenizer in messages.
 
     Raises:
-        FileNotFoundError: there is no tokenizer. ValueError: it does not load, or only as a slow one.
+        FileNotFoundError: there is no tokenizer.
+        ValueError: the tokenizer does not load, or loads only as a slow one.
     """
     if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
         raise FileNotFoundError(f"{source}: no tokenizer in {directory} (tokenizer.json or vocabulary files)")
@@ -111,7 +112,7 @@ def _from_tokenizer_json(directory: Path, config: dict[str, Any]) -> PreTrainedT
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns the special tokens without a role as version 4 spells them: a list, and a dict of names."""
+    """Returns the special tokens without a role as version 4 spells them, in a list and a dict of names."""
     extra = config.get("extra_special_tokens") or []
     named = dict(config.get("model_specific_special_tokens") or {})
     if isinstance(extra, dict):
@@ -123,7 +124,7 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _chat_template(directory: Path) -> str | dict[str, str] | None:
-    """Returns the chat template in a file of its own, or several by name; `None` if there is no such file."""
+    """Returns the chat template of its own file, or several by name, or `None` if there is no such file."""
     found = {}
     if (directory / "chat_template.jinja").is_file():
         found["default"] = (directory / "chat_template.jinja").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Ids that no token has: many models round their vocabulary up to a multiple of 64 or 128."""
+"""Ids without a token. Many models have them, to round their vocabulary up to a multiple of 64 or 128."""
 
 import jax.numpy as jnp
 
@@ -8,12 +8,12 @@ from grpo_jax.types import Array, Params, Policy
 def limit_vocabulary(policy: Policy, num_tokens: int) -> Policy:
     """Gives the logits of all ids from num_tokens on the value -inf.
 
-    Such an id is then never sampled, and has no part in a probability, an entropy or a KL; its row of the
+    Such an id is then never sampled, and it has no part in a probability, an entropy or a KL. Its row of the
     head has no gradient. Sampler and scorer agree, since both have their logits from here.
 
     Args:
         policy: the model's functions.
-        num_tokens: ids that stand for something, the first ones of the vocabulary.
+        num_tokens: number of ids that have a token. They are the first ones of the vocabulary.
     """
 
     def unembed(params: Params, hidden: Array) -> Array:
