@@ -10,13 +10,51 @@ from hypothesis.configuration import set_hypothesis_home_dir
 
 from grpo_jax.cli import enable_compilation_cache
 
-sys.path.insert(0, str(Path(__file__).parent))  # toy.py and oracle.py
+TESTS = Path(__file__).parent
+sys.path.insert(0, str(TESTS))  # toy.py and oracle.py
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a network
 os.environ.setdefault("WANDB_MODE", "offline")
 CACHE = enable_compilation_cache()
 set_hypothesis_home_dir(CACHE.parent / "hypothesis")  # the tests leave nothing behind where they run
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+# Folders and modules that start processes, compile real models or train. A single test has the mark itself.
+SLOW = (
+    "nightly",
+    "commands",
+    "checkpoints/test_manager_damaged.py",
+    "models/test_decoder_families.py",
+    "models/test_flax_families.py",
+    "models/test_flax_objects.py",
+    "models/test_peft.py",
+    "models/test_start_adapters.py",
+    "policy/test_devices.py",
+    "rewards/test_pool.py",
+    "run/test_best_model.py",
+    "run/test_continuing.py",
+    "run/test_digests.py",
+    "run/test_first_look.py",
+    "run/test_lora_runs.py",
+    "run/test_resume.py",
+    "test_benchmarks.py",
+    "test_convert_smollm2.py",
+    "test_cpu_tuning.py",
+    "test_newcomer.py",
+    "test_printed_commands.py",
+)
+
+
+def is_slow(path):
+    """Says whether SLOW names a test module or a folder above it."""
+    parts = path.relative_to(TESTS).parts
+    return any("/".join(parts[: end + 1]) in SLOW for end in range(len(parts)))
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if is_slow(item.path):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
