@@ -37,11 +37,11 @@ from grpo_jax.config.parsing import parse_record
 from grpo_jax.config.run import Config
 from grpo_jax.cpu_tuning import use_huge_pages
 from grpo_jax.models.loading import DTYPES, Model, load_model
+from grpo_jax.run import loop as run_loop
 from grpo_jax.run.build import Parts, build
 from grpo_jax.run.planning import make_plan
 from grpo_jax.run.progress import Progress
 from grpo_jax.run.progress import start as start_progress
-from grpo_jax.train import _one_step
 
 PHASES = ("generate", "score", "update", "host", "step")
 
@@ -226,7 +226,7 @@ def one_step(parts: Parts, actor, progress: Progress, key, compilations: Compila
     """Makes one step; returns seconds by phase, lengths of the completions, CPU seconds, compilations."""
     compilations.clear()
     cpu = time.process_time()
-    metrics = _one_step(parts, actor, progress, key)
+    metrics = run_loop.one_step(parts, actor, progress, key)
     cpu = time.process_time() - cpu
     return {
         "seconds": phase_seconds(metrics),

@@ -17,6 +17,7 @@ from grpo_jax.config.parsing import parse_record
 from grpo_jax.config.run import Config
 from grpo_jax.run import build as run_build
 from grpo_jax.run import directory as run_directory
+from grpo_jax.run import loop as run_loop
 from grpo_jax.run.diagnostics import Notices
 from grpo_jax.trackers import is_timing
 
@@ -152,12 +153,12 @@ class Crash(BaseException):
 
 
 PLACES = {  # where a run can be made to crash, and on which side of what happens there
-    "rollout": (train, "collect", "before"),
-    "rewarded": (train, "collect", "after"),
-    "updated": (train, "train_step", "after"),
+    "rollout": (run_loop, "collect", "before"),
+    "rewarded": (run_loop, "collect", "after"),
+    "updated": (run_loop, "train_step", "after"),
     "logged": (Notices, "about", "before"),
-    "evaluation": (train, "evaluate_parts", "before"),
-    "evaluated": (train, "evaluate_parts", "after"),
+    "evaluation": (run_loop, "evaluate_parts", "before"),
+    "evaluated": (run_loop, "evaluate_parts", "after"),
     "save": (Checkpoints, "save", "before"),
     "saved": (Checkpoints, "save", "after"),
     "export": (train, "save_model", "before"),

@@ -17,6 +17,7 @@ from grpo_jax.config.parsing import parse_record
 from grpo_jax.config.run import Config
 from grpo_jax.models.directories import PACKAGED
 from grpo_jax.models.loading import load_model
+from grpo_jax.run import loop as run_loop
 from grpo_jax.run.build import build
 from grpo_jax.run.planning import make_plan
 from grpo_jax.train import train
@@ -126,13 +127,13 @@ def test_every_rollout_has_its_own_prompts(tmp_path, shared):
 
 
 def test_every_rollout_has_its_own_noise(tmp_path, shared, monkeypatch):
-    keys, collect = [], train_module.collect
+    keys, collect = [], run_loop.collect
 
     def noting(actor, params, ref_params, draw, leftovers):
         keys.append(tuple(np.asarray(jax.random.key_data(draw(0)[1])).tolist()))
         return collect(actor, params, ref_params, draw, leftovers)
 
-    monkeypatch.setattr(train_module, "collect", noting)
+    monkeypatch.setattr(run_loop, "collect", noting)
     for seed in (0, 1):
         config = small_run.config(tmp_path / f"{seed}", training__seed=seed, evaluation__num_prompts=0)
         assert train(config) == 0
@@ -280,14 +281,14 @@ def test_five_skipped_updates_stop_the_run(num_iterations, tmp_path, capsys):
 
 
 def test_skipped_updates_leave_the_state_alone(tmp_path, capsys, monkeypatch):
-    original = train_module.train_step
+    original = run_loop.train_step
 
     def poisoned(state, experience, **kwargs):
         if int(state.step) in (1, 2):
             experience = experience.replace(advantages=experience.advantages * float("nan"))
         return original(state, experience, **kwargs)
 
-    monkeypatch.setattr(train_module, "train_step", poisoned)
+    monkeypatch.setattr(run_loop, "train_step", poisoned)
     changes = {
         "training__num_steps": 4,
         "evaluation__num_prompts": 0,

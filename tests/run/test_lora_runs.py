@@ -15,6 +15,7 @@ from grpo_jax.checkpoints.manager import Checkpoints
 from grpo_jax.models.loading import load_model, save_model
 from grpo_jax.run.build import build
 from grpo_jax.run.directory import load_model_or_run
+from grpo_jax.run.loop import dropout_key
 from grpo_jax.run.planning import make_plan
 from grpo_jax.train import train
 
@@ -121,9 +122,9 @@ def test_cut_anywhere(place, call, whole, tmp_path, monkeypatch):
 
 def test_dropout_differs_from_step_to_step(tmp_path):
     parts = build(small_run.config(tmp_path, **LORA))
-    keys = [jax.random.key_data(train_module._dropout_key(parts, step)).tolist() for step in (0, 1, 1)]
+    keys = [jax.random.key_data(dropout_key(parts, step)).tolist() for step in (0, 1, 1)]
     assert keys[0] != keys[1] == keys[2]
-    assert train_module._dropout_key(build(small_run.config(tmp_path)), 0) is None
+    assert dropout_key(build(small_run.config(tmp_path)), 0) is None
 
 
 def test_another_base_is_refused(tmp_path):

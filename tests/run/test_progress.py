@@ -15,6 +15,7 @@ from grpo_jax.checkpoints.manager import Checkpoints
 from grpo_jax.data.loading import batch, load_task
 from grpo_jax.models.loading import load_model
 from grpo_jax.objective.kl import adapt_kl_coef
+from grpo_jax.run import loop as run_loop
 from grpo_jax.training import actor
 
 REWARDS = """
@@ -88,7 +89,7 @@ def whole(argv, tmp_path_factory):
 
 def watch(monkeypatch, run) -> None:
     """Notes what every rollout draws and collects, and the Experience of every update."""
-    collect, train_step = train_module.collect, train_module.train_step
+    collect, train_step = run_loop.collect, run_loop.train_step
 
     def collecting(actor, params, ref_params, draw, leftovers):
         def drawing(round_):
@@ -103,8 +104,8 @@ def watch(monkeypatch, run) -> None:
         run.used.append(jax.device_get(experience))
         return train_step(state, experience, **settings)
 
-    monkeypatch.setattr(train_module, "collect", collecting)
-    monkeypatch.setattr(train_module, "train_step", updating)
+    monkeypatch.setattr(run_loop, "collect", collecting)
+    monkeypatch.setattr(run_loop, "train_step", updating)
 
 
 def checkpoint(run_dir, step):

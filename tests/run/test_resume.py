@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 import grpo_jax.train as train_module
 from grpo_jax.models.directories import PACKAGED
 from grpo_jax.models.loading import load_model
+from grpo_jax.run import loop as run_loop
 from grpo_jax.train import train
 
 SLOW = """
@@ -143,7 +144,7 @@ def test_signals(num_iterations, signum, at_step, argv, whole, tmp_path):
 @pytest.mark.parametrize(("num_iterations", "during"), [(1, 2), (2, 2)])
 def test_interrupt_saves_at_the_next_step(signum, num_iterations, during, argv, whole, tmp_path, monkeypatch):
     command = argv(tmp_path, algorithm__num_iterations=num_iterations)
-    collect, calls = train_module.collect, []
+    collect, calls = run_loop.collect, []
 
     def interrupted(*args):
         calls.append(1)
@@ -153,7 +154,7 @@ def test_interrupt_saves_at_the_next_step(signum, num_iterations, during, argv, 
 
     before = signal.getsignal(signum)
     with monkeypatch.context() as context:
-        context.setattr(train_module, "collect", interrupted)
+        context.setattr(run_loop, "collect", interrupted)
         assert train_module.main(command) == 128 + signum
     step = 1 + num_iterations * (during - 1)
     assert last_step(tmp_path) == step and (tmp_path / "checkpoints" / str(step)).is_dir()
@@ -163,14 +164,14 @@ def test_interrupt_saves_at_the_next_step(signum, num_iterations, during, argv, 
 
 
 def test_interrupt_before_the_first_step(argv, whole, tmp_path, monkeypatch):
-    command, evaluate = argv(tmp_path), train_module.evaluate_parts
+    command, evaluate = argv(tmp_path), run_loop.evaluate_parts
 
     def interrupted(*args):
         os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(*args)
 
     with monkeypatch.context() as context:
-        context.setattr(train_module, "evaluate_parts", interrupted)
+        context.setattr(run_loop, "evaluate_parts", interrupted)
         assert train_module.main(command) == 128 + signal.SIGTERM
     assert train_module.main(command) == 0
     small_run.assert_same_run(tmp_path, whole(1))
@@ -189,7 +190,7 @@ def test_second_interrupt_ends_at_once(argv, tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(train_module, "collect", interrupt_twice)
+    monkeypatch.setattr(run_loop, "collect", interrupt_twice)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         train_module.main(argv(tmp_path))

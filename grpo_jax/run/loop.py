@@ -1,0 +1,203 @@
+"""The training loop of a run: one rollout, its updates, what is logged, evaluated and saved."""
+
+import signal
+import time
+import zlib
+from dataclasses import replace
+
+import jax
+
+from grpo_jax.checkpoints.manager import Checkpoints
+from grpo_jax.data.loading import batch
+from grpo_jax.objective.kl import adapt_kl_coef
+from grpo_jax.policy.decoding import generate
+from grpo_jax.policy.log_probs import completion_log_probs
+from grpo_jax.policy.shapes import tokens_in_use
+from grpo_jax.run.best_model import keep_best
+from grpo_jax.run.build import Parts
+from grpo_jax.run.diagnostics import Notices
+from grpo_jax.run.evaluation import evaluate_parts
+from grpo_jax.run.progress import Progress, save
+from grpo_jax.trackers import Trackers
+from grpo_jax.trackers.console import spread
+from grpo_jax.training.actor import Actor, collect
+from grpo_jax.training.learner import train_step
+from grpo_jax.training.reference import is_reference, mix_params
+
+_JIT_BOUNDARIES = (generate, completion_log_probs, train_step)
+_MAX_SKIPPED = 5  # updates in a row without a finite gradient before the run stops
+
+
+class Interrupts:
+    """Turns the first Ctrl-C or SIGTERM into a flag; a second one interrupts at once."""
+
+    def __init__(self):
+        self.signum: int | None = None
+
+    def __enter__(self):
+        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum, _frame):
+        if self.signum is not None:
+            raise KeyboardInterrupt
+        self.signum = signum
+
+
+def _new_rollout(parts: Parts, actor: Actor, progress: Progress, key: jax.Array) -> None:
+    """Makes the rollout that the next updates use; its place in data order and noise is num_rounds."""
+    config = parts.config
+    actor = replace(actor, recipe=actor.recipe.replace(kl_coef=progress.kl_coef))
+
+    def draw(round_: int):
+        index = progress.num_rounds + round_
+        examples = batch(
+            parts.task.train, seed=config.training.seed, step=index, num_prompts=parts.num_prompts
+        )
+        return examples, jax.random.fold_in(key, index)
+
+    ref_params = progress.ref_params if parts.scores_reference else None
+    collected = collect(actor, progress.policy_params, ref_params, draw, progress.leftovers)
+    progress.experience, progress.leftovers = collected.experience, collected.leftovers
+    progress.rollout_metrics, progress.silences = collected.metrics, collected.silences
+    progress.samples = spread(collected.samples, config.tracking.num_completions)
+    progress.num_tokens += collected.num_tokens
+    progress.num_rounds += collected.num_rounds
+
+
+def dropout_key(parts: Parts, step: int) -> jax.Array | None:
+    """Returns the key of an update's dropout, a function of (seed, step); None without dropout."""
+    if not parts.config.lora.dropout:
+        return None
+    key = jax.random.key(parts.config.training.seed)
+    return jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(b"lora.dropout")), step)
+
+
+def _at_reference(progress: Progress) -> bool | jax.Array:
+    """Says whether the policy is still, or again, its reference; False without one."""
+    if progress.ref_params is None:
+        return False
+    return is_reference(progress.state.params, progress.ref_params, progress.frozen)
+
+
+def _update(parts: Parts, progress: Progress, minibatch: int) -> dict[str, float]:
+    """Makes one optimizer update from one mini-batch of the rollout in use; returns its metrics."""
+    config, experience = parts.config, progress.experience
+    size = config.training.batch_size
+    if config.algorithm.num_minibatches > 1:
+        rows = slice(minibatch * size, (minibatch + 1) * size)
+        experience = jax.tree.map(lambda x: x[rows], experience)
+    progress.state, updated = train_step(
+        progress.state,
+        experience,
+        recipe=parts.recipe.replace(kl_coef=progress.kl_coef),
+        frozen=progress.frozen,
+        ref_params=progress.ref_params if parts.recipe.exact_kl else None,
+        at_reference=_at_reference(progress),
+        dropout_key=dropout_key(parts, progress.step),
+        group_size=config.algorithm.group_size,
+        num_microbatches=config.training.num_microbatches,
+        num_tokens=tokens_in_use(experience.mask, config.training.num_microbatches),
+        temperature=config.sampling.temperature,
+    )
+    return {name: float(value) for name, value in jax.device_get(updated).items()}
+
+
+def _after_update(parts: Parts, progress: Progress, updated: dict[str, float]) -> None:
+    """Moves what moves between updates: the KL coefficient and the reference."""
+    algorithm = parts.config.algorithm
+    # An update without a gradient may have had no token to measure a KL on.
+    if algorithm.kl_target is not None and updated["grad_norm"] > 0:
+        moved = adapt_kl_coef(
+            progress.kl_coef,
+            updated["kl"],
+            kl_target=algorithm.kl_target,
+            kl_adaptation=algorithm.kl_adaptation,
+        )
+        progress.kl_coef = float(moved)
+    if algorithm.ref_sync_every and progress.step % algorithm.ref_sync_every == 0:
+        progress.ref_params = mix_params(
+            progress.state.params, progress.ref_params, algorithm.ref_mixup_alpha
+        )
+
+
+def one_step(parts: Parts, actor: Actor, progress: Progress, key: jax.Array) -> dict[str, float]:
+    """Makes one optimizer step, after a new rollout if the last one is used up; returns its metrics."""
+    started = time.perf_counter()
+    index = progress.step % parts.updates_per_rollout
+    if index == 0:
+        _new_rollout(parts, actor, progress, key)
+    # The schedule counts the updates that moved something.
+    moved = progress.step - int(progress.state.skipped) - int(progress.state.idle)
+    update_started, kl_coef = time.perf_counter(), progress.kl_coef
+    updated = _update(parts, progress, index % parts.config.algorithm.num_minibatches)
+    now = time.perf_counter()
+    metrics = {
+        **progress.rollout_metrics,
+        **updated,
+        "kl_coef": kl_coef,
+        "learning_rate": float(parts.schedule(moved)),
+        "num_tokens": progress.num_tokens,
+        "time/update": now - update_started,
+        "step_time": now - started,
+    }
+    if index:  # those phases belong to the step that made the rollout
+        metrics |= {"time/generate": 0.0, "time/reward": 0.0, "time/score": 0.0}
+    progress.step += 1
+    _after_update(parts, progress, updated)
+    return metrics
+
+
+def _num_programs() -> int:
+    """Returns how many programs the three jit boundaries have, compiled or read from the cache."""
+    return sum(function._cache_size() for function in _JIT_BOUNDARIES)
+
+
+def evaluate_and_keep_best(parts: Parts, progress: Progress, trackers: Trackers, *, first: bool) -> None:
+    """Evaluates and logs; exports the model if it is the best so far.
+
+    The first evaluation of a process says what its figures cannot tell.
+    """
+    params = progress.policy_params
+    metrics = evaluate_parts(parts, params, trackers.message if first else None)
+    trackers.log(progress.step, metrics)
+    if text := keep_best(parts, progress.step, metrics, params):
+        trackers.message(text)
+
+
+def run_loop(
+    parts: Parts, progress: Progress, checkpoints: Checkpoints, trackers: Trackers, interrupts: Interrupts
+) -> None:
+    """Runs until the last step or an interrupt. What is logged for a step precedes its checkpoint."""
+    config, actor, notices = parts.config, parts.actor(), Notices()
+    key = jax.random.key(config.training.seed)
+    every, saved = config.evaluation.every, progress.step
+    evaluated = saved == 0  # by this process
+    num_programs = _num_programs()
+    while progress.step < parts.num_steps and interrupts.signum is None:
+        metrics = one_step(parts, actor, progress, key)
+        metrics["compilations"] = _num_programs() - num_programs
+        step, last = progress.step, progress.step == parts.num_steps
+        trackers.log(step, metrics)
+        for text in notices.about(step, metrics, progress.silences):
+            trackers.message(text)
+        if last or step % config.tracking.completions_every == 0:
+            trackers.log_completions(step, progress.samples)
+        if metrics["skipped_updates_in_a_row"] >= _MAX_SKIPPED:
+            raise RuntimeError(
+                f"step {step}: loss or gradient was not finite {_MAX_SKIPPED} times in a row; nothing was "
+                f"learned from them. Look at the rewards, or lower training.learning_rate in another run_dir "
+                f"with checkpoints.resume: {config.run_dir}"
+            )
+        if last or (every and step % every == 0):
+            evaluate_and_keep_best(parts, progress, trackers, first=not evaluated)
+            evaluated = True
+        if last or step % config.checkpoints.every == 0:
+            save(parts, checkpoints, progress)
+            saved = step
+    if progress.step > saved:
+        save(parts, checkpoints, progress)
