@@ -43,8 +43,8 @@ def settings_of_adapter(lora: LoraConfig) -> LoraConfig:
     """Fills in rank, alpha and targets from the adapter that `start_from` names.
 
     Args:
-        lora: the part of a config. If it gives rank, alpha or targets itself, they have to be the adapter's.
-            Targets are patterns, so they are compared once the model is known, see `read_adapters`.
+        lora: the section `lora` of a config. If it gives rank, alpha or targets itself, they have to be the
+            adapter's. Targets are patterns. They are compared once the model is known, see `read_adapters`.
 
     Returns:
         The same record with rank, alpha and targets given. Without `start_from` it comes back as it is.

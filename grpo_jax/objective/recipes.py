@@ -46,7 +46,7 @@ class Recipe:
     ratio_level: str = "token"  # see log_ratios
     surrogate: Callable[..., Array] = clipped_surrogate  # one of SURROGATES
     clip: dict[str, float] = dataclasses.field(default_factory=dict)  # keywords of the surrogate
-    kl_estimator: Callable[[Array, Array], Array] = kl_k3  # of log-probs; or kl_exact, of logits
+    kl_estimator: Callable[[Array, Array], Array] = kl_k3  # takes log-probs, or logits if it is kl_exact
     kl_ratio_corrected: bool = False  # see grpo_loss
     kl_placement: str = "loss"  # or "reward": minus kl_coef times kl_penalty, and no KL term in the loss
     kl_coef: float | Array = 0.0
@@ -70,18 +70,18 @@ class Recipe:
 
     @property
     def exact_kl(self) -> bool:
-        """Whether the KL term needs the reference's whole distributions and not only its log-probs."""
+        """Says whether the KL term needs the reference's whole distributions and not only its log-probs."""
         return self.kl_estimator is kl_exact
 
     @property
     def separate_penalty(self) -> bool:
-        """Whether KL and entropy terms have other weights than the policy term."""
+        """Says whether KL and entropy terms have other weights than the policy term."""
         factors = self.top_entropy is not None or self.importance_cap is not None
         return factors or not self.kl_on_dead_groups
 
     @property
     def needs_old_log_probs(self) -> bool:
-        """Whether log-probs of the rollout are needed before the update, or may be of an earlier policy."""
+        """Says whether the rollout's log-probs are needed before the update or may be an earlier policy's."""
         used = (
             self.top_entropy is not None or self.importance_cap is not None or self.kl_placement == "reward"
         )

@@ -234,7 +234,7 @@ def _output_last(a: Architecture, weights: dict[str, Any]) -> _OutputLast:
 
 
 def _matmul(x: Array, kernel: Array, axis: int, out_dtype: Any) -> Array:
-    """Contracts the last axis of x with an axis of a matrix; sums are float32."""
+    """Contracts the last axis of x with an axis of a matrix. Sums are float32."""
     contract = (((x.ndim - 1,), (axis,)), ((), ()))
     return jax.lax.dot_general(x, kernel, contract, preferred_element_type=out_dtype)
 
@@ -246,7 +246,7 @@ def _dense(a: Architecture, x: Array, weights: dict, dtype: Any, out_dtype: Any 
 
 
 def _norm(a: Architecture, x: Array, weights: dict) -> Array:
-    """LayerNorm or RMSNorm over the last axis, in float32."""
+    """Computes LayerNorm or RMSNorm over the last axis, in float32."""
     x32 = x.astype(jnp.float32)
     if a.norm == "layer":
         x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
