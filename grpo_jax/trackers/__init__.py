@@ -113,7 +113,7 @@ class Trackers:
             if name in self._failed:
                 return
             self._failed.add(name)
-            line = f"{name} failed, the run goes on without it: {one_line(error)}"
+            line = f"{name} failed, and the run goes on without it: {one_line(error)}"
             if tracker is self._console:
                 print(line, file=sys.stderr)
             else:

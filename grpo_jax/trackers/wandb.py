@@ -69,7 +69,7 @@ class WandbTracker:
         self._wandb, self._message, self._run_dir = wandb, message, Path(run_dir).resolve()
         mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
         if mode == "online" and not has_wandb_key():
-            message("wandb: WANDB_MODE is online but there is no key; writing offline")
+            message("wandb: WANDB_MODE is online but there is no key, so the run is written offline")
             mode = "offline"  # wandb would wait at a prompt
         self._run_dir.mkdir(parents=True, exist_ok=True)
         options = {
@@ -83,7 +83,7 @@ class WandbTracker:
         except Exception as error:
             if mode == "offline":
                 raise
-            message(f"wandb: cannot be opened ({one_line(error)}); writing offline")
+            message(f"wandb: it cannot be opened ({one_line(error)}), so the run is written offline")
             self._run = self._open("offline", options)
         self._offline = self._run.settings.mode == "offline"
 
@@ -125,7 +125,7 @@ class WandbTracker:
         if self._offline:
             runs = sorted(self._run_dir.glob(f"wandb/offline-run-*-{self._run.id}"))
             new = [str(path) for path in runs if not list(path.glob("*.synced"))]
-            self._message(f"wandb: offline; to upload: wandb sync {shlex.join(new)}")
+            self._message(f"wandb: the run is offline. Upload it with: wandb sync {shlex.join(new)}")
 
 
 def _cell(value: Any) -> Any:

@@ -353,7 +353,7 @@ def test_tensorboard_on_a_full_disk_never_hangs(tmp_path, monkeypatch):
         steps(trackers, 1, 200)
     assert time.perf_counter() - start < 5
     assert threading.active_count() == threads  # nothing is left that the end of the process waits for
-    assert stream.getvalue().count("TensorBoardTracker failed, the run goes on without it: OSError") == 1
+    assert stream.getvalue().count("TensorBoardTracker failed, and the run goes on without it: OSError") == 1
     assert len(lines(tmp_path / "metrics.jsonl")) == 200
 
 
@@ -417,8 +417,8 @@ def test_wandb_offline_holds_metrics_completions_and_config(tmp_path, monkeypatc
 
     run_id = (run_dir / "wandb_id").read_text()
     first, second = sorted(run_dir.glob(f"wandb/offline-run-*-{run_id}"))
-    assert said[0] == f"wandb: offline; to upload: wandb sync '{first}'"
-    assert said[1] == f"wandb: offline; to upload: wandb sync '{first}' '{second}'"
+    assert said[0] == f"wandb: the run is offline. Upload it with: wandb sync '{first}'"
+    assert said[1] == f"wandb: the run is offline. Upload it with: wandb sync '{first}' '{second}'"
     assert capfd.readouterr() == ("", "")
 
     (file,) = first.glob("run-*.wandb")
@@ -454,7 +454,8 @@ def test_wandb_mode_is_respected(tmp_path, monkeypatch, mode):
     if mode == "disabled":
         assert not offline and not said
     else:  # without a key nobody is asked for one
-        assert offline and said[0] == "wandb: WANDB_MODE is online but there is no key; writing offline"
+        expected = "wandb: WANDB_MODE is online but there is no key, so the run is written offline"
+        assert offline and said[0] == expected
 
 
 def test_wandb_that_cannot_be_opened_online_is_offline(tmp_path, monkeypatch):
@@ -474,7 +475,7 @@ def test_wandb_that_cannot_be_opened_online_is_offline(tmp_path, monkeypatch):
     tracker.log(1, {"reward": 0.5})
     tracker.close()
     assert modes == ["online", "offline"]
-    assert said[0] == "wandb: cannot be opened (CommError: no network); writing offline"
+    assert said[0] == "wandb: it cannot be opened (CommError: no network), so the run is written offline"
     (file,) = tmp_path.glob("run/wandb/offline-run-*/run-*.wandb")
     assert wandb_history(file)[1]["reward"] == 0.5
     assert b"x" * 40 not in file.read_bytes()
@@ -567,7 +568,7 @@ def test_an_outage_is_said_once_and_stops_nothing(tmp_path):
         trackers.message("a notice")
     text = stream.getvalue()
     assert broken.calls == 6  # it may come back
-    assert text.count("Broken failed, the run goes on without it: ConnectionError: no route [red]\n") == 1
+    assert text.count("Broken failed, and the run goes on without it: ConnectionError: no route [red]\n") == 1
     assert "still broken" not in text and "a notice\n" in text
     assert len(lines(tmp_path / "metrics.jsonl")) == 5
     assert len(lines(tmp_path / "completions.jsonl")) == 1  # num_completions
