@@ -19,12 +19,12 @@ from grpo_jax.evaluation.outcomes import sample_texts
 from grpo_jax.evaluation.statistics import doublings, pass_at_k, subsets
 from grpo_jax.evaluation.verdicts import Correct, choose_correct
 from grpo_jax.policy.shapes import padded_length
-from grpo_jax.rewards.silences import Silence, find_silences, lost_rows
+from grpo_jax.rewards.judging import judge
+from grpo_jax.rewards.silences import find_silences, lost_rows
 from grpo_jax.run.build import Parts, build
 from grpo_jax.trackers.console import ConsoleTracker, bars, figures_table, samples_table, spread
-from grpo_jax.training.actor import judge
 from grpo_jax.training.experience import combine, length_penalty, signal_of_scores
-from grpo_jax.types import Example
+from grpo_jax.types import Example, Silence
 
 _BINS = 8  # of a histogram
 _QUANTILES = {"min": 0.0, "25%": 0.25, "50%": 0.5, "75%": 0.75, "max": 1.0}

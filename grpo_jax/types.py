@@ -10,9 +10,9 @@ A mask is bool and is a *length*, never ``ids != pad_id``: a prompt may contain 
 models pad with it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import flax.struct
 import jax
@@ -94,6 +94,38 @@ class Example:
     columns: dict[str, Any] = field(default_factory=dict)
     place: str = field(default="", compare=False)
     tokens: tuple[int, ...] | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Silence:
+    """A reward that says nothing about completions.
+
+    Args:
+        reward: the reward's name.
+        kind: `lowest` (the same value, 0 or below, for all), `none` (no value for any), `some` (no value for
+            some), or `lost` (calls over their timeout, dead workers).
+        what: what the reward does not say.
+        first: the first such row, with what was compared.
+    """
+
+    reward: str
+    kind: Literal["lowest", "none", "some", "lost"]
+    what: str
+    first: str
+
+    @property
+    def text(self) -> str:
+        """One line for the user."""
+        return f"the reward {self.reward} {self.what}; first: {self.first}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What the reward functions make of B completions."""
+
+    scores: Any  # [B,R] float32 on the host, NaN where a reward function gave none
+    silences: Sequence[Silence] = ()  # rewards that say nothing
+    num_lost: Mapping[str, int] = field(default_factory=dict)  # reward with a timeout -> rows that it lost
 
 
 @flax.struct.dataclass(kw_only=True)

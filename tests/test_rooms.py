@@ -46,14 +46,8 @@ ROOMS = {
 }
 # A command may import from every room, and nobody imports a command.
 COMMANDS = ("train", "evaluate", "generate", "plan", "score", "export")
-# Imports that run against the rules today; each is about to go.
-STILL_WRONG = {
-    ("training.actor", "data.encoded_examples"),
-    ("training.actor", "models.endings"),
-    ("training.actor", "models.loading"),
-    ("training.actor", "rewards.loading"),
-    ("training.actor", "rewards.silences"),
-}
+# Imports that run against the rules today, (module, imported); each is about to go.
+STILL_WRONG: set[tuple[str, str]] = set()
 # What `import grpo_jax` may load.
 PACKAGE_IMPORTS = ("types", "objective", "policy", "training")
 
@@ -80,7 +74,7 @@ ALGEBRA = ("jax", "chex", "optax", "flax.struct")
 LOSS_LIBRARIES = ("jax", "chex", "optax")
 LOSS_MODULES = ("advantages", "kl", "surrogates", "losses", "shaping", "recipes")
 # module -> how many modules of the package one has to read to understand it, itself included
-CLOSURES = {**{f"objective.{name}": 6 for name in LOSS_MODULES}}
+CLOSURES = {"training.actor": 18, **{f"objective.{name}": 6 for name in LOSS_MODULES}}
 NAMES_OF_NOTHING = {"util", "utils", "common", "base", "misc", "helpers", "shared"}
 
 FILES = {

@@ -13,9 +13,10 @@ from grpo_jax.models.endings import end_arguments
 from grpo_jax.models.loading import Model, decode, pad_prompts
 from grpo_jax.policy.decoding import generate
 from grpo_jax.policy.shapes import padded_length
-from grpo_jax.rewards.loading import Reward, reward_means
-from grpo_jax.training.actor import judge
+from grpo_jax.rewards.judging import judge
+from grpo_jax.rewards.loading import Reward
 from grpo_jax.training.experience import combine
+from grpo_jax.training.metrics import reward_means
 from grpo_jax.types import Example, Params
 
 # Evaluation noise must not repeat that of a training step. Steps count up from 0 and never get here.
@@ -167,7 +168,7 @@ def summarize(
     # Rewards that were lost to a timeout are missing as well.
     figures = {
         f"eval/{name}": value
-        for name, value in reward_means(rewards, outcome.scores).items()
+        for name, value in reward_means([reward.name for reward in rewards], outcome.scores).items()
         if name.endswith("/mean") or (name.endswith("/missing") and value > 0)
     }
     results = {

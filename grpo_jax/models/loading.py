@@ -29,11 +29,12 @@ from grpo_jax.models.directories import check_no_adapter, find_directory, read_j
 from grpo_jax.models.endings import choose_eos, find_eos, tokenizer_to_save
 from grpo_jax.models.implementations import IMPLEMENTATIONS, choose_implementation
 from grpo_jax.models.stops import Stops, make_stops
-from grpo_jax.models.text import decode, encode, pad_prompts
+from grpo_jax.models.text import decode, encode
 from grpo_jax.models.tokenizer_files import load_tokenizer
 from grpo_jax.models.vocabulary import limit_vocabulary
 from grpo_jax.policy.attention import check_attention
 from grpo_jax.policy.decoder import REMAT
+from grpo_jax.policy.decoding import pad_prompts
 from grpo_jax.types import Params, Policy
 
 __all__ = [

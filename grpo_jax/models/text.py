@@ -8,7 +8,6 @@ import numpy as np
 from grpo_jax.models.chat_templates import Rendering, render
 from grpo_jax.models.control_tokens import ControlTokens, control_tokens
 from grpo_jax.models.endings import Ending
-from grpo_jax.types import Prompts
 
 
 def encode(model: Rendering, prompts: Sequence[str | list[dict]]) -> list[list[int]]:
@@ -71,30 +70,6 @@ def try_encode(
                 f"{names[i]} ({prompts[i]!r:.80}) has no tokens; a completion needs one to start from"
             )
     return found
-
-
-def pad_prompts(sequences: Sequence[Sequence[int]], length: int) -> Prompts:
-    """Left-pads token ids to one length.
-
-    Args:
-        sequences: N lists of token ids.
-        length: S, the padded length.
-
-    Returns:
-        prompts [N,S], NumPy arrays. Pads are id 0 under a False mask.
-
-    Raises:
-        ValueError: a sequence is longer than `length`.
-    """
-    tokens = np.zeros((len(sequences), length), np.int32)
-    mask = np.zeros((len(sequences), length), bool)
-    for i, sequence in enumerate(sequences):
-        if len(sequence) > length:
-            raise ValueError(f"prompt {i} has {len(sequence)} tokens, over the length {length}")
-        if sequence:
-            tokens[i, -len(sequence) :] = sequence
-            mask[i, -len(sequence) :] = True
-    return Prompts(tokens=tokens, mask=mask)
 
 
 def decode(model: Ending, tokens: np.ndarray, mask: np.ndarray) -> list[str]:

@@ -1,16 +1,42 @@
 """Generation: prefill each prompt once, fork its cache to the group, decode until every row is done."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from grpo_jax.policy.sampling import draw, process_logits, scale_logits
 from grpo_jax.policy.shapes import decode_stages
 from grpo_jax.types import Array, Cache, Params, Policy, Prompts, Rollout
+
+
+def pad_prompts(sequences: Sequence[Sequence[int]], length: int) -> Prompts:
+    """Left-pads token ids to one length.
+
+    Args:
+        sequences: N lists of token ids.
+        length: S, the padded length.
+
+    Returns:
+        Prompts [N,S] of NumPy arrays. Pads are id 0 under a False mask.
+
+    Raises:
+        ValueError: a sequence is longer than `length`.
+    """
+    tokens = np.zeros((len(sequences), length), np.int32)
+    mask = np.zeros((len(sequences), length), bool)
+    for i, sequence in enumerate(sequences):
+        if len(sequence) > length:
+            raise ValueError(f"prompt {i} has {len(sequence)} tokens, over the length {length}")
+        if sequence:
+            tokens[i, -len(sequence) :] = sequence
+            mask[i, -len(sequence) :] = True
+    return Prompts(tokens=tokens, mask=mask)
 
 
 def positions_from_mask(mask: Array) -> Array:

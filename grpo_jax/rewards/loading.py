@@ -39,7 +39,6 @@ __all__ = [
     "check_rows",
     "close_rewards",
     "load_rewards",
-    "reward_means",
     "score",
 ]
 
@@ -273,21 +272,3 @@ def score(
         for call in filter(None, begun):
             call.cancel()
     return scores
-
-
-def reward_means(rewards: Sequence[Reward], scores: np.ndarray) -> dict[str, float]:
-    """Returns rewards/<name>/mean and /std (ddof 1) over the values each function gave, absent if none; and
-    rewards/<name>/missing, the share of the rows without one. For a function with a timeout also
-    rewards/<name>/timeouts, the share of the rows whose call ran over it or killed its worker, of those
-    scored since the last time.
-    """
-    metrics = {}
-    for reward, column in zip(rewards, scores.astype(np.float64).T, strict=True):
-        name, values = f"rewards/{reward.name}", column[~np.isnan(column)]
-        if values.size:
-            metrics[f"{name}/mean"] = float(values.mean())
-            metrics[f"{name}/std"] = float(values.std(ddof=1)) if values.size > 1 else 0.0
-        metrics[f"{name}/missing"] = 1.0 - values.size / column.size
-        if reward.pool is not None:
-            metrics[f"{name}/timeouts"] = reward.pool.take_lost() / column.size
-    return metrics

@@ -88,7 +88,7 @@ class RewardPool:
             raise ValueError(f"{who}: its arguments cannot go to a worker process: {error}") from None
         self._directory = os.getcwd()
         self._workers: list[_Worker] = []
-        self._lost, self._lock = 0, threading.Lock()
+        self._lock = threading.Lock()
         self._lost_calls: dict[int, str] = {}
         self.last_lost: dict[int, str] = {}  # rows that the last batch lost -> why
         weakref.finalize(self, _end_all, self._workers, os.getpid())
@@ -131,15 +131,8 @@ class RewardPool:
         }
         for part, answer in zip(parts, answers, strict=True):
             count = part.stop - part.start
-            if answer is None:
-                self._lost += count
             scores += [float("nan")] * count if answer is None else answer
         return scores
-
-    def take_lost(self) -> int:
-        """Returns the number of rows lost to the timeout or a dead worker since it was asked last."""
-        lost, self._lost = self._lost, 0
-        return lost
 
     def close(self) -> None:
         """Ends the workers; another call would start new ones."""

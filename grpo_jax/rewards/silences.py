@@ -5,42 +5,17 @@ type that is not there, which nobody sees in a mean of 0.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from grpo_jax.rewards.answers.extraction import extract_answer, extract_number
 from grpo_jax.rewards.builtin import REWARDS
 from grpo_jax.rewards.scoring import Reward, takes
-from grpo_jax.types import Example
+from grpo_jax.types import Example, Silence
 
 _SHOWN = 60  # characters of a value
 _NUM_COLUMNS = 3  # columns of a row
 _PENALTIES = ("length_penalty", "repetition_penalty")  # their 0 is the best value, not the lowest
-
-
-@dataclass(frozen=True)
-class Silence:
-    """A reward that says nothing about completions.
-
-    Args:
-        reward: its name.
-        kind: `lowest` (the same value, 0 or below, for all), `none` (no value for any), `some` (no value for
-            some), or `lost` (calls over their timeout, dead workers).
-        what: what the reward does not say.
-        first: the first such row, with what was compared.
-    """
-
-    reward: str
-    kind: Literal["lowest", "none", "some", "lost"]
-    what: str
-    first: str
-
-    @property
-    def text(self) -> str:
-        """One line for the user."""
-        return f"the reward {self.reward} {self.what}; first: {self.first}"
 
 
 def lost_rows(rewards: Sequence[Reward]) -> list[Mapping[int, str]]:

@@ -4,6 +4,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
 
 import jax
 import optax
@@ -11,18 +12,20 @@ import optax
 from grpo_jax.config.inert_settings import check_settings, setting_notes
 from grpo_jax.config.run import Config, RewardConfig
 from grpo_jax.data.bad_rows import BadRow, settle
+from grpo_jax.data.encoded_examples import tokens_of
 from grpo_jax.data.held_out import note_on_overlap, sample_held_out
 from grpo_jax.data.loading import Task, load_data
 from grpo_jax.data.prompt_lengths import fit_prompts, prompt_limit
 from grpo_jax.evaluation.categories import rows_by_category
 from grpo_jax.evaluation.verdicts import Correct, choose_correct, note_on_choice
 from grpo_jax.models.chat_templates import asks_for_time
-from grpo_jax.models.endings import stop_notes, turn_end_note
-from grpo_jax.models.loading import Model, load_model, set_endings
+from grpo_jax.models.endings import end_arguments, stop_notes, turn_end_note
+from grpo_jax.models.loading import Model, decode, load_model, set_endings
 from grpo_jax.models.peft import make_lora
 from grpo_jax.models.start_adapters import base_note, read_adapters, settings_of_adapter
 from grpo_jax.objective.recipes import CLIP_KEYWORDS, Recipe, make_recipe
 from grpo_jax.policy.lora import Lora, init_adapters, merge_adapters
+from grpo_jax.rewards.judging import reach_verdict
 from grpo_jax.rewards.loading import Reward, check_columns, check_rows, load_rewards
 from grpo_jax.run.first_look import notes_about_prompts, show_first_prompt
 from grpo_jax.training.actor import Actor
@@ -97,9 +100,8 @@ class Parts:
     def actor(self) -> Actor:
         """Makes the actor of this run."""
         return Actor(
-            model=self.model,
+            **actor_inputs(self.model, self.rewards),
             recipe=self.recipe,
-            rewards=self.rewards,
             group_size=self.config.algorithm.group_size,
             prompt_length=self.prompt_length,
             max_new_tokens=self.config.sampling.max_new_tokens,
@@ -119,6 +121,18 @@ class Parts:
         if self.start_adapters is None:
             return self.model.params
         return merge_adapters(self.lora, self.model.params, self.start_adapters)
+
+
+def actor_inputs(model: Model, rewards: Sequence[Reward]) -> dict[str, Any]:
+    """Returns what an `Actor` is handed of a model and its rewards: functions, and what ends a completion."""
+    return {
+        "policy": model.policy,
+        "encode": functools.partial(tokens_of, model),
+        "decode": functools.partial(decode, model),
+        "judge": functools.partial(reach_verdict, rewards),
+        "reward_weights": {reward.name: reward.weight for reward in rewards},
+        **end_arguments(model),
+    }
 
 
 def build(config: Config, *, model: Model | None = None) -> Parts:

@@ -6,7 +6,7 @@ Names and formulas of the metrics are in `grpo_jax.training.metrics`; the README
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from grpo_jax.rewards.silences import Silence
+from grpo_jax.types import Silence
 
 _REPEAT = 100  # steps before the same line may be printed again
 

@@ -13,7 +13,6 @@ from grpo_jax.checkpoints.format import fingerprint
 from grpo_jax.checkpoints.manager import Checkpoints, CorruptedCheckpoint
 from grpo_jax.config.run import Config
 from grpo_jax.models.peft import check_base
-from grpo_jax.rewards.silences import Silence
 from grpo_jax.run.build import Parts
 from grpo_jax.run.continuing import (
     Record,
@@ -27,7 +26,7 @@ from grpo_jax.run.directory import check_same_run, read_config
 from grpo_jax.trackers.jsonl import plain
 from grpo_jax.training.dynamic_sampling import Groups
 from grpo_jax.training.learner import TrainState, policy_params
-from grpo_jax.types import Experience, Judged, Params, Rollout
+from grpo_jax.types import Experience, Judged, Params, Rollout, Silence
 
 
 @dataclass(kw_only=True)

@@ -2,26 +2,21 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import numpy as np
 
-from grpo_jax.data.encoded_examples import tokens_of
-from grpo_jax.models.endings import end_arguments
-from grpo_jax.models.loading import Model, decode, pad_prompts
 from grpo_jax.objective.recipes import Recipe
-from grpo_jax.policy.decoding import generate
+from grpo_jax.policy.decoding import generate, pad_prompts
 from grpo_jax.policy.log_probs import completion_log_probs
 from grpo_jax.policy.shapes import bucket_length, tokens_in_use
-from grpo_jax.rewards.loading import Reward, reward_means, score
-from grpo_jax.rewards.silences import Silence, find_silences, lost_rows
 from grpo_jax.training.dynamic_sampling import Groups, fill_batch, join_groups, take_groups, widen_prompts
 from grpo_jax.training.experience import has_signal, make_experience, shaped_rewards
-from grpo_jax.training.metrics import reward_metrics, rollout_metrics
+from grpo_jax.training.metrics import reward_means, reward_metrics, rollout_metrics
 from grpo_jax.training.reference import is_reference
-from grpo_jax.types import Array, Example, Experience, Judged, Params, Rollout
+from grpo_jax.types import Array, Example, Experience, Judged, Params, Policy, Rollout, Silence, Verdict
 
 # round -> (examples of its N prompts, key of its noise); rounds are counted from 0 within a rollout
 Draw = Callable[[int], tuple[Sequence[Example], Array]]
@@ -32,23 +27,33 @@ class Actor:
     """What stays the same from step to step.
 
     Args:
-        model: functions, tokenizer and what ends a completion; its own params are not used.
+        policy: functions of the model.
         recipe: the objective.
-        rewards: reward functions.
+        encode: (N examples) -> the token ids of their prompts.
+        decode: (tokens [B,T], mask [B,T]) -> the B texts of completions.
+        judge: (B examples, B texts) -> what the reward functions make of them.
+        reward_weights: name -> weight of the R rewards, in the order of the columns of scores.
+        eos_ids: tokens that end a completion, see `generate`.
+        stop_table: stop strings that end a completion, see `generate`.
         group_size: G.
-        prompt_length: S of every Experience; no prompt may be longer.
+        prompt_length: S of every Experience. No prompt may be longer.
         max_new_tokens: T.
         sampling: temperature, top_k, top_p, min_p of `generate`.
         num_microbatches: slices of each optimizer batch in scoring.
-        num_minibatches: optimizer batches that one rollout is cut into.
-        max_rounds: rounds of sampling at most, for a recipe with dynamic sampling; others make one.
+        num_minibatches: number of optimizer batches that one rollout is cut into.
+        max_rounds: largest number of rounds of sampling, for a recipe with dynamic sampling. Others make one.
         scores_policy: whether the policy that sampled scores its completions again. Without, the update takes
             its own log-probs as the old ones: the same numbers, if it is the only update from the rollout.
     """
 
-    model: Model
+    policy: Policy
     recipe: Recipe
-    rewards: tuple[Reward, ...]
+    encode: Callable[[Sequence[Example]], Sequence[Sequence[int]]]
+    decode: Callable[[np.ndarray, np.ndarray], Sequence[str]]
+    judge: Callable[[Sequence[Example], Sequence[str]], Verdict]
+    reward_weights: Mapping[str, float]
+    eos_ids: Array
+    stop_table: Array | None = None
     group_size: int
     prompt_length: int
     max_new_tokens: int
@@ -70,24 +75,6 @@ class Collected:
     num_rounds: int  # rounds of prompts drawn
     leftovers: Groups | None = None  # informative groups that found no room
     silences: tuple[Silence, ...] = ()  # rewards that said nothing, first of all rounds
-
-
-def judge(rewards: Sequence[Reward], examples: Sequence[Example], texts: Sequence[str]) -> np.ndarray:
-    """Scores completions with every reward function.
-
-    Args:
-        rewards: R reward functions.
-        examples: B examples, one per completion.
-        texts: B completions.
-
-    Returns:
-        [B,R] float32, NaN for missing.
-
-    Raises:
-        RewardError: a reward function failed, named with its row.
-    """
-    columns = {name: [example.columns[name] for example in examples] for name in examples[0].columns}
-    return score(rewards, [example.prompt for example in examples], texts, columns)
 
 
 def collect(
@@ -129,7 +116,9 @@ def collect(
         **_settings(actor),
     )
     everything = join_groups([one.groups for one in rounds]).judged
-    measured = {**_measure(actor, everything), **reward_means(actor.rewards, np.asarray(everything.scores))}
+    num_lost = {name: sum(one.num_lost[name] for one in rounds) for name in rounds[0].num_lost}
+    means = reward_means(list(actor.reward_weights), np.asarray(everything.scores), num_lost)
+    measured = {**_measure(actor, everything), **means}
     jax.block_until_ready(experience)
     times = {name: sum(one.times[name] for one in rounds) for name in rounds[0].times}
     times["time/score"] += time.perf_counter() - started
@@ -160,6 +149,7 @@ class _Round:
     groups: Groups
     times: dict[str, float]
     silences: Sequence[Silence] = ()
+    num_lost: Mapping[str, int] = field(default_factory=dict)  # see Verdict
 
 
 def _all_silences(rounds: Sequence[_Round]) -> tuple[Silence, ...]:
@@ -193,7 +183,7 @@ def _informative_batch(actor, params, ref_params, draw, leftovers, rounds: list[
 def _settings(actor: Actor) -> dict[str, Any]:
     """Returns what every function of `experience` wants to know."""
     return {
-        "reward_weights": [reward.weight for reward in actor.rewards],
+        "reward_weights": list(actor.reward_weights.values()),
         "max_length": actor.max_new_tokens,
         "group_size": actor.group_size,
     }
@@ -202,7 +192,7 @@ def _settings(actor: Actor) -> dict[str, Any]:
 def _sample_round(actor, params, ref_params, examples: Sequence[Example], key: Array) -> _Round:
     started = time.perf_counter()
     rollout = _rollout(actor, params, examples, key)
-    texts = decode(actor.model, np.asarray(rollout.tokens), np.asarray(rollout.mask))
+    texts = actor.decode(np.asarray(rollout.tokens), np.asarray(rollout.mask))
     generated = time.perf_counter()
 
     # Dispatched, not awaited: the device scores while the host rewards.
@@ -211,25 +201,29 @@ def _sample_round(actor, params, ref_params, examples: Sequence[Example], key: A
     if ref_log_probs is not None and old_log_probs is not None and is_reference(params, ref_params):
         ref_log_probs = old_log_probs  # so that a KL in the reward is exactly 0, whatever a program rounds
     repeated = [example for example in examples for _ in range(actor.group_size)]
-    scores = judge(actor.rewards, repeated, texts)
-    silences = find_silences(actor.rewards, repeated, texts, scores, lost_rows(actor.rewards))
+    verdict = actor.judge(repeated, texts)
     rewarded = time.perf_counter()
     judged = Judged(
         rollout=rollout,
         old_log_probs=old_log_probs,
         entropies=entropies,
         ref_log_probs=ref_log_probs,
-        scores=scores,
+        scores=verdict.scores,
     )
     totals, valid = shaped_rewards(judged, actor.recipe, **_settings(actor))
-    samples = _samples(actor.rewards, repeated, texts, scores, totals, valid)
+    samples = _samples(actor.reward_weights, repeated, texts, verdict.scores, totals, valid)
     jax.block_until_ready(judged)
     times = {
         "time/generate": generated - started,
         "time/reward": rewarded - generated,
         "time/score": time.perf_counter() - rewarded,
     }
-    return _Round(groups=Groups(judged=judged, samples=samples), times=times, silences=silences)
+    return _Round(
+        groups=Groups(judged=judged, samples=samples),
+        times=times,
+        silences=verdict.silences,
+        num_lost=verdict.num_lost,
+    )
 
 
 def _measure(actor: Actor, judged: Judged) -> dict[str, Any]:
@@ -245,19 +239,20 @@ def _measure(actor: Actor, judged: Judged) -> dict[str, Any]:
 
 
 def _rollout(actor: Actor, params: Params, examples: Sequence[Example], key: Array) -> Rollout:
-    sequences = tokens_of(actor.model, examples)
+    sequences = actor.encode(examples)
     longest = max(len(sequence) for sequence in sequences)
     if longest > actor.prompt_length:
         raise ValueError(f"a prompt has {longest} tokens, more than the {actor.prompt_length} of this run")
     prompts = pad_prompts(sequences, bucket_length(longest, actor.prompt_length))
     rollout = generate(
-        actor.model.policy,
+        actor.policy,
         params,
         prompts,
         key,
         group_size=actor.group_size,
         max_new_tokens=actor.max_new_tokens,
-        **end_arguments(actor.model),
+        eos_ids=actor.eos_ids,
+        stop_table=actor.stop_table,
         **actor.sampling,
     )
     return jax.block_until_ready(rollout)
@@ -266,7 +261,7 @@ def _rollout(actor: Actor, params: Params, examples: Sequence[Example], key: Arr
 def _score(actor: Actor, params: Params, rollout: Rollout) -> tuple[Array, Array]:
     """Returns (log_probs [B,T], entropies [B,T])."""
     return completion_log_probs(
-        actor.model.policy,
+        actor.policy,
         params,
         rollout,
         temperature=actor.sampling["temperature"],
@@ -276,7 +271,7 @@ def _score(actor: Actor, params: Params, rollout: Rollout) -> tuple[Array, Array
     )
 
 
-def _samples(rewards, examples, texts, scores, totals, valid) -> list[dict[str, Any]]:
+def _samples(names, examples, texts, scores, totals, valid) -> list[dict[str, Any]]:
     def number(value: float) -> float | None:
         return None if np.isnan(value) else float(value)
 
@@ -285,7 +280,7 @@ def _samples(rewards, examples, texts, scores, totals, valid) -> list[dict[str, 
             "prompt": example.prompt,
             "completion": text,
             "reward": float(total) if ok else None,
-            **{f"rewards/{reward.name}": number(value) for reward, value in zip(rewards, row, strict=True)},
+            **{f"rewards/{name}": number(value) for name, value in zip(names, row, strict=True)},
         }
         for example, text, row, total, ok in zip(examples, texts, scores, totals, valid, strict=True)
     ]

@@ -85,7 +85,10 @@ Evaluation, in rows of its own; evaluation.correct says when a completion is cor
     eval/<category>/pass@k      likewise
 """
 
+from collections.abc import Mapping, Sequence
+
 import jax.numpy as jnp
+import numpy as np
 
 from grpo_jax.objective.advantages import group_stds, grow, informative_groups, shrink_factor
 from grpo_jax.objective.losses import LossMetrics
@@ -151,6 +154,32 @@ def reward_metrics(rewards: Array, valid: Array) -> Metrics:
         "reward_std": grow(stds, shrink)[0, 0],
         "frac_reward_zero_std": 1.0 - jnp.mean(informative_groups(rewards, valid=valid)),
     }
+
+
+def reward_means(
+    names: Sequence[str], scores: np.ndarray, num_lost: Mapping[str, int] | None = None
+) -> dict[str, float]:
+    """Computes the metrics of each reward function alone.
+
+    Args:
+        names: names of the R reward functions.
+        scores: [B,R], NaN where a function gave none.
+        num_lost: rows lost to the timeout, by name, of those functions that have one.
+
+    Returns:
+        rewards/<name>/mean and /std (ddof 1) over the values that each function gave, absent if there are
+        none, and /missing, the share of the rows without one. /timeouts is the share of the lost rows.
+    """
+    metrics, num_lost = {}, num_lost or {}
+    for name, column in zip(names, scores.astype(np.float64).T, strict=True):
+        values = column[~np.isnan(column)]
+        if values.size:
+            metrics[f"rewards/{name}/mean"] = float(values.mean())
+            metrics[f"rewards/{name}/std"] = float(values.std(ddof=1)) if values.size > 1 else 0.0
+        metrics[f"rewards/{name}/missing"] = 1.0 - values.size / column.size
+        if name in num_lost:
+            metrics[f"rewards/{name}/timeouts"] = num_lost[name] / column.size
+    return metrics
 
 
 def rollout_metrics(

@@ -11,10 +11,10 @@ import pytest
 import small_run
 
 from grpo_jax.config.run import RewardConfig
+from grpo_jax.rewards.judging import judge
 from grpo_jax.rewards.loading import Reward, RewardError, close_rewards, load_rewards, score
 from grpo_jax.rewards.scoring import own_copy
 from grpo_jax.train import train
-from grpo_jax.training.actor import judge
 from grpo_jax.types import Example
 
 # Rewards as people write them: they change what they are handed, and still count right on their own copies.

@@ -10,12 +10,12 @@ from calm import CALM
 
 from grpo_jax import score as command
 from grpo_jax.config.run import RewardConfig
+from grpo_jax.rewards.judging import judge
 from grpo_jax.rewards.loading import Reward, RewardError, close_rewards, load_rewards
-from grpo_jax.rewards.silences import Silence, find_silences, lost_rows
+from grpo_jax.rewards.silences import find_silences, lost_rows
 from grpo_jax.run.diagnostics import Notices
 from grpo_jax.train import train
-from grpo_jax.training.actor import judge
-from grpo_jax.types import Example
+from grpo_jax.types import Example, Silence
 
 MINE = """\
 import os, sys, time

@@ -15,10 +15,11 @@ from grpo_jax.objective.losses import loss_weights
 from grpo_jax.objective.recipes import dapo, dr_grpo, grpo, make_recipe
 from grpo_jax.policy.log_probs import completion_log_probs
 from grpo_jax.rewards.loading import Reward, RewardError
+from grpo_jax.run.build import actor_inputs
 from grpo_jax.training import actor as actor_module
-from grpo_jax.training.actor import Actor, collect, judge
+from grpo_jax.training.actor import Actor, collect
 from grpo_jax.training.dynamic_sampling import Groups
-from grpo_jax.types import Example, Judged, Rollout
+from grpo_jax.types import Example, Judged, Rollout, Verdict
 
 GROUP, NEW, PROMPT = 4, 5, 10
 SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
@@ -53,12 +54,12 @@ def ref_params(model):
 
 
 def make_actor(model, rewards=(correct, length), **changes) -> Actor:
+    functions = tuple(
+        Reward(name=f.__name__, function=f, weight=w) for f, w in zip(rewards, (1.0, 0.5), strict=False)
+    )
     settings = {
-        "model": model,
+        **actor_inputs(model, functions),
         "recipe": grpo,
-        "rewards": tuple(
-            Reward(name=f.__name__, function=f, weight=w) for f, w in zip(rewards, (1.0, 0.5), strict=False)
-        ),
         "group_size": GROUP,
         "prompt_length": PROMPT,
         "max_new_tokens": NEW,
@@ -96,46 +97,36 @@ def test_a_policy_that_is_its_reference_has_no_kl_in_its_rewards(model, monkeypa
     assert np.any(np.asarray(e.advantages) != 0)
 
 
-def test_judge_gives_columns_in_the_order_of_the_rows():
-    seen = {}
+def test_an_actor_needs_callables_and_no_checkpoint(toy_policy):
+    policy, params = toy_policy
+    judged = []
 
-    def f(prompts, completions, **columns):
-        seen.update(columns, prompts=prompts, completions=completions)
-        return list(range(len(completions)))
+    def judge(examples, texts):
+        judged.extend(zip((e.prompt for e in examples), texts, strict=True))
+        return Verdict(scores=np.array([[len(text)] for text in texts], np.float32), num_lost={"length": 2})
 
-    examples = [e for e in EXAMPLES[:2] for _ in range(2)]
-    scores = judge((Reward(name="f", function=f, weight=2.0),), examples, list("wxyz"))
-    assert seen == {
-        "prompts": ["12+34=", "12+34=", "7+8=", "7+8="],
-        "completions": ["w", "x", "y", "z"],
-        "answer": ["46", "46", "15", "15"],
-        "tag": ["a", "a", "b", "b"],
-    }
-    np.testing.assert_array_equal(scores, [[0], [1], [2], [3]])
-
-
-def test_judge_hands_messages_to_conversations():
-    messages = [{"role": "user", "content": "hi"}]
-    seen = []
-
-    def f(completions):
-        seen.extend(completions)
-        return [1.0, 1.0]
-
-    judge((Reward(name="f", function=f),), [Example(messages, {}), Example("hi", {})], ["a", "b"])
-    assert seen == [[{"role": "assistant", "content": "a"}], "b"]
-
-
-def test_judge_of_missing_rewards():
-    def some(completions):
-        return [None, 1.0, None]
-
-    def none(completions):
-        return [None, None, 0.5]
-
-    rewards = (Reward(name="some", function=some), Reward(name="none", function=none, weight=4.0))
-    scores = judge(rewards, EXAMPLES, ["x"] * 3)
-    np.testing.assert_array_equal(np.isnan(scores), [[True, True], [False, True], [True, False]])
+    actor = Actor(
+        policy=policy,
+        recipe=grpo,
+        encode=lambda examples: [[ord(c) - ord("a") for c in e.prompt] for e in examples],
+        decode=lambda tokens, mask: [
+            "".join(chr(97 + i) for i in row[m]) for row, m in zip(tokens, mask, strict=True)
+        ],
+        judge=judge,
+        reward_weights={"length": 2.0},
+        eos_ids=jnp.array([1]),
+        group_size=GROUP,
+        prompt_length=8,
+        max_new_tokens=NEW,
+        sampling=SAMPLING,
+    )
+    got = collect(actor, params, None, lambda _: ([Example("cd"), Example("hij")], KEY))
+    lengths = np.asarray(got.experience.mask).sum(axis=1)
+    assert [row["prompt"] for row in got.samples] == ["cd"] * GROUP + ["hij"] * GROUP
+    assert [(row["prompt"], row["completion"]) for row in got.samples] == judged
+    assert [row["rewards/length"] for row in got.samples] == lengths.tolist()
+    assert [row["reward"] for row in got.samples] == (2 * lengths).tolist()
+    assert got.metrics["rewards/length/timeouts"] == 2 / (2 * GROUP)
 
 
 def test_rows_are_prompt_major(collected, model):

@@ -19,7 +19,8 @@ from grpo_jax.objective.losses import LossMetrics, grpo_loss, loss_weights
 from grpo_jax.objective.recipes import dr_grpo, make_recipe
 from grpo_jax.objective.surrogates import SURROGATES
 from grpo_jax.policy.log_probs import completion_log_probs
-from grpo_jax.rewards.loading import Reward, reward_means
+from grpo_jax.rewards.loading import Reward
+from grpo_jax.run.build import actor_inputs
 from grpo_jax.train import train
 from grpo_jax.training import actor as actor_module
 from grpo_jax.training import metrics as metrics_module
@@ -522,17 +523,23 @@ def test_a_rollout_by_value(arithmetic, monkeypatch, name):
         Reward(name="first", function=first),
         Reward(name="second", function=second, weight=0.25),
     )
+    inputs, scores = actor_inputs(arithmetic, rewards), []
+
+    def judge(*args):
+        verdict = inputs["judge"](*args)
+        scores.append(verdict.scores)
+        return verdict
+
     actor = Actor(
-        model=arithmetic,
+        **inputs | {"judge": judge},
         recipe=recipe,
-        rewards=rewards,
         group_size=8,
         prompt_length=6,
         max_new_tokens=5,
         sampling={"temperature": 1.3, "top_k": 0, "top_p": 0.95, "min_p": 0.0},
         max_rounds=max_rounds,
     )
-    records, scores = [], []
+    records = []
 
     def generate(*args, **kwargs):
         rollout = actor_module_generate(*args, **kwargs)
@@ -540,13 +547,8 @@ def test_a_rollout_by_value(arithmetic, monkeypatch, name):
         records.append(rollout.replace(log_probs=jnp.where(rollout.mask, rollout.log_probs + noise, 0)))
         return records[-1]
 
-    def judge(*args):
-        scores.append(actor_module_judge(*args))
-        return scores[-1]
-
-    actor_module_generate, actor_module_judge = actor_module.generate, actor_module.judge
+    actor_module_generate = actor_module.generate
     monkeypatch.setattr(actor_module, "generate", generate)
-    monkeypatch.setattr(actor_module, "judge", judge)
     examples = [Example(prompt, {}) for prompt in ("12+34=", "68+87=", "95+79=")]
     collected = collect(
         actor,
@@ -574,10 +576,9 @@ def test_a_rollout_by_value(arithmetic, monkeypatch, name):
 
 
 def test_functions_that_give_some_one_or_no_value():
-    rewards = tuple(Reward(name=name, function=len) for name in ("some", "one", "none"))
     nan = np.nan
     scores = np.array([[1, nan, nan], [0.5, 3, nan], [nan, nan, nan], [0, nan, nan]], np.float32)
-    assert reward_means(rewards, scores) == pytest.approx(
+    assert metrics_module.reward_means(("some", "one", "none"), scores) == pytest.approx(
         {
             "rewards/some/mean": 0.5,
             "rewards/some/std": 0.5,
