@@ -19,7 +19,8 @@ from grpo_jax.models.loading import decode, encode, load_model, pad_prompts
 from grpo_jax.objective.advantages import MISSING
 from grpo_jax.policy.decoding import generate
 from grpo_jax.run.build import build
-from grpo_jax.score import ScoreArguments, advice, dead_group_share, rehearse, report, shown_samples
+from grpo_jax.run.rehearsal import advice, dead_group_share, rehearse, report, shown_samples
+from grpo_jax.score import ScoreArguments
 from grpo_jax.training.experience import make_experience
 from grpo_jax.types import Judged, Rollout
 
