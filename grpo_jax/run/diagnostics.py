@@ -1,6 +1,6 @@
-"""One printed line when a run is in a state that people ask about: what it means, and what to do.
+"""One printed line when a run is in a state that people ask about. It says what that means and what to do.
 
-Names and formulas of the metrics are in `grpo_jax.training.metrics`; the README has their healthy ranges.
+Names and formulas of the metrics are in `grpo_jax.training.metrics`. The README has their healthy ranges.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,25 +15,25 @@ Metrics = Mapping[str, float]
 
 class _Notice(NamedTuple):
     applies: Callable[[Metrics], bool]
-    text: str  # a format of the metrics, and of `silent`, `slow` and their first rows: see about
+    text: str  # a format string over the metrics, `silent`, `slow` and their first rows, see `about`
     once: bool = False
 
 
 class Notices:
-    """Decides which lines are due. State: when each was printed last."""
+    """Decides which lines are due. Its state is the step at which each line was printed last."""
 
     def __init__(self):
         self._printed: dict[str, int] = {}
         self._is_first = True
 
     def about(self, step: int, metrics: Metrics, silences: Sequence[Silence] = ()) -> list[str]:
-        """Returns the lines due after this step; each at most every 100 steps.
+        """Returns the lines that are due after this step, each at most every 100 steps.
 
         Args:
-            step: optimizer steps done.
-            metrics: of the last one.
-            silences: rewards of its rollout that said nothing. One that is the same for all completions is
-                told at the first step alone: later it may simply be bad luck.
+            step: number of optimizer steps so far.
+            metrics: metrics of the last step.
+            silences: rewards that said nothing about the last rollout. A reward that is the same for all
+                completions is reported only at the first step, because later it may simply be bad luck.
         """
         lines, facts = [], {**metrics, "silent": ", ".join(_silent(metrics)), "slow": _slow(metrics)}
         facts |= {"first_silent": _first(silences, "none"), "first_slow": _first(silences, "lost")}
@@ -70,12 +70,12 @@ def _slow(m: Metrics) -> str:
 
 
 def _masked_signal(m: Metrics) -> bool:
-    """Says whether rewards differ, but only with completions that do not train."""
+    """Says whether rewards differ only if completions that do not train are counted as well."""
     return m["frac_reward_zero_std"] == 1 and m["reward_std"] > 0
 
 
 def _all_dead(m: Metrics) -> bool:
-    # A KL in the reward (policy_loss is not 0) teaches something even then.
+    # A KL term in the reward (policy_loss is not 0) still teaches something.
     dead = m["frac_reward_zero_std"] == 1 and m["policy_loss"] == 0 and not _masked_signal(m)
     return dead and "dynamic_sampling/rounds" not in m and not _silent(m)
 
@@ -114,50 +114,50 @@ _NOTICES = (
     ),
     _Notice(
         lambda m: bool(_silent(m)),
-        "no value for any completion from the reward {silent}, which therefore takes no part: None is not 0. "
-        "Perhaps it looks for a column or a format that is not there{first_silent}",
+        "no value for any completion from the reward {silent}, which is therefore left out, because None is "
+        "not 0. Perhaps it looks for a column or a format that the data does not have{first_silent}",
     ),
     _Notice(
         lambda m: bool(_slow(m)),
-        "completions without a reward, as the call ran over its timeout or its worker died: {slow}. A higher "
-        "`timeout` of that reward, or a lower `rows_per_call`, with which one row takes fewer others along"
-        "{first_slow}",
+        "some completions have no reward, as the call ran over its timeout or its worker died: {slow}. Raise "
+        "the `timeout` of that reward, or lower its `rows_per_call`, so that a slow completion takes fewer "
+        "others down with it{first_slow}",
     ),
     _Notice(
         _nothing_but_truncated,
         "every completion was cut off at max_new_tokens and none has a reward above 0: the model never ends "
-        "its answers. Raise sampling.max_new_tokens, check the prompt format, or say what ends a completion "
-        "(the plan says what does now) with sampling.eos_token_ids (tokens) or sampling.stop (texts)",
+        "its answers. Raise sampling.max_new_tokens, check the prompt format, or set what ends a completion "
+        "with sampling.eos_token_ids (tokens) or sampling.stop (texts). The plan shows what ends it now",
     ),
     _Notice(
         lambda m: m["completions/clipped_ratio"] >= 0.5 and not _nothing_but_truncated(m),
-        "{completions/clipped_ratio:.0%} of the completions were cut off at max_new_tokens and are judged by "
-        "what they had said until then. Raise sampling.max_new_tokens; end them with sampling.stop or "
-        "sampling.eos_token_ids; leave them out with algorithm.mask_truncated; or let length cost with "
-        "algorithm.overlong_buffer",
+        "{completions/clipped_ratio:.0%} of the completions were cut off at max_new_tokens, and their "
+        "rewards judge unfinished text. Raise sampling.max_new_tokens, end completions with sampling.stop or "
+        "sampling.eos_token_ids, leave truncated ones out with algorithm.mask_truncated, or penalise length "
+        "with algorithm.overlong_buffer",
     ),
     _Notice(
         lambda m: m.get("dynamic_sampling/missing_groups", 0) > 0,
         "dynamic sampling found {dynamic_sampling/missing_groups:.0f} groups too few in "
-        "{dynamic_sampling/rounds:.0f} rounds, and their places are masked. Raise "
+        "{dynamic_sampling/rounds:.0f} rounds, and their rows in the batch are masked. Raise "
         "algorithm.max_sampling_rounds or algorithm.group_size, or choose prompts that the model solves "
-        "now and then",
+        "sometimes",
     ),
     _Notice(
         lambda m: m.get("sampling/logp_difference_max", 0) > 1e-1 and "sampling/importance_mean" not in m,
         "sampler and scorer disagree by {sampling/logp_difference_max:.2g} nats on a sampled token "
-        "(rounding is below 1e-3 in float32); algorithm.importance_cap corrects for it",
+        "(in float32, rounding explains less than 1e-3); algorithm.importance_cap corrects for it",
     ),
     _Notice(
         _miscorrected,
         "sampler and scorer are not the same policy: the importance weights average "
-        "{sampling/importance_mean:.3f}, and {sampling/importance_capped:.1%} of the tokens are over "
-        "algorithm.importance_cap. Look for the cause, such as a model.dtype, before a cap hides it",
+        "{sampling/importance_mean:.3f}, and {sampling/importance_capped:.1%} of the tokens are above "
+        "algorithm.importance_cap. Look for the cause, such as model.dtype, before the cap hides it",
     ),
     _Notice(
         lambda m: m["skipped_updates_in_a_row"] > 0,
-        "loss or gradient was not finite: the update was skipped ({skipped_updates:.0f} so far). Five in a "
-        "row stop the run; a lower training.learning_rate may help",
+        "the loss or the gradient was not finite: the update was skipped ({skipped_updates:.0f} so far). "
+        "Five skipped updates in a row stop the run. A lower training.learning_rate may help",
     ),
     _Notice(
         lambda m: m["grad_norm"] == 0 and (m["frac_reward_zero_std"] < 1 or _masked_signal(m)),
@@ -166,32 +166,32 @@ _NOTICES = (
     ),
     _Notice(
         lambda m: m["kl"] > 3,
-        "the policy is {kl:.2g} nats per token from the reference, where below 1 is usual (one outlier token "
-        "is enough for k3). If the rewards fall too: a higher algorithm.kl_coef, algorithm.kl_target, or a "
-        "lower training.learning_rate",
+        "the policy is {kl:.2g} nats per token from the reference, where less than 1 is usual (with k3, one "
+        "outlier token is enough for this). If the rewards fall too, raise algorithm.kl_coef, set "
+        "algorithm.kl_target, or lower training.learning_rate",
     ),
     _Notice(
         lambda m: m["ratio/max"] > 10,
         "the largest ratio pi / pi_old is {ratio/max:.3g}: the policy has moved far since the rollout, and "
-        "where the advantage is negative the clip does not bound it. A lower algorithm.num_iterations, "
-        "algorithm.num_minibatches or training.learning_rate; or algorithm.dual_clip",
+        "where the advantage is negative the clip does not bound it. Lower algorithm.num_iterations, "
+        "algorithm.num_minibatches or training.learning_rate, or set algorithm.dual_clip",
     ),
     _Notice(
         lambda m: m["stale_tokens"] > 0.2,
-        "{stale_tokens:.0%} of the tokens are in completions dropped as stale. A lower "
-        "algorithm.num_iterations, algorithm.num_minibatches or training.learning_rate keeps them; or a "
-        "higher algorithm.max_staleness",
+        "{stale_tokens:.0%} of the tokens are in completions dropped as stale. To keep them, lower "
+        "algorithm.num_iterations, algorithm.num_minibatches or training.learning_rate, or raise "
+        "algorithm.max_staleness",
     ),
     _Notice(
-        lambda m: m["entropy"] < 0.01 and m["ratio/max"] > 0,  # without any token both are 0
+        lambda m: m["entropy"] < 0.01 and m["ratio/max"] > 0,  # in a batch without any token both are 0
         "the policy is all but deterministic ({entropy:.2g} nats per token): the completions of a prompt "
-        "become equal and teach nothing. Too early? A higher algorithm.clip_range_high or "
-        "algorithm.entropy_coef, or a lower training.learning_rate, keep it exploring",
+        "become equal and teach nothing. If that is too early, raise algorithm.clip_range_high or "
+        "algorithm.entropy_coef, or lower training.learning_rate, so that it explores longer",
     ),
     _Notice(
         lambda m: m["sampling/kept_mass"] < 0.999,
         "top_k/top_p/min_p keep {sampling/kept_mass:.3f} of the probability: log-probs, ratios and KL are "
-        "those of the full distribution, not of the truncated one that is sampled",
+        "those of the full distribution, not those of the truncated one that is sampled from",
         once=True,
     ),
     _Notice(
