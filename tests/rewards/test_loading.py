@@ -447,7 +447,7 @@ def test_an_exception_names_function_row_and_place():
         scored(Reward(name="f", function=f, source="x.py:1"), ["a", "b", "c" * 500], answer=[1, 2, 0])
     text = str(caught.value)
     assert "reward `f` (x.py:1) raised ZeroDivisionError('division by zero')" in text
-    assert "at test_rewards.py:" in text
+    assert "at test_loading.py:" in text
     assert "batch of 3 rows; row 2 (completion 'ccc" in text and "...)" in text
     assert len(text) < 400
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
