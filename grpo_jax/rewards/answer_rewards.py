@@ -26,15 +26,15 @@ _LIST_AT_END = re.compile(r"[0-9], (?:and )?[-+$]{0,2}[0-9][0-9.,]*\W*$")
 
 
 def exact_match(completions: Sequence[Completion], answer: Sequence[Any]) -> list[float]:
-    """Rewards 1 if the completion is the answer, white space around them aside, else 0.
+    """Rewards 1 if the completion equals the answer, apart from white space around them, else 0.
 
     Args:
         completions: B completions.
         answer: column of texts, numbers, bools, UTF-8 bytes, or lists of accepted ones. A float that is whole
-            is that integer. A row without an answer (null, NaN, an empty text) pays nobody.
+            is read as that integer. A row without an answer (null, NaN, an empty text) gives 0.
 
     Raises:
-        ValueError: an answer of another type.
+        ValueError: an answer has another type.
     """
     rewards = []
     for completion, expected in zip(completions, answer, strict=True):
@@ -44,7 +44,7 @@ def exact_match(completions: Sequence[Completion], answer: Sequence[Any]) -> lis
 
 
 def _accepted(value: Any) -> tuple[str, ...]:
-    """Returns the accepted answers of a row, none where the row has no answer."""
+    """Returns the accepted answers of a row. They are none if the row has no answer."""
     try:
         return accepted_answers(value)
     except MissingAnswerError:
@@ -55,7 +55,7 @@ def check_answer(columns: Mapping[str, Any], arguments: Mapping[str, Any]) -> No
     """Checks the column `answer` of one row for a reward that compares texts.
 
     Raises:
-        ValueError: there is no answer, or one of a type that cannot be read.
+        ValueError: there is no answer, or its type cannot be read.
     """
     accepted_answers(columns.get("answer"))
 
@@ -69,19 +69,19 @@ def numeric_answer(
 ) -> list[float]:
     r"""Rewards 1 if the completion's number equals the answer's, else 0 (also without a number).
 
-    What a ``\boxed{}`` or ``####`` marks has to be one number, with or without a unit. Without a mark the
-    last or first number of the text counts. Whole numbers are compared exactly, others by
-    |a - b| <= tolerance * |b|. The unit is not compared: answer_match does that.
+    What a ``\boxed{}`` or ``####`` marks must be one number, with or without a unit. Without a mark, the last
+    or first number of the text counts. Whole numbers are compared exactly, and others by
+    |a - b| <= tolerance * |b|. The unit is not compared, but answer_match compares it.
 
     Args:
         completions: B completions.
         answer: column of numbers, of texts that are one number (`42`, `1,250.5`, `3/4`, `18 dollars`) or that
             mark one (`... #### 18`), or of lists of these, of which any is right.
-        which: `last` or `first` number of a text without a mark.
-        tolerance: relative, in [0, 1), for numbers that are not whole; 0 means exactly equal.
+        which: number that counts in a text without a mark, the `last` or the `first`.
+        tolerance: relative tolerance of numbers that are not whole, in [0, 1). 0 means exactly equal.
 
     Raises:
-        ValueError: an answer that is no number, or more than a number, such as `\sqrt{2}` or `17 or 18`.
+        ValueError: an answer is not a number, or more than one, such as `\sqrt{2}` or `17 or 18`.
     """
     if which not in ("last", "first"):
         raise ValueError(f"which={which!r}: choose 'last' or 'first'")
@@ -100,7 +100,7 @@ def check_number(columns: Mapping[str, Any], arguments: Mapping[str, Any]) -> No
     """Checks the column `answer` of one row for a reward that compares numbers.
 
     Raises:
-        ValueError: there is no answer, or one that is not a number.
+        ValueError: there is no answer, or it is not a number.
     """
     for accepted in accepted_answers(columns.get("answer")):
         as_number(accepted)
@@ -112,10 +112,10 @@ def _check_place(where: str | None) -> None:
 
 
 def _expected_answer(text: str, *, where: Where | None, tag: str = "answer") -> str:
-    """Returns what a gold text gives as its answer.
+    """Returns the answer in a gold text.
 
-    That is what is behind GSM8K's `####`, else in the tag or box, else what a solution states at its end,
-    else all of the text.
+    It is the text behind GSM8K's `####`, else the text in the tag or box, else what a solution states at its
+    end, else the whole text.
     """
     if where == "text":
         return text
@@ -134,21 +134,21 @@ def answer_match(
     tag: str = "answer",
     tolerance: float = 1e-6,
 ) -> list[float]:
-    r"""Rewards 1 if the answer stands where it has to and equals the expected one, else 0.
+    r"""Rewards 1 if the answer is in the right place and equals the expected one, else 0.
 
     Formatting does not count (``\text{}``, ``$``, ``**``, thin spaces). Numbers are compared as numbers, and
-    a unit only where both answers have one. Lists, intervals, simple expressions and words are understood.
-    `docs/rewards.md` has the rules. math_answer knows more mathematics: use it where its extra is installed.
+    units only if both answers have one. It understands lists, intervals, simple expressions and words.
+    `docs/rewards.md` has the rules. math_answer knows more mathematics, so use it if its extra is installed.
 
     Args:
         completions: B completions.
         answer: column of texts, numbers, or lists of these, of which any is right. A text may mark its answer
-            by ``####`` (GSM8K), by a box, or by the tag. A row without an answer pays nobody.
-        where: `boxed` (the last complete ``\boxed{}``), `hashes` (the line behind the last ``####``), `tag`
-            (the last complete ``<answer>...</answer>``), `last_number`, `first_number`, or `text`, the whole
-            completion.
-        tag: name of the tag for `tag`.
-        tolerance: relative, in [0, 1), for numbers that are not whole; 0 means exactly equal.
+            by ``####`` (GSM8K), by a box, or by the tag. A row without an answer gives 0.
+        where: place of the answer: `boxed` (the last complete ``\boxed{}``), `hashes` (the line behind the
+            last ``####``), `tag` (the last complete ``<answer>...</answer>``), `last_number`, `first_number`,
+            or `text` (the whole completion).
+        tag: name of the tag that `where: tag` looks for.
+        tolerance: relative tolerance of numbers that are not whole, in [0, 1). 0 means exactly equal.
     """
     _check_place(where)
     if not 0 <= tolerance < 1:
@@ -166,7 +166,7 @@ def check_match(columns: Mapping[str, Any], arguments: Mapping[str, Any]) -> Non
     """Checks the column `answer` of one row for `answer_match` with its arguments.
 
     Raises:
-        ValueError: there is no answer, or one that cannot stand where the reward looks.
+        ValueError: there is no answer, or it cannot be in the place where the reward looks.
     """
     where, tag = arguments["where"], arguments.get("tag", "answer")
     for accepted in accepted_answers(columns.get("answer")):
@@ -186,15 +186,16 @@ def math_answer(
 ) -> list[float | None]:
     r"""Rewards 1 if the completion's answer equals the expected one as mathematics, else 0.
 
-    The rules of answer_match decide first. What they leave open, such as `(x^2-1)/(x+1)` against `x-1`, is
-    decided by math-verify (extra `math`). It needs seconds now and then: give the reward a `timeout`.
+    The rules of answer_match decide first. If they leave a pair open, such as `(x^2-1)/(x+1)` against `x-1`,
+    math-verify decides (extra `math`). That sometimes takes seconds, so give the reward a `timeout`.
 
     Args:
         completions: B completions.
-        answer: column as in answer_match. The reward is None where it has no answer, or no mathematics.
-        where: the place of the completion's answer, see answer_match. None means the last mark of any kind
-            (box, tag or ``####``), or what math-verify finds in a completion without a mark. An open mark is
-            no answer, nor is a last sentence that offers several numbers (`17 or 18`).
+        answer: column as in answer_match. The reward is None for a row without an answer, or without
+            mathematics.
+        where: place of the completion's answer, see answer_match. None means the last mark of any kind (box,
+            tag or ``####``), or what math-verify finds in a completion without a mark. An open mark is not an
+            answer, and neither is a last sentence that offers several numbers (`17 or 18`).
         tag: name of the tag.
 
     Raises:
@@ -215,8 +216,8 @@ def math_answer(
 
 
 def _same_mathematics(text: str, found: str | None, target: str) -> bool | None:
-    """Compares the answer found with the expected one, by math-verify where our own rules do not decide."""
-    if found is None:  # no mark: the whole text, or what math-verify finds in it
+    """Compares two answers, with math-verify if our own rules do not decide."""
+    if found is None:  # there is no mark, so the whole text counts, or what math-verify finds in it
         if compare_answers(text, target):
             return True
         is_number = read_quantity(clean_answer(target)) is not None
@@ -226,7 +227,7 @@ def _same_mathematics(text: str, found: str | None, target: str) -> bool | None:
 
 
 def _is_hedged(text: str) -> bool:
-    """Tells whether the last sentence with a number gives several as possible answers."""
+    """Says whether the last sentence with a number offers several numbers as answers."""
     sentences = [part for part in re.split(r"[.!?]\s|\n", text) if find_numbers(part)]
     if not sentences:
         return False
@@ -235,5 +236,5 @@ def _is_hedged(text: str) -> bool:
 
 
 def _best(verdicts: Sequence[bool | None]) -> float | None:
-    """Returns 1 if any verdict is True, 0 if any is False, None if there is no verdict at all."""
+    """Returns 1 if any verdict is True, else 0 if any is False, else None."""
     return max((float(verdict) for verdict in verdicts if verdict is not None), default=None)

@@ -1,7 +1,7 @@
 """The event loop of all async reward functions of a process, in a thread of its own.
 
-`asyncio.run` would not do. It refuses to work where a loop runs already, as in Jupyter. And it makes a new
-loop for every batch, but a client that a reward file keeps belongs to the loop in which it was used first.
+`asyncio.run` is not enough. It refuses to work where a loop is running already, as in Jupyter. It also makes
+a new loop for every batch, but a client that a reward file keeps belongs to the loop that used it first.
 """
 
 import asyncio
@@ -15,11 +15,12 @@ from functools import partial
 from typing import Any
 
 _lock = threading.Lock()
-_loops: dict[int, asyncio.AbstractEventLoop] = {}  # by process: a fork does not inherit the thread
+# process id -> loop, because a fork does not inherit the thread
+_loops: dict[int, asyncio.AbstractEventLoop] = {}
 
 
 def is_async(function: Callable[..., Any]) -> bool:
-    """Says whether a function is defined by `async def`, also one in a partial, or the call of an object."""
+    """Says whether a function is defined by `async def`. It may be in a partial, or a `__call__`."""
     while isinstance(function, partial):
         function = function.func
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
@@ -29,7 +30,7 @@ def start(call: Callable[[], Any]) -> Future:
     """Starts a call in the loop's thread.
 
     Args:
-        call: returns an awaitable, or the value itself.
+        call: function that returns an awaitable, or the value itself.
 
     Returns:
         a future of (the value, None), or of (None, what the call or the awaitable raised).
@@ -38,11 +39,12 @@ def start(call: Callable[[], Any]) -> Future:
 
 
 async def _outcome(call: Callable[[], Any], process: int) -> tuple[Any, BaseException | None]:
-    # Returned, not raised: SystemExit would end the loop, and KeyboardInterrupt look like one of the user's.
+    # The error is returned, not raised. SystemExit would end the loop, and KeyboardInterrupt would look like
+    # the user's.
     try:
         value = call()
         return (await value if inspect.isawaitable(value) else value), None
-    except GeneratorExit:  # the interpreter ends
+    except GeneratorExit:  # the interpreter is ending
         raise
     except BaseException as error:
         return None, error
@@ -51,7 +53,7 @@ async def _outcome(call: Callable[[], Any], process: int) -> tuple[Any, BaseExce
 
 
 def end_fork(process: int) -> None:
-    """Ends this process if it is not the given one: a reward function has forked, and came back twice."""
+    """Ends this process if it is not the given one. A reward function has then forked and returned twice."""
     if os.getpid() != process:
         os._exit(0)
 
@@ -66,5 +68,5 @@ def _loop() -> asyncio.AbstractEventLoop:
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:
     while True:
-        with contextlib.suppress(SystemExit, KeyboardInterrupt):  # of a task of the function's own
+        with contextlib.suppress(SystemExit, KeyboardInterrupt):  # raised by a task that the function started
             loop.run_forever()

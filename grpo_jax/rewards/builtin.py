@@ -1,4 +1,4 @@
-"""The reward functions that come with the package. Columns are positional, arguments keyword-only."""
+"""The reward functions that come with the package. Columns are positional, and arguments are keyword-only."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -25,8 +25,8 @@ def regex_format(completions: Sequence[Completion], *, pattern: str, search: boo
 
     Args:
         completions: B completions.
-        pattern: Python regular expression; flags go inside, such as `(?s)` to let a dot match newlines.
-        search: the pattern may match anywhere; False: it must match the whole completion.
+        pattern: Python regular expression. Flags go inside, such as `(?s)` to let a dot match newlines.
+        search: whether the pattern may match anywhere. Otherwise it must match the whole completion.
     """
     try:
         compiled = re.compile(pattern)
@@ -39,14 +39,14 @@ def regex_format(completions: Sequence[Completion], *, pattern: str, search: boo
 def think_format(
     completions: Sequence[Completion], *, tags: Sequence[str] = ("think", "answer"), opened: bool = False
 ) -> list[float]:
-    """Rewards 1 for ``<think>...</think><answer>...</answer>`` and nothing else, else 0.
+    """Rewards 1 for exactly ``<think>...</think><answer>...</answer>``, else 0.
 
-    Every tag opens and closes once, in order, with white space at most outside.
+    Every tag must open and close once, in order, and only white space may be outside.
 
     Args:
         completions: B completions.
         tags: names of the tags, at least one.
-        opened: the prompt ends with the first tag, so completions start inside it.
+        opened: whether the prompt ends with the first tag, so that completions start inside it.
     """
     if isinstance(tags, str) or not tags or any(not isinstance(t, str) or not t for t in tags):
         raise ValueError(f"tags={tags!r}: give a list of at least one name")
@@ -55,7 +55,7 @@ def think_format(
     rewards = []
     for completion in completions:
         text = (marks[0] if opened else "") + completion_text(completion).rstrip()
-        once = all(text.count(mark) == 1 for mark in marks)  # so that the pattern never goes back
+        once = all(text.count(mark) == 1 for mark in marks)  # so that the pattern never backtracks
         rewards.append(float(once and pattern.fullmatch(text) is not None))
     return rewards
 
@@ -69,12 +69,13 @@ def length_penalty(
 ) -> list[float]:
     """Penalises every character or word beyond a target: -min(1, max(0, length - target) / window).
 
-    In [-1, 0]. A reward function sees strings; a token is about 4 characters in English.
+    The value is in [-1, 0]. A reward function sees strings, and in English a token has about 4 characters.
 
     Args:
         completions: B completions.
-        target: characters or words that are free, 0 or more.
-        window: how many beyond the target until the penalty is full; None: as many as the target.
+        target: number of characters or words without a penalty, 0 or more.
+        window: number of characters or words beyond the target at which the penalty reaches -1. None means as
+            many as the target.
         unit: `characters`, or `words` between white space.
     """
     if unit not in ("characters", "words"):
@@ -88,15 +89,15 @@ def length_penalty(
 
 
 def repetition_penalty(completions: Sequence[Completion], *, ngram: int = 3) -> list[float]:
-    """Penalises n-grams of words that were there before: distinct n-grams / n-grams - 1, in [-1, 0].
+    """Penalises n-grams of words that occur again: distinct n-grams / n-grams - 1, in [-1, 0].
 
-    The penalty of "Demystifying Long Chain-of-Thought Reasoning in LLMs" (https://arxiv.org/abs/2502.03373,
+    This is the penalty of "Demystifying Long Chain-of-Thought Reasoning in LLMs" (https://arxiv.org/abs/2502.03373,
     appendix C.2) as open-r1 computes it (`get_repetition_penalty_reward`, whose max_penalty is minus our
-    weight): words are what white space separates, in lower case; 0 for fewer than n words.
+    weight). Words are separated by white space and lower-cased. Fewer than n words give 0.
 
     Args:
         completions: B completions.
-        ngram: n, words in a row.
+        ngram: n, the number of words in a row.
     """
     if ngram < 1:
         raise ValueError(f"ngram={ngram}: at least 1 word")
@@ -115,11 +116,12 @@ def _words(text: str) -> list[str]:
 def required_words(completions: Sequence[Completion], *, words: Sequence[str]) -> list[float]:
     """Rewards the share of the given words that occur in the completion, in [0, 1].
 
-    Whole words, upper and lower case alike. Alone it teaches a list of words: combine it.
+    Whole words are compared, without regard to case. Combine it with other rewards, because alone it teaches
+    the model to recite the list.
 
     Args:
         completions: B completions.
-        words: at least one word.
+        words: the words, at least one.
     """
     if isinstance(words, str) or not words or any(not isinstance(w, str) for w in words):
         raise ValueError(f"words={words!r}: give a list of at least one word")
@@ -131,7 +133,7 @@ def required_words(completions: Sequence[Completion], *, words: Sequence[str]) -
 
 
 def distinct_words(completions: Sequence[Completion]) -> list[float]:
-    """Rewards variety: different words / words of the completion, in [0, 1]; 0 without a word."""
+    """Rewards variety: different words / words of the completion, in [0, 1]. Without a word it is 0."""
     counts = [(len(set(words)), len(words)) for words in (_words(completion_text(c)) for c in completions)]
     return [different / total if total else 0.0 for different, total in counts]
 
@@ -141,16 +143,18 @@ def countdown(
 ) -> list[float]:
     r"""Rewards 1 if the completion's expression equals the target, using each number at most once, else 0.
 
-    The expression is the content of the last ``<answer>...</answer>`` or ``\boxed{}``, else the first line;
-    what follows an equals sign is left out. It is evaluated exactly, whole numbers with ``+ - * / ( )`` only.
+    The expression is the content of the last ``<answer>...</answer>`` or ``\boxed{}``, else the first line.
+    What follows an equals sign is left out. The expression may have only whole numbers and ``+ - * / ( )``,
+    and is evaluated exactly.
 
     Args:
         completions: B completions.
-        numbers: column, the numbers that may be used: a list of whole numbers, or a text such as `[12, 34]`.
-        target: column, a whole number.
+        numbers: column of the numbers that may be used: a list of whole numbers, or a text such as `[12,
+            34]`.
+        target: column of whole numbers.
 
     Raises:
-        ValueError: a row has something else there.
+        ValueError: a row has another value in one of these columns.
     """
     rewards = []
     for completion, given, goal in zip(completions, numbers, target, strict=True):
@@ -168,11 +172,11 @@ def _check_countdown(columns: Mapping[str, Any], arguments: Mapping[str, Any]) -
 
 
 def reasoning_gym(completions: Sequence[Completion], entry: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Rewards what the scorer of a reasoning-gym task gives (extra `reasoning-gym`), in [0, 1].
+    """Rewards the score that a reasoning-gym task gives (extra `reasoning-gym`), in [0, 1].
 
     Args:
-        completions: B completions; the last ``<answer>...</answer>`` is the answer, else the whole text.
-        entry: column, the problem as reasoning-gym made it, or its JSON text.
+        completions: B completions. The last ``<answer>...</answer>`` is the answer, or else the whole text.
+        entry: column of the problems as reasoning-gym made them, or their JSON texts.
 
     Raises:
         ValueError: a row has no such problem.
@@ -197,19 +201,19 @@ def reward_model(
 ) -> list[float | None]:
     """Rewards the logit that a sequence classifier, such as a trained reward model, gives the text.
 
-    Computed by our decoder, on the device that trains. The text is prompt + completion, or what the
-    classifier's chat template makes of the messages, without further special tokens, as TRL has it.
+    Our decoder computes it on the device that trains. The text is prompt + completion, or what the
+    classifier's chat template makes of the messages. As in TRL, no further special tokens are added.
 
     Args:
         prompts: B prompts.
         completions: B completions.
         model: directory or hub id of a `...ForSequenceClassification`.
-        label: number, or name in the model's id2label, of the logit.
-        batch_size: texts scored at once.
-        max_length: tokens at most; a longer text has no reward. None: the model's positions.
-        dtype: compute dtype.
+        label: index of the logit, or its name in the model's id2label.
+        batch_size: number of texts that are scored at once.
+        max_length: largest number of tokens. A longer text has no reward. None means the model's positions.
+        dtype: data type of the computation.
     """
-    from grpo_jax.rewards.classifier import (  # loads JAX, which others here never do
+    from grpo_jax.rewards.classifier import (  # loads JAX, which the other rewards never do
         load_classifier,
         score_texts,
     )
@@ -239,7 +243,7 @@ REWARDS: dict[str, Callable[..., list[float]]] = {
     )
 }
 
-# name -> check(columns of one row, arguments of the reward): raises ValueError with the reason why the
+# name -> check(columns of one row, arguments of the reward), which raises ValueError with the reason why the
 # reward cannot use that row
 ROW_CHECKS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], None]] = {
     "exact_match": check_answer,

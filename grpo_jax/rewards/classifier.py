@@ -1,8 +1,8 @@
 """Reward models: a Hugging Face sequence classifier, computed by our decoder.
 
 Such a checkpoint (`LlamaForSequenceClassification`, ...) is a causal language model with a `score` layer
-[num_labels, D] in place of the head. Its logits are those at the last token of the text that is not the
-padding token, as in PyTorch.
+[num_labels, D] in place of the head. As in PyTorch, its logits are read at the last token of the text that
+is not the padding token.
 """
 
 import functools
@@ -31,15 +31,15 @@ class Classifier:
     """A loaded sequence classifier.
 
     Args:
-        policy: the decoder under the score layer.
-        params: its float32 parameters, and the score layer's.
+        policy: the decoder below the score layer.
+        params: float32 parameters of the decoder and the score layer.
         tokenizer: the fast tokenizer.
         labels: names of the logits.
-        pad_id: token that the model was trained to pass over at the end; None: none.
-        max_positions: tokens of the longest text.
-        source: the name it was loaded by.
+        pad_id: token that the model ignores at the end of a text, or None.
+        max_positions: number of tokens of the longest text.
+        source: name by which it was loaded.
         dtype: compute dtype.
-        chat: what the chat template is given; a date that it prints is that of the loading.
+        chat: arguments of the chat template. A date that it prints is the date of the loading.
     """
 
     policy: Policy
@@ -53,7 +53,7 @@ class Classifier:
     chat: ChatSettings = field(default_factory=ChatSettings)
 
 
-@functools.lru_cache(maxsize=4)  # one copy per run, however many rewards and calls use it
+@functools.lru_cache(maxsize=4)  # there is one copy per run, however many rewards and calls use it
 def load_classifier(model: str, dtype: str = "float32") -> Classifier:
     """Loads a sequence classifier, as strictly as `load_model` loads a language model.
 
@@ -62,7 +62,7 @@ def load_classifier(model: str, dtype: str = "float32") -> Classifier:
         dtype: compute dtype, `float32` or `bfloat16`.
 
     Raises:
-        FileNotFoundError: for what is not there. ValueError: for what is no such classifier, or would be
+        FileNotFoundError: a file is missing. ValueError: the model is not such a classifier, or would be
             computed wrongly.
     """
     if dtype not in DTYPES:
@@ -110,15 +110,15 @@ def score_texts(
     """Returns the classifier's logit of each prompt with its completion.
 
     Args:
-        classifier: a loaded one.
+        classifier: the classifier.
         prompts: B strings or lists of messages.
         completions: B strings, or lists of messages under a prompt of messages.
-        label: number or name of the logit.
-        batch_size: texts computed at once.
-        max_length: tokens at most, within the model's positions; None: those.
+        label: index or name of the logit.
+        batch_size: number of texts that are computed at once.
+        max_length: largest number of tokens, at most the model's positions. None means these.
 
     Returns:
-        B logits, None for a text that is longer or has no tokens.
+        B logits, where None marks a text that is longer or has no tokens.
     """
     index = _label_index(classifier, label)
     limit = classifier.max_positions if max_length is None else max_length
@@ -151,15 +151,15 @@ def _label_index(classifier: Classifier, label: int | str) -> int:
 def encode_texts(
     classifier: Classifier, prompts: Sequence[str | Messages], completions: Sequence[str | Messages]
 ) -> list[list[int]]:
-    """Turns prompts with their completions into token ids, as TRL does: no special tokens are added.
+    """Converts prompts with their completions to token ids. As in TRL, no special tokens are added.
 
     Raises:
-        ValueError: messages, and the tokenizer has no chat template.
+        ValueError: the prompts are messages, but the tokenizer has no chat template.
     """
     tokenizer, sequences = classifier.tokenizer, []
     for prompt, completion in zip(prompts, completions, strict=True):
         if isinstance(prompt, str):
-            text, plain = prompt + completion, True  # a special token spelled in it stays text
+            text, plain = prompt + completion, True  # a special token that is spelled in it stays text
         else:
             if tokenizer.chat_template is None:
                 raise ValueError(
@@ -178,9 +178,10 @@ def classify(classifier: Classifier, sequences: Sequence[Sequence[int]], *, batc
     """Computes the logits of at most batch_size texts, at once.
 
     Args:
-        classifier: a loaded one.
+        classifier: the classifier.
         sequences: token ids of each text, at least one.
-        batch_size: rows that are computed, whatever the number of texts: one compilation per length.
+        batch_size: number of rows that are computed, whatever the number of texts, so that there is one
+            compilation per length.
 
     Returns:
         [number of texts, labels] float32.
@@ -188,7 +189,7 @@ def classify(classifier: Classifier, sequences: Sequence[Sequence[int]], *, batc
     length = bucket_length(max(16, *map(len, sequences)), classifier.max_positions)
     tokens, mask = np.zeros((batch_size, length), np.int32), np.zeros((batch_size, length), bool)
     last = np.zeros(batch_size, np.int32)
-    mask[:, 0] = True  # a row that only fills
+    mask[:, 0] = True  # so that rows of padding attend to something
     for row, sequence in enumerate(sequences):
         tokens[row, : len(sequence)], mask[row, : len(sequence)] = sequence, True
         counts = [i for i, token in enumerate(sequence) if token != classifier.pad_id]

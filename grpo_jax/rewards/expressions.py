@@ -1,4 +1,4 @@
-"""Arithmetic expressions written by a model: exact values, and never a call of `eval`."""
+"""Evaluates arithmetic expressions that a model wrote, exactly and without a call of `eval`."""
 
 import ast
 import operator
@@ -19,10 +19,10 @@ def evaluate_expression(text: str) -> tuple[Fraction, list[int]] | None:
     """Evaluates whole numbers joined by ``+ - * /`` and parentheses, exactly.
 
     Args:
-        text: the expression and nothing else.
+        text: the expression, and nothing else.
 
     Returns:
-        (value, the numbers in it); None for anything else, and for a division by zero.
+        (value, the numbers in it), or None for anything else and for a division by zero.
 
     >>> evaluate_expression("(7 - 1) / 4")
     (Fraction(3, 2), [7, 1, 4])
@@ -52,7 +52,7 @@ def find_expression(text: str) -> str:
     r"""Returns the part of a completion that should be an expression.
 
     It is the content of the last ``<answer>...</answer>``, else of the last ``\boxed{...}``, else the first
-    line with text; without what follows an equals sign.
+    line with text. What follows an equals sign is left out.
     """
     tagged, boxed = tag_answer(text), last_boxed(text)
     if tagged is not None:
@@ -67,7 +67,7 @@ def find_expression(text: str) -> str:
 
 
 def reaches_target(text: str, numbers: Sequence[int], target: int) -> bool:
-    """Tells whether a completion's expression equals the target and uses each number at most once."""
+    """Says whether a completion's expression equals the target and uses each number at most once."""
     evaluated = evaluate_expression(find_expression(text))
     if evaluated is None:
         return False

@@ -1,12 +1,12 @@
-"""Rewards from a server: any HTTP endpoint that scores a batch of completions.
+"""Rewards from a server: any HTTP endpoint that scores a batch of completions will do.
 
-The request is a POST of one JSON object, a list per key with one entry per completion:
+The request is a POST of one JSON object, in which each key has a list with one entry per completion:
 
     {"prompts": [...], "completions": [...], "<column of the data>": [...], ...}
 
-and the answer is `{"scores": [...]}` with as many numbers; null: no reward for that completion. The argument
-`columns` names the columns to send. Without it every column is sent that JSON has a form for. In these, NaN
-and infinity are null.
+The answer is `{"scores": [...]}` with as many numbers. A null means that the completion has no reward. The
+argument `columns` names the columns to send. Without it, every column is sent that JSON has a form for, and
+NaN and infinity become null.
 """
 
 import http.client
@@ -23,11 +23,11 @@ from urllib.parse import urlsplit
 
 _MAX_ANSWER = 64 * 2**20  # bytes
 _LONGEST_PAUSE = 30.0  # seconds
-_PATIENCE = 5.0  # seconds for the answer that only says that somebody is there
+_PATIENCE = 5.0  # seconds for the answer that only shows that the server is up
 
 
 class EndpointError(RuntimeError):
-    """The endpoint gave no scores; no row is to blame."""
+    """The endpoint gave no scores, for a reason that no row of the batch has caused."""
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -58,26 +58,29 @@ def http_score(
 
     Args:
         prompts: B prompts.
-        completions: B completions; none: nothing is sent but a HEAD, to see whether there is a server.
-        url: of the endpoint, http or https.
+        completions: B completions. With an empty list only a HEAD request is sent, to check that the server
+            is up.
+        url: URL of the endpoint, http or https.
         timeout: seconds until an answer must have begun, and between its parts.
-        retries: further tries after a refused or lost connection, a timeout, or a status of 429 or 5xx.
-        backoff: seconds before the first of them; doubles each time, up to 30.
-        max_concurrency: requests at a time.
-        batch_size: completions in a request.
-        headers: header -> environment variable with its value, such as {Authorization: REWARD_AUTHORIZATION};
-            so no secret stands in a config.
-        columns: columns of the data to send; every value must have a form in JSON, which the start of a run
-            checks. None: all columns, but for those that hold something else, such as a date or bytes.
+        retries: number of further tries after a refused or lost connection, a timeout, or a status of 429 or
+            5xx.
+        backoff: seconds before the first retry. They double with each retry, up to 30.
+        max_concurrency: number of requests at a time.
+        batch_size: number of completions in a request.
+        headers: mapping from a header to the environment variable that holds its value, such as
+            {Authorization: REWARD_AUTHORIZATION}, so that no secret is in a config.
+        columns: columns of the data to send. Every value must have a form in JSON, which is checked at the
+            start of the run. None sends all columns except those that hold something else, such as a date or
+            bytes.
         data: all columns of the data.
 
     Returns:
         B numbers, None where the endpoint had null.
 
     Raises:
-        EndpointError: no answer after the retries, or one that is no list of scores; or a value in one of
-            `columns` that JSON has no form for.
-        ValueError: an argument; without completions also a server that is not there.
+        EndpointError: there is no answer after the retries, it is not a list of scores, or JSON has no form
+            for a value in one of `columns`.
+        ValueError: an argument is wrong, or, without completions, the server cannot be reached.
     """
     _check(url, timeout, retries, backoff, max_concurrency, batch_size)
     _check_names(columns)
@@ -110,7 +113,7 @@ def check_sent(columns: Mapping[str, Any], arguments: Mapping[str, Any]) -> None
     """Checks that the columns of one row that the arguments ask for can be sent.
 
     Raises:
-        ValueError: names the column and what JSON has no form for.
+        ValueError: the message names the column and the value that JSON has no form for.
     """
     for name in arguments.get("columns") or ():
         try:
@@ -123,11 +126,11 @@ def check_sent(columns: Mapping[str, Any], arguments: Mapping[str, Any]) -> None
 
 
 class _NoForm(Exception):
-    """A value that JSON has no form for; the text names it."""
+    """JSON has no form for a value, which the text names."""
 
 
 def _sent(data: Mapping[str, Sequence[Any]], wanted: Sequence[str] | None) -> dict[str, list[Any]]:
-    """Returns the columns to send: those wanted, or else those that JSON has a form for."""
+    """Returns the columns to send: the wanted ones, or else all that JSON has a form for."""
     sent = {}
     for name in data if wanted is None else wanted:
         try:
@@ -139,7 +142,7 @@ def _sent(data: Mapping[str, Sequence[Any]], wanted: Sequence[str] | None) -> di
 
 
 def _json_form(value: Any, *, strict: bool) -> Any:
-    """Returns what stands for a value in JSON. For NaN and infinity that is null, or an error if strict."""
+    """Returns the form of a value in JSON. For NaN and infinity it is null, or an error if strict."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
@@ -176,7 +179,7 @@ def _check(url, timeout, retries, backoff, max_concurrency, batch_size) -> None:
 
 
 def _check_there(url: str) -> None:
-    """Raises ValueError where nobody listens. Any answer will do, and a server that is too busy is there."""
+    """Raises ValueError if the server cannot be reached. Any answer will do. A busy server is up, too."""
     try:
         _OPENER.open(urllib.request.Request(url, method="HEAD"), timeout=_PATIENCE).close()
     except (urllib.error.HTTPError, http.client.HTTPException, TimeoutError):
@@ -205,7 +208,7 @@ def _shown(url: str) -> str:
 
 
 def _ask(request: urllib.request.Request, *, timeout: float, retries: int, backoff: float) -> Any:
-    """Sends a request until there is an answer; returns its JSON."""
+    """Sends a request until there is an answer, and returns its JSON."""
     shown = _shown(request.full_url)
     for attempt in range(retries + 1):
         try:

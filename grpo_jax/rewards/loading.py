@@ -1,6 +1,6 @@
-"""Reward functions on strings: loading them, checking them, adding up what they give.
+"""Loads the reward functions of a config, checks them against the data, and calls them on a batch.
 
-`grpo_jax/rewards/scoring.py` has their signature, and how one is called.
+`grpo_jax/rewards/scoring.py` has their signature and the call of one function.
 """
 
 import inspect
@@ -27,7 +27,7 @@ from grpo_jax.rewards.sources import find_function
 from grpo_jax.rewards.verl import PREFIX, TRUTHS, adapt_compute_score, check_truth
 from grpo_jax.spelling import nearest
 
-if TYPE_CHECKING:  # reward workers load this module, and they go without JAX
+if TYPE_CHECKING:  # reward workers load this module without JAX
     from grpo_jax.config.run import RewardConfig
     from grpo_jax.types import Example
 
@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 
-# What TRL gives reward functions and we do not.
+# Arguments that TRL passes to reward functions and we do not.
 _ONLY_TRL = ("completion_ids", "trainer_state", "log_metric", "log_extra", "environments")
 
 
@@ -51,16 +51,17 @@ def load_rewards(specs: "Sequence[RewardConfig]") -> tuple[Reward, ...]:
     """Loads the reward functions of a config.
 
     Args:
-        specs: function (a name in REWARDS, `package.module:function`, `path/file.py:function`, or one of
-            these two for verl's compute_score as `verl:...`), weight and arguments of each. A name that
-            comes twice gets `_2`, `_3`, ... One with a timeout gets processes of its own, which start with
-            the first batch and end with `close_rewards`, or with this process.
+        specs: function, weight and arguments of each reward. A function is a name in REWARDS,
+            `package.module:function`, `path/file.py:function`, or `verl:` and one of the last two, for a
+            compute_score of verl. A name that occurs again becomes `<name>_2`, `<name>_3` and so on. A reward
+            with a timeout has processes of its own, which start with the first batch and end with
+            `close_rewards` or with this process.
 
     Returns:
         R rewards in the order given.
 
     Raises:
-        ValueError: a function that cannot be loaded, or arguments that it does not take, in one line.
+        ValueError: a function cannot be loaded, or does not take its arguments. The message is one line.
     """
     rewards: list[Reward] = []
     for spec in specs:
@@ -166,7 +167,7 @@ def check_columns(rewards: Sequence[Reward], columns: Iterable[str]) -> None:
         columns: names of the data's columns, without `prompt`.
 
     Raises:
-        ValueError: names the function, the missing column and the columns there are.
+        ValueError: the message names the function, the missing column and the columns of the data.
     """
     columns = list(columns)
     there = ", ".join(f"`{column}`" for column in columns) or "none"
@@ -209,7 +210,7 @@ def _named_columns(reward: Reward) -> Sequence[str]:
 def check_rows(rewards: Sequence[Reward], examples: Iterable["Example"]) -> list[tuple[int, str]]:
     """Finds the rows that a reward cannot use, before anything runs.
 
-    The columns are there, which `check_columns` has made sure. Built-in rewards check their values.
+    `check_columns` has checked that the columns exist. Here, built-in rewards check the values in them.
 
     Args:
         rewards: R reward functions.
@@ -217,7 +218,7 @@ def check_rows(rewards: Sequence[Reward], examples: Iterable["Example"]) -> list
 
     Returns:
         (index, reason) of every such row, in order, such as (29, "reward `numeric_answer`: the expected
-        answer is null (None)"). A row that several rewards cannot use has the first one's reason.
+        answer is null (None)"). If several rewards cannot use a row, it has the reason of the first.
     """
     checks = [(reward.name, reward.check_row) for reward in rewards if reward.check_row is not None]
     found = []
@@ -242,14 +243,14 @@ def score(
     Args:
         rewards: R reward functions.
         prompts: B strings or lists of messages.
-        completions: B completions; a string under a prompt of messages is handed over as a message.
+        completions: B completions. A string under a prompt of messages is passed as a message.
         columns: the data's other columns, each with B entries.
 
     Returns:
         [B, R] float32, NaN where a function returned None.
 
     Raises:
-        RewardError: a function raised, or returned the wrong length, type, or a value that is not finite.
+        RewardError: a function raised, or returned a wrong length or type, or a value that is not finite.
         ValueError: prompts, completions and columns differ in length.
     """
     size = len(prompts)
@@ -266,9 +267,9 @@ def score(
     scores = np.full((size, len(rewards)), np.nan, np.float32)
     begun = [begin_call(reward, batch) for reward in rewards]
     try:
-        for r in sorted(range(len(rewards)), key=lambda r: begun[r] is not None):  # while the async ones wait
+        for r in sorted(range(len(rewards)), key=lambda r: begun[r] is not None):  # async ones wait meanwhile
             scores[:, r] = finish_call(rewards[r], batch, begun[r])
-    finally:  # after an error nobody waits for the others
+    finally:  # after an error, the other calls are not needed
         for call in filter(None, begun):
             call.cancel()
     return scores

@@ -1,9 +1,9 @@
 """Reward functions in processes of their own, with a limit on the time of every call.
 
-What hangs or dies costs the rows of its call and nothing else: the worker is killed with all that it started
-and replaced. Neither concurrent.futures (which cannot kill a worker) nor pebble (which can) is used: both
-start workers by multiprocessing, which imports the main module and our package there, and JAX with them.
-POSIX only.
+A call that hangs or dies costs its own rows and nothing else: its worker is killed with all processes that it
+started, and replaced. Neither concurrent.futures (which cannot kill a worker) nor pebble (which can) is used.
+Both start workers by multiprocessing, which imports the main module and our package there, and JAX with
+them. This works on POSIX systems only.
 """
 
 import contextlib
@@ -23,33 +23,33 @@ from pathlib import Path
 from typing import Any
 
 _PROGRAM = Path(__file__).with_name("worker.py")
-_START_SECONDS = 120.0  # for importing what the function needs
+_START_SECONDS = 120.0  # time for importing what the function needs
 _DEAD = "the worker process died in the call"
-_END_SECONDS = 2.0  # for an idle worker that was told to end
+_END_SECONDS = 2.0  # time for an idle worker to end when it is told to
 # Nothing in a worker may take a device from the run.
 _ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 
 class WorkerError(RuntimeError):
-    """A worker could not start, or its function failed as it would have failed here."""
+    """A worker could not start, or its function failed as it would have failed in this process."""
 
 
 @dataclass(eq=False)
 class _Worker:
     process: subprocess.Popen
     connection: Connection
-    deadline: float  # of what it is doing: starting, or a call
+    deadline: float  # deadline of what the worker is doing: starting, or a call
     call: int | None = None
     busy: bool = True
 
     def end(self) -> None:
-        """Ends the process; at once, with all that it started, unless it is idle and follows the request."""
+        """Ends the process. Unless it is idle and ends on request, it is killed with all that it started."""
         self.connection.close()
         if not self.busy:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(_END_SECONDS)
                 return
-        # Not waited for yet, so the number is still its own, also if it is dead.
+        # The process was not waited for yet, so its id is still its own, even if it is dead.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -59,12 +59,12 @@ class RewardPool:
     """The worker processes of one reward function. They start with the first call.
 
     Args:
-        who: the reward, in messages.
-        function: as in RewardConfig.
-        arguments: of the function.
+        who: name of the reward in messages.
+        function: the function, as in RewardConfig.
+        arguments: keyword arguments of the function.
         timeout: seconds that a call may take.
-        workers: processes.
-        rows_per_call: rows of a call; None: every worker gets an equal part of the batch.
+        workers: number of processes.
+        rows_per_call: number of rows in a call. None gives every worker an equal part of the batch.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class RewardPool:
     def score(
         self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
     ) -> list[float]:
-        """Scores a batch, cut into calls of rows in order.
+        """Scores a batch, which is split into calls of consecutive rows.
 
         Returns:
             B numbers, NaN where the function gave None, its call took too long, or its worker died.
@@ -120,7 +120,7 @@ class RewardPool:
             try:
                 answers = self._run(calls)
             except BaseException:
-                self.close()  # an answer to this batch must not be taken for one to the next
+                self.close()  # a late answer to this batch must not be taken for one to the next batch
                 raise
         scores: list[float] = []
         self.last_lost = {
@@ -135,7 +135,7 @@ class RewardPool:
         return scores
 
     def close(self) -> None:
-        """Ends the workers; another call would start new ones."""
+        """Ends the workers. Another call starts new ones."""
         _end_all(self._workers, os.getpid())
 
     def _run(self, calls: list[dict[str, Any]]) -> list[list[float] | None]:
@@ -146,7 +146,7 @@ class RewardPool:
             self._workers.append(self._start())
         while unfinished:
             for place, worker in enumerate(self._workers):
-                # With a call for each, a worker gets the same rows of every batch.
+                # If there is a call for each worker, it gets the same rows of every batch.
                 call = place if len(calls) <= len(self._workers) else next(iter(waiting), None)
                 if worker.busy or call not in waiting:
                     continue
@@ -180,7 +180,7 @@ class RewardPool:
         return answers
 
     def _finished(self) -> list[int]:
-        """Waits until there is news, and returns the places of workers that answered, died or ran late."""
+        """Waits for the workers, and returns the indices of those that answered, died or ran late."""
         busy = [worker for worker in self._workers if worker.busy]
         soonest = min((worker.deadline for worker in busy), default=0.0)
         ready = wait([worker.connection for worker in busy], max(0.0, soonest - time.monotonic()))
@@ -192,12 +192,12 @@ class RewardPool:
         ]
 
     def _sent(self, connection: Connection, call: dict[str, Any]) -> bool:
-        """Hands a call over; False if the worker is dead."""
+        """Sends a call to a worker, and returns whether the worker is alive."""
         try:
             connection.send(call)
         except OSError:
             return False
-        except Exception as error:  # whatever a value raises that cannot be pickled
+        except Exception as error:  # a value that cannot be pickled may raise anything
             raise WorkerError(f"{self.who}: a column cannot go to a worker process: {error!r}") from None
         return True
 
@@ -214,16 +214,17 @@ class RewardPool:
                 pass_fds=[there.fileno()],
                 cwd=self._directory,
                 env={**os.environ, **_ENVIRONMENT},
-                start_new_session=True,  # Ctrl-C is for the run, which saves first; and one group to kill
+                # Ctrl-C then goes to the run alone, which saves first, and there is one group to kill.
+                start_new_session=True,
             )
         worker = _Worker(process, here, deadline=time.monotonic() + _START_SECONDS)
-        with contextlib.suppress(OSError):  # it ended already, which shows when it is asked
+        with contextlib.suppress(OSError):  # it has ended already, which is noticed at its first call
             here.send_bytes(self._setup)
         return worker
 
 
 def _received(connection: Connection) -> dict[str, Any] | None:
-    """Takes what a worker has to say; None if it is dead, or has nothing to say yet."""
+    """Returns the message of a worker, or None if it is dead or has not sent one yet."""
     try:
         return json.loads(connection.recv_bytes()) if connection.poll() else None
     except (EOFError, OSError, ValueError):
@@ -231,7 +232,7 @@ def _received(connection: Connection) -> dict[str, Any] | None:
 
 
 def _end_all(workers: list[_Worker], owner: int) -> None:
-    if os.getpid() != owner:  # a fork has copies of them; they are not its own
+    if os.getpid() != owner:  # a fork has copies of the workers, which are not its own
         return
     for worker in workers:
         worker.end()

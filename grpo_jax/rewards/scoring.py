@@ -1,11 +1,11 @@
-"""How one reward function is called on a batch, and what it may return.
+"""Calls one reward function on a batch, and checks what it returns.
 
 A reward function has the signature that users of TRL know, ``f(prompts, completions, **columns) ->
-list[float | None]``. Everything is passed by keyword as a list with one entry per completion, and is the
-function's own: it may change what it gets. A function without ``**columns`` gets only what it names.
-Completions are strings where the prompt is a string, and ``[{"role": "assistant", "content": text}]`` where
-the prompt is a list of messages. None means that there is no reward for that completion, which is not the
-same as 0. The function may be async; the async ones of a batch wait at the same time.
+list[float | None]``. Everything is passed by keyword as a list with one entry per completion. The function
+gets copies, so it may change them. A function without ``**columns`` gets only the columns that it names.
+Completions are strings if the prompt is a string, and ``[{"role": "assistant", "content": text}]`` if the
+prompt is a list of messages. None means that there is no reward for that completion, which is not the same
+as 0. The function may be async, and all async functions of a batch wait at the same time.
 """
 
 import contextlib
@@ -32,12 +32,12 @@ from grpo_jax.rewards.http_endpoint import EndpointError
 from grpo_jax.rewards.pool import RewardPool, WorkerError
 
 Prompt = str | list[dict[str, Any]]
-Batch = Mapping[str, Sequence[Any]]  # prompts, completions and the columns, by the names they are passed by
+Batch = Mapping[str, Sequence[Any]]  # prompts, completions and columns by their keywords
 _IMMUTABLE = frozenset((str, int, float, bool, type(None)))  # the types that need no copy
 
 
 class RewardError(ValueError):
-    """A reward function failed or returned what is no reward; the message names function and row."""
+    """A reward function failed or returned no valid rewards. The message names function and row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +45,12 @@ class Reward:
     """One reward function of a run.
 
     Args:
-        name: unique in the run; metrics are called `rewards/<name>/...`.
+        name: name that is unique in the run. Metrics are called `rewards/<name>/...`.
         function: f(prompts, completions, **columns) -> list of B numbers or None.
         weight: factor in the sum.
         arguments: fixed keyword arguments of the function.
         source: where the function comes from, for messages.
-        pool: processes that call it, with a timeout; None: it is called here.
+        pool: processes that call the function with a timeout. None calls it in this process.
         one_of: columns of which the data must have at least one.
         check_row: raises ValueError with a reason if the function cannot use the columns of a row. None means
             that every row is fine.
@@ -81,7 +81,7 @@ def parameters_of(reward: Reward) -> tuple[dict[str, inspect.Parameter], bool]:
 
 
 class _Failed(Exception):
-    """A call that raised; `error` is what it raised, SystemExit and its like included."""
+    """A call raised `error`, which may also be SystemExit and its like."""
 
     def __init__(self, error: BaseException):
         super().__init__(repr(error))
@@ -96,7 +96,7 @@ def begin_call(reward: Reward, batch: Batch) -> Future | None:
         batch: `prompts`, `completions` and the data's columns, each with B entries.
 
     Returns:
-        what `finish_call` needs to have; None for a function that is not async, or has a process of its own.
+        a future for `finish_call`, or None for a function that is not async or has its own process.
     """
     if reward.pool is not None or not is_async(reward.function):
         return None
@@ -109,13 +109,13 @@ def finish_call(reward: Reward, batch: Batch, begun: Future | None) -> list[floa
     Args:
         reward: the reward function.
         batch: `prompts`, `completions` and the data's columns, each with B entries.
-        begun: of `begin_call`.
+        begun: what `begin_call` returned.
 
     Returns:
         B floats, NaN where the function returned None.
 
     Raises:
-        RewardError: as `rewards.score`.
+        RewardError: as in `score` of `grpo_jax.rewards.loading`.
     """
     try:
         if reward.pool is not None:
@@ -139,7 +139,7 @@ def _finish(call: Future | Callable[[], Any]) -> Any:
 
     Raises:
         KeyboardInterrupt: the user pressed Ctrl-C.
-        _Failed: the function raised whatever else, also SystemExit or a KeyboardInterrupt of its own.
+        _Failed: the function raised anything else, or raised SystemExit or KeyboardInterrupt itself.
     """
     process, signals = os.getpid(), []
     try:
@@ -167,9 +167,9 @@ def _itself(value: Any) -> Any:
 
 @contextlib.contextmanager
 def _noted(signals: list[int]) -> Iterator[None]:
-    """Notes the signals that ask the run to end, and leaves what they do to their handlers."""
+    """Notes the signals that ask the run to end, and still calls their handlers."""
     ours, theirs = {}, {}
-    if threading.current_thread() is threading.main_thread():  # no other thread ever gets a signal
+    if threading.current_thread() is threading.main_thread():  # other threads never get a signal
         for signum in (signal.SIGINT, signal.SIGTERM):
             handler = signal.getsignal(signum)
             if callable(handler):
@@ -179,7 +179,7 @@ def _noted(signals: list[int]) -> Iterator[None]:
         yield
     finally:
         for signum, handler in ours.items():
-            if signal.getsignal(signum) is handler:  # else the function has set one of its own
+            if signal.getsignal(signum) is handler:  # otherwise the function has set its own
                 signal.signal(signum, theirs[signum])
 
 
@@ -192,7 +192,7 @@ def _noting(handler: Callable[..., Any], signals: list[int]) -> Callable[..., An
 
 
 def takes(reward: Reward, name: str) -> bool:
-    """Says whether a function is called with a column; what is keyword-only in a built-in is an argument."""
+    """Says whether a function is called with a column. Keyword-only parameters of built-ins never are."""
     parameters, takes_any = parameters_of(reward)
     if name not in parameters:
         return takes_any
@@ -201,17 +201,17 @@ def takes(reward: Reward, name: str) -> bool:
 
 
 def _call(reward: Reward, batch: Batch) -> Any:
-    # Everything is the function's own, row by row. One that sorts, pops or appends changes neither the data,
-    # nor a sibling's row, nor what the next function gets.
+    # Each row is copied for the function. If it sorts, pops or appends, it changes neither the data, nor the
+    # row of a sibling, nor what the next function gets.
     passed = {name: own_copy(list(values)) for name, values in batch.items() if takes(reward, name)}
     return reward.function(**{**passed, **own_copy(dict(reward.arguments))})
 
 
 def own_copy(value: Any) -> Any:
-    """Copies a value with all that is in it. Two parts of a copied list or mapping are never one object.
+    """Copies a value deeply. Two parts of a copied list or mapping are never the same object.
 
-    `copy.deepcopy` would keep what siblings share, and takes twice as long. What cannot be copied, such as a
-    decoder of audio, is returned itself.
+    `copy.deepcopy` would keep objects that siblings share, and takes twice as long. A value that cannot be
+    copied, such as a decoder of audio, is returned itself.
     """
     kind = type(value)
     if kind in _IMMUTABLE:
@@ -222,12 +222,12 @@ def own_copy(value: Any) -> Any:
         return {name: own_copy(each) for name, each in value.items()}
     try:
         return copy.deepcopy(value)
-    except Exception:  # whatever a foreign type raises that refuses to be copied
+    except Exception:  # a foreign type that cannot be copied may raise anything
         return value
 
 
 def _explain(reward: Reward, batch: Batch, error: BaseException) -> RewardError:
-    """Finds the first row that makes a function raise, by calling it on single rows."""
+    """Finds the first row that makes a function raise, by calling the function on single rows."""
     completions = batch["completions"]
     told = f"{named(reward)} raised {_raised(error)} on a batch of {len(completions)} rows"
     for row, completion in enumerate(completions):
@@ -243,7 +243,7 @@ def _explain(reward: Reward, batch: Batch, error: BaseException) -> RewardError:
 
 
 def _form_hint(reward: Reward, completion: Completion, error: BaseException) -> str:
-    """Says what a completion is to a function that seems to take it for something else."""
+    """Returns a hint on the type of a completion, if the function seems to expect another type."""
     if reward.source == "built in" or reward.one_of or not isinstance(error, (AttributeError, TypeError)):
         return ""
     text, is_text = str(error), isinstance(completion, str)
@@ -258,7 +258,7 @@ def _form_hint(reward: Reward, completion: Completion, error: BaseException) -> 
 
 
 def _raised(error: BaseException) -> str:
-    """Shows an error and where it was raised, unless that was at the call itself."""
+    """Returns an error as text, with the place where it was raised unless that was the call itself."""
     last = traceback.extract_tb(error.__traceback__)[-1:]
     places = [f" at {Path(f.filename).name}:{f.lineno}" for f in last if f.filename != __file__]
     return f"{error!r}{''.join(places)}"
@@ -269,7 +269,7 @@ def _shown(completion: Completion) -> str:
 
 
 def _checked(reward: Reward, values: Any, completions: Sequence[Completion]) -> list[float]:
-    """Turns what a function returned into B floats, NaN for None."""
+    """Converts what a function returned to B floats, where None becomes NaN."""
     who, size = named(reward), len(completions)
     is_list = isinstance(values, Iterable) and isinstance(values, Sized)
     if not is_list or isinstance(values, (str, bytes, Mapping, set, frozenset)):
@@ -298,9 +298,9 @@ def _checked(reward: Reward, values: Any, completions: Sequence[Completion]) -> 
 def _is_number(value: Any) -> bool:
     if isinstance(value, numbers.Real):
         return True
-    try:  # scalars of NumPy and of whatever it understands
+    try:  # scalars of NumPy, and of other libraries that it understands
         array = np.asarray(value)
-    except Exception:  # whatever the foreign type raises: no number
+    except Exception:  # whatever the foreign type raises, it is not a number
         return False
     return array.ndim == 0 and array.dtype.kind in "biuf"
 

@@ -1,7 +1,7 @@
-"""Rewards that say nothing, named with a row and the reason: what was compared, or why there is no value.
+"""Finds rewards that say nothing, and shows a row with what was compared, or why there is no value.
 
-A reward that is 0 for every completion, or None, may be right. It may also look for a column, a format or a
-type that is not there, which nobody sees in a mean of 0.
+A reward that is 0 or None for every completion may be right. It may also look for a column, a format or a
+type that the data does not have, and a mean of 0 does not show that.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,13 +13,13 @@ from grpo_jax.rewards.builtin import REWARDS
 from grpo_jax.rewards.scoring import Reward, takes
 from grpo_jax.types import Example, Silence
 
-_SHOWN = 60  # characters of a value
-_NUM_COLUMNS = 3  # columns of a row
+_SHOWN = 60  # characters that are shown of a value
+_NUM_COLUMNS = 3  # columns that are shown of a row
 _PENALTIES = ("length_penalty", "repetition_penalty")  # their 0 is the best value, not the lowest
 
 
 def lost_rows(rewards: Sequence[Reward]) -> list[Mapping[int, str]]:
-    """Returns, for each reward, the rows that its last batch lost, with the reason."""
+    """Returns for each reward the rows that it lost in its last batch, with the reason."""
     return [{} if reward.pool is None else reward.pool.last_lost for reward in rewards]
 
 
@@ -36,8 +36,8 @@ def find_silences(
         rewards: R reward functions.
         examples: B examples, one per completion.
         texts: B completions.
-        scores: [B,R], NaN for missing.
-        lost: for each reward, the rows lost to a timeout or a dead worker, with the reason.
+        scores: [B,R], NaN where a reward is missing.
+        lost: for each reward, the rows that a timeout or a dead worker lost, with the reason.
     """
     found = []
     for r, reward in enumerate(rewards):
@@ -72,8 +72,8 @@ def _silence(reward, kind, text: str, examples, texts, row: int) -> Silence:
 
 
 def _columns(reward: Reward, example: Example) -> list[str]:
-    """Returns the columns of a row that a reward compares with, as far as its signature says."""
-    if reward.one_of:  # only the first of them counts
+    """Returns the columns of a row that a reward reads, as far as its signature shows."""
+    if reward.one_of:  # only the first of these counts
         return [name for name in reward.one_of if name in example.columns][:1]
     if reward.arguments.get("columns") and reward.function is REWARDS["http_score"]:
         return list(reward.arguments["columns"])[:_NUM_COLUMNS]
@@ -84,7 +84,7 @@ def _columns(reward: Reward, example: Example) -> list[str]:
 
 
 def _reason(reward: Reward, example: Example, texts: Sequence[str]) -> str:
-    """Returns what a look at the completions tells of why a reward is the same for all."""
+    """Returns the reason why a reward is the same for all completions, if they show one."""
     arguments = dict(reward.arguments)
     if where := arguments.get("where"):
         tag = arguments.get("tag", "answer")

@@ -1,4 +1,7 @@
-"""From `package.module:function` or `path/file.py:function` to the function; every failure in one line."""
+"""Finds the function that `package.module:function` or `path/file.py:function` names.
+
+Every failure is one line.
+"""
 
 import ast
 import hashlib
@@ -18,18 +21,18 @@ from grpo_jax.spelling import nearest
 def find_function(spec: str, *, built_in: Sequence[str] = ()) -> tuple[str, Callable[..., Any], str]:
     """Imports the module or file of a spec and takes the function from it.
 
-    A file is looked up from the working directory; it may import its neighbours, and is executed once
-    (again after it was edited).
+    A file is found relative to the working directory. It may import its neighbours. It is executed once, and
+    again after it was edited.
 
     Args:
         spec: `package.module:function` or `path/file.py:function`.
-        built_in: names that need no colon, to suggest the nearest.
+        built_in: names that need no colon, from which the nearest is suggested.
 
     Returns:
         (the function's name, the function, where it comes from).
 
     Raises:
-        ValueError: names the spec and what is wrong with it, with file and line where there are some.
+        ValueError: the message names the spec and its fault, with file and line if there are any.
     """
     where, colon, name = spec.rpartition(":")
     if not colon or not where or not name:
@@ -59,10 +62,10 @@ def find_function(spec: str, *, built_in: Sequence[str] = ()) -> tuple[str, Call
 
 
 def source_file(spec: str) -> Path | None:
-    """Returns the file that a spec's function comes from; None for a built-in, and for what has no file.
+    """Returns the file that a spec's function comes from, or None if it is built in or has no file.
 
     Args:
-        spec: as in `find_function`, already imported, or `verl:` and such a spec.
+        spec: a spec as in `find_function` that was imported already, or `verl:` and such a spec.
     """
     where = spec.removeprefix("verl:").rpartition(":")[0]
     if where.endswith(".py"):
@@ -79,7 +82,7 @@ def _load_file(path: Path) -> ModuleType:
     path = _resolved(path)
     if not path.is_file():
         raise ValueError(f"reward file {path} does not exist")
-    # One module per file, however many of its functions are used: they share the file's state.
+    # There is one module per file, so that all functions used from it share the file's state.
     digest = hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()
     name = f"grpo_jax_rewards_{path.stem}_{digest[:8]}"
     if name in sys.modules:
@@ -104,7 +107,7 @@ def _import(name: str) -> ModuleType:
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and (name + ".").startswith(f"{error.name}."):
             raise ValueError(
-                f"reward module {name!r}: no module named {error.name!r}; install it, run where it lies, "
+                f"reward module {name!r}: no module named {error.name!r}; install it, run in its directory, "
                 "or name a file as path/file.py:function"
             ) from None
         raise ValueError(_at_import(name, error)) from error
@@ -113,7 +116,7 @@ def _import(name: str) -> ModuleType:
 def _at_import(module: Path | str, error: BaseException) -> str:
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}: {type(error).__name__}: {error.msg}"
-    # the last line of the module itself; deeper frames belong to what it called
+    # This is the last line in the module itself. Deeper frames belong to code that it called.
     frames = traceback.extract_tb(error.__traceback__)
     inside = [f for f in frames if f.filename == str(module)] or frames
     return f"{inside[-1].filename}:{inside[-1].lineno}: importing it raised {error!r}"
@@ -123,7 +126,7 @@ def _definitions(module: ModuleType) -> dict[str, int]:
     """Returns the line of every name that the module's source defines at its top level."""
     try:
         tree = ast.parse(inspect.getsource(module))
-    except (OSError, TypeError, SyntaxError):  # no source: a compiled module
+    except (OSError, TypeError, SyntaxError):  # a compiled module has no source
         return {}
     lines = {}
     for node in tree.body:

@@ -1,7 +1,8 @@
 """Reward functions written for verl: compute_score(data_source, solution_str, ground_truth, extra_info).
 
-Named as `verl:path/file.py:compute_score`. It is called for one completion at a time, with what its
-datasets have as columns: `data_source`, `extra_info`, and the truth in `reward_model: {ground_truth: ...}`.
+A config names one as `verl:path/file.py:compute_score`. It is called for one completion at a time, with the
+columns of verl's data sets: `data_source`, `extra_info`, and the truth in
+`reward_model: {ground_truth: ...}`.
 """
 
 import asyncio
@@ -16,25 +17,25 @@ from grpo_jax.rewards.scoring import own_copy
 from grpo_jax.spelling import nearest
 
 PREFIX = "verl:"
-# Of these columns the data must have one; the first that is there counts.
+# The data must have one of these columns. If it has several, the first counts.
 TRUTHS = ("ground_truth", "reward_model", "answer")
 _GIVEN = ("data_source", "solution_str", "ground_truth", "extra_info")
 
 
 def adapt_compute_score(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Callable[..., Any]:
-    """Makes a reward function of a compute_score.
+    """Makes a reward function from a compute_score.
 
     Args:
-        function: compute_score; returns a number, or a mapping with the number as `score`.
-        arguments: further keyword arguments of it.
+        function: a compute_score. It returns a number, or a mapping with the number as `score`.
+        arguments: its further keyword arguments.
 
     Returns:
-        f(completions, ...) with the columns `ground_truth`, `reward_model` or `answer`, and, if there are
-        any, `data_source` and `extra_info`. Where these are missing or null, it gets "" and {}. An async
-        compute_score is awaited, all rows of a batch at the same time.
+        f(completions, ...) with the columns `ground_truth`, `reward_model` or `answer`, and with
+        `data_source` and `extra_info`. Where the last two are missing or null, compute_score gets "" and {}.
+        An async compute_score is awaited for all rows of a batch at the same time.
 
     Raises:
-        ValueError: the function does not take what verl gives, or not these arguments.
+        ValueError: the function does not take the keywords that verl passes, or these arguments.
     """
     _check(function, arguments)
 
@@ -72,10 +73,10 @@ def check_truth(columns: Mapping[str, Any]) -> None:
     """Checks that one row has a ground truth.
 
     Args:
-        columns: the columns of the row; one of TRUTHS is there.
+        columns: the columns of the row, one of which is in TRUTHS.
 
     Raises:
-        ValueError: the truth, or what should hold it, is null or no mapping.
+        ValueError: the truth is null, or the value that should hold it is not a mapping.
     """
     name = next(name for name in TRUTHS if name in columns)
     truth = columns[name]

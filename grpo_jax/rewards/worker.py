@@ -1,7 +1,7 @@
-"""The program of a reward worker: loads one reward function, then scores batch after batch.
+"""The program of a reward worker. It loads one reward function, then scores batch after batch.
 
-Started by `reward_pool` as a script, never imported: neither the package's own imports nor the main module
-of the run are repeated here, so that a worker has no JAX and no device, and is up in a tenth of a second.
+The pool starts it as a script and nobody imports it. So neither the package's own imports nor the main module
+of the run are repeated here: a worker has no JAX and no device, and is up in a tenth of a second.
 """
 
 import atexit
@@ -20,7 +20,7 @@ from types import ModuleType, SimpleNamespace
 
 
 def main() -> None:
-    """Serves the pool at the other end of the file descriptor in argv[1], whose process is argv[2]."""
+    """Serves the pool behind the file descriptor in argv[1]. The pool's process id is argv[2]."""
     atexit.register(_end)
     threading.Thread(target=_end_with, args=(int(sys.argv[2]),), daemon=True).start()
     connection = Connection(int(sys.argv[1]))
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def _load(setup: dict) -> tuple[dict, Callable[[dict], dict] | None]:
-    """Returns what to tell the pool, and the function that turns a call into an answer."""
+    """Returns the first message to the pool, and the function that turns a call into an answer."""
     try:
         from grpo_jax.rewards.loading import RewardError, load_rewards, score
 
@@ -57,28 +57,28 @@ def _load(setup: dict) -> tuple[dict, Callable[[dict], dict] | None]:
 
 
 def _send(connection: Connection, answer: dict) -> None:
-    # JSON, not a pickle: the process that trains runs nothing that comes from here.
+    # The answer is JSON, not a pickle, so that nothing from here can run code in the process that trains.
     connection.send_bytes(json.dumps(answer).encode())
 
 
 def _end() -> None:
-    """Ends this process and what the function has started and left behind: they are one process group."""
+    """Ends this process and all that the function started, which are one process group."""
     sys.stdout.flush()
     sys.stderr.flush()
     os.killpg(0, signal.SIGKILL)
 
 
 def _end_with(parent: int) -> None:
-    """Ends this process and what it started when the run is gone, even in the middle of a call."""
+    """Ends this process and all that it started when the run has ended, even in the middle of a call."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os.killpg(0, signal.SIGKILL)
 
 
 def _stand_in_for_package(directory: Path) -> None:
-    """Puts a package in place whose modules can be imported without what the package itself imports.
+    """Installs a stand-in for our package, so that its modules load without the imports of its `__init__`.
 
-    A reward function that asks the package for something of its own gets it, and JAX with it.
+    A reward function that needs something from the package itself gets it, and JAX is loaded with it.
     """
     file = directory / "__init__.py"
     spec = importlib.util.spec_from_file_location(
@@ -91,7 +91,7 @@ def _stand_in_for_package(directory: Path) -> None:
             raise AttributeError(name)
         if (directory / f"{name}.py").is_file() or (directory / name).is_dir():
             return importlib.import_module(f"grpo_jax.{name}")
-        if "__getattr__" not in vars(package):  # it is loaded, and has no such name
+        if "__getattr__" not in vars(package):  # the package is loaded and has no such name
             raise AttributeError(name)
         del package.__getattr__
         spec.loader.exec_module(package)
