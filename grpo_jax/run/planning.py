@@ -172,20 +172,26 @@ def _num_compilations(parts: Parts, num_buckets: int) -> int:
     return num_buckets * (1 + scoring) + packings
 
 
+def _describe_devices() -> str:
+    """Names the device that the run uses, which is one, and counts those that it leaves idle."""
+    used, *idle = jax.devices()
+    others = f" ({len(idle)} more {'stays' if len(idle) == 1 else 'stay'} idle)" if idle else ""
+    return f"1 × {used.device_kind}{others}"
+
+
 def make_plan(parts: Parts) -> Plan:
     """Derives everything from the parts of a run. Compiles and runs nothing."""
     config = parts.config
     count = sum(x.size for x in jax.tree.leaves(parts.model.params))
     limit = parts.prompt_length
     buckets = tuple(sorted({bucket_length(length, limit) for length in parts.prompt_lengths}))
-    devices = jax.devices()
     lora = (
         "" if parts.lora is None else f"LoRA of rank {parts.lora.rank} on {len(parts.lora.targets)} kernels, "
     )
     return Plan(
         title=f"{parts.recipe.name} on {parts.model.source} ({count / 1e6:,.1f} M parameters, {lora}"
         f"{config.model.dtype}) with {', '.join(reward.name for reward in parts.rewards)}, "
-        f"{len(devices)} × {devices[0].device_kind}",
+        + _describe_devices(),
         num_prompts=parts.num_prompts,
         group_size=config.algorithm.group_size,
         batch_size=config.training.batch_size,

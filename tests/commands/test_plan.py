@@ -1,6 +1,7 @@
 """The plan: its numbers by hand, before anything compiles."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -128,6 +129,14 @@ def test_total_is_the_peak(tmp_path, model):
     stays = m["parameters"] + m["reference"] + m["optimizer"] + m["gradients"]
     assert plan.total_memory == stays + max(m["generation"], m["update"])
     assert f"about {round(plan.total_memory / 1e6)} MB (parameters 1.6, reference 1.6," in plan.text()
+
+
+@pytest.mark.parametrize(
+    "count, text", [(1, "1 × H200"), (2, "1 × H200 (1 more stays idle)"), (8, "1 × H200 (7 more stay idle)")]
+)
+def test_one_device_is_used_and_the_others_are_counted(count, text, tmp_path, model, monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind="H200")] * count)
+    assert plan_of(tmp_path, model).title.endswith(f", {text}")
 
 
 def test_nothing_compiles(tmp_path, prompts, monkeypatch):
