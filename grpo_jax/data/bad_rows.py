@@ -1,4 +1,4 @@
-"""What happens to rows that cannot be used: an error that names them, or a line that counts them."""
+"""Handles rows that cannot be used: an error names them, or a line counts them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ class BadRow:
     """A row that cannot be used.
 
     Args:
-        place: where it is, such as `train.jsonl, line 3`.
-        reason: why it cannot be used.
+        place: place of the row, such as `train.jsonl, line 3`.
+        reason: reason why it cannot be used.
     """
 
     place: str
@@ -24,12 +24,12 @@ def settle(bad: Sequence[BadRow], num_rows: int, *, on_bad_row: str, what: str) 
 
     Args:
         bad: the rows that cannot be used.
-        num_rows: rows in all.
+        num_rows: number of all rows.
         on_bad_row: `error` or `drop`.
         what: `training` or `evaluation`.
 
     Returns:
-        what to tell the user; None if no row is bad.
+        a line for the user, or None if no row is bad.
 
     Raises:
         ValueError: a row is bad and on_bad_row is `error`, or no row is left.
@@ -38,7 +38,7 @@ def settle(bad: Sequence[BadRow], num_rows: int, *, on_bad_row: str, what: str) 
         return None
     shown = _listed(bad)
     if on_bad_row == "error":
-        if len(bad) * 2 > num_rows:  # a setting is wrong rather than a row
+        if len(bad) * 2 > num_rows:  # a setting is wrong, rather than a row
             share = "" if num_rows == 1 else f" ({len(bad)} of {num_rows} rows)"
             raise ValueError(f"{_listed(bad[:1])}{share}")
         them = "it" if len(bad) == 1 else "them"

@@ -1,4 +1,4 @@
-"""The prompt of a row as the file has it: text, or the messages of a chat, checked and in one form."""
+"""Reads the prompt of a row, which is text or the messages of a chat, and checks it."""
 
 import json
 import re
@@ -6,24 +6,24 @@ from typing import Any
 
 Prompt = str | list[dict[str, str]]
 
-_ANSWERS = ("assistant", "model", "gpt", "bot", "ai")  # roles of the one who answers
+_ANSWERS = ("assistant", "model", "gpt", "bot", "ai")  # names of the assistant's role
 _INSTRUCTIONS = ("system", "developer")
-_PLAIN = (str, bool, int, float, type(None))  # what a message holds besides lists and objects of these
+_PLAIN = (str, bool, int, float, type(None))  # types in a message, besides lists and objects of these
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_prompt(value: Any) -> Prompt:
     """Returns the prompt that a row's column `prompt` holds.
 
-    A chat is a list of messages. It may be given as text that is such a list in JSON, as in a cell of a
-    table. Keys of a message that are null are left out, as Parquet writes them into every message of a
-    file if one has them. `content` may be a list of one part of text.
+    A chat is a list of messages. It may be given as text that holds such a list in JSON, as in a cell of a
+    table. Keys of a message that are null are left out, because Parquet writes a key into every message of a
+    file if one message has it. `content` may be a list of one part of text.
 
     Args:
-        value: of the column.
+        value: value of the column.
 
     Raises:
-        ValueError: it is no prompt; the message says what to do.
+        ValueError: it is not a prompt. The message says what to do.
     """
     if isinstance(value, str):
         chat = _chat_in_text(value)
@@ -54,7 +54,7 @@ def read_prompt(value: Any) -> Prompt:
 
 
 def check_text(text: str) -> None:
-    """Raises unless a text can be a prompt, or a part of one."""
+    """Raises ValueError unless a text can be a prompt, or a part of one."""
     if not text:
         raise ValueError("`prompt` is empty")
     _check_characters(text, "prompt")
@@ -69,7 +69,7 @@ def _check_characters(text: str, name: str) -> None:
 
 
 def _chat_in_text(text: str) -> list[Any] | None:
-    """Returns the messages that a text is the JSON of; None for any other text."""
+    """Returns the messages that a text holds as JSON, or None for any other text."""
     if not re.match(r"\s*\[\s*\{", text) or not text.rstrip().endswith("]"):
         return None
     try:
@@ -103,7 +103,7 @@ def _read_message(message: Any, name: str) -> dict[str, Any]:
 
 
 def _text_of_parts(parts: list[Any], name: str) -> str:
-    """Returns the text of content that is a list of parts, as models for images have it."""
+    """Returns the text of content that is a list of parts, the form that models for images use."""
     if len(parts) == 1 and isinstance(parts[0], dict) and isinstance(parts[0].get("text"), str):
         return parts[0]["text"]
     raise ValueError(
@@ -113,10 +113,10 @@ def _text_of_parts(parts: list[Any], name: str) -> str:
 
 
 def _plain_value(value: Any, name: str) -> Any:
-    """Copies what a message holds without its null keys.
+    """Copies the content of a message without keys that are null.
 
     Raises:
-        ValueError: something of another type than JSON has, or text with half a character.
+        ValueError: a value has a type that JSON does not have, or a text has half a character.
     """
     if isinstance(value, dict):
         for key in value:

@@ -1,4 +1,4 @@
-"""The columns of a row under the names that the configuration gives them."""
+"""Gives the columns of a row the names that the configuration asks for."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,18 +8,18 @@ def rename(row: Mapping[str, Any], columns: Mapping[str, str], *, strict: bool) 
     """Gives columns their new names.
 
     A name with dots that no column has reaches into nested columns: `reward_model.ground_truth` is the
-    field `ground_truth` of the column `reward_model`, which stays what it is.
+    field `ground_truth` of the column `reward_model`, which is kept as it is.
 
     Args:
         row: columns by their names in the file.
         columns: {new name: name in the file}.
-        strict: whether each of these must be in the row.
+        strict: whether each of these columns must be in the row.
 
     Returns:
-        the row, in which the columns with a new name no longer have the old one.
+        the row. Columns with a new name no longer have the old one.
 
     Raises:
-        ValueError: strict, and a column is missing, or the way to a nested one, or it is null.
+        ValueError: with `strict`, a column or a part of the path to a nested one is missing or null.
     """
     new: dict[str, Any] = {}
     for name, old in columns.items():

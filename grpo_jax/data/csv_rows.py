@@ -1,4 +1,4 @@
-"""Rows of a table in text: separated by commas, semicolons, tabs or bars, after a line with the names."""
+"""Reads tables in text, whose cells are separated by commas, semicolons, tabs or bars."""
 
 import csv
 import re
@@ -9,30 +9,34 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 _SEPARATORS = ",;\t|"
-_SAMPLE = 50  # rows by which the separator is chosen
-_MAX_CELL = 2**31 - 1  # characters; the csv module allows 131,072 unless told
+_SAMPLE = 50  # number of rows from which the separator is chosen
+_MAX_CELL = 2**31 - 1  # characters; the default of the csv module is 131,072
 
 
 def read_csv(
     path: str | Path, open_file: Callable[[], BinaryIO], *, separator: str | None = None
 ) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
-    """Reads the rows of a table; every value is text.
+    """Reads the rows of a table, in which every value is text.
 
     Args:
         path: name for messages.
-        open_file: opens the file anew.
-        separator: character between two cells. None: a comma, semicolon, tab or bar, whichever divides
-            more of the first rows as it divides the names; of equals, the comma.
+        open_file: function that opens the file again.
+        separator: character between two cells. None means a comma, semicolon, tab or bar: the one that
+            divides more of the first rows into as many cells as there are names. The comma wins a tie.
 
     Yields:
-        (place, row): "line 3", the line on which the row begins. A row of another number of cells than
-        there are names is the ValueError that says so.
+        (place, row): the place is the line on which the row begins, such as "line 3". If a row has another
+        number of cells than there are names, a ValueError that says so takes the place of the row.
 
     Raises:
-        ValueError: the first line does not name every column once, a broken quote, or no UTF-8 text.
+        ValueError: the first line does not name every column once, a quote is broken, or the text is not
+            UTF-8.
     """
     csv.field_size_limit(_MAX_CELL)
-    line, first = 0, 1  # a row may begin before the line that ends it: quoted cells hold line breaks
+    line, first = (
+        0,
+        1,
+    )  # a row may begin before the line that ends it: a cell may hold line breaks
     header: list[str] = []
     try:
         named = _named_separator(open_file)
@@ -71,28 +75,28 @@ def _open_text(open_file: Callable[[], BinaryIO]) -> TextIOWrapper:
 
 
 def _named_separator(open_file: Callable[[], BinaryIO]) -> str | None:
-    """Returns the separator that a first line such as `sep=;` names, as Excel writes it."""
+    """Returns the separator that the first line names, such as the `sep=;` that Excel writes, or None."""
     with _open_text(open_file) as file:
         found = re.fullmatch(r'"?sep=(.)"?', file.readline(100).rstrip("\r\n"))
     return found[1] if found else None
 
 
 def _is_spaced(open_file: Callable[[], BinaryIO], separator: str) -> bool:
-    """Returns whether the names are written with a space after each separator; the cells then are, too."""
+    """Says whether the names have a space after each separator. The cells then have it as well."""
     with _open_text(open_file) as file:
         names = next(filter(None, _reader(file, separator)), [])
     return any(name.startswith(" ") and name.strip() for name in names[1:])
 
 
 def _choose_separator(open_file: Callable[[], BinaryIO]) -> str:
-    """Returns the character that divides the most of the first rows as it divides the names; else a comma."""
+    """Returns the character that divides the most of the first rows as it divides the names, or a comma."""
     shares = {separator: _share_divided(open_file, separator) for separator in _SEPARATORS}
-    best = max(shares, key=shares.__getitem__)  # the first of equals, and the comma is the first of all
+    best = max(shares, key=shares.__getitem__)  # the first one wins a tie, and the comma is the first
     return best if shares[best] > 0 else ","
 
 
 def _share_divided(open_file: Callable[[], BinaryIO], separator: str) -> float:
-    """Returns the share of the first rows with as many cells as there are names; 0 for a single name."""
+    """Returns the share of the first rows with as many cells as names. For a single name it is 0."""
     counts = []
     with _open_text(open_file) as file:
         try:

@@ -1,4 +1,4 @@
-"""Examples with the tokens of their prompts: each prompt is rendered and encoded once per run."""
+"""Examples with the tokens of their prompts. Each prompt is rendered and encoded once per run."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -10,20 +10,20 @@ from grpo_jax.models.loading import Model, encode
 from grpo_jax.models.text import try_encode
 from grpo_jax.types import Example
 
-_AT_ONCE = 4096  # prompts that are held while they are encoded
+_AT_ONCE = 4096  # number of prompts that are held while they are encoded
 
 
 class EncodedExamples(Sequence):
-    """Examples as they are asked for, each with its `tokens`.
+    """A sequence of examples, each with its `tokens`.
 
-    The tokens lie in one array of 4 bytes each. The examples stay where they are, so that a task that makes
-    its problems when they are asked for is not held in memory.
+    The tokens are in one array, with 4 bytes each. The examples are not copied, so a task that makes its
+    problems on request is not held in memory.
 
     Args:
         examples: N examples.
-        tokens: the token ids of all prompts, one behind the other.
-        ends: where those of each prompt end.
-        rows: which of them there are, in this order; `None` means all.
+        tokens: the token ids of all prompts, one prompt after the other.
+        ends: end of each prompt in `tokens`.
+        rows: indices of the examples that are included, in this order. None means all.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class EncodedExamples(Sequence):
         return replace(self._examples[row], tokens=tokens)
 
     def __eq__(self, other: object) -> bool:
-        """Says whether the examples are equal; tokens follow from them."""
+        """Says whether the examples are equal, from which it follows that their tokens are."""
         if not isinstance(other, Sequence):
             return NotImplemented
         return len(self) == len(other) and all(
@@ -59,7 +59,7 @@ class EncodedExamples(Sequence):
 
     @property
     def lengths(self) -> np.ndarray:
-        """Token counts [N] of the prompts."""
+        """The token counts [N] of the prompts."""
         return np.diff(self._ends, prepend=0)[self._rows]
 
     def chosen(self, indices: Iterable[int]) -> "EncodedExamples":
@@ -74,12 +74,12 @@ def encode_examples(
     """Encodes every prompt.
 
     Args:
-        examples: may be empty.
-        model: whose tokens they are.
+        examples: the examples. There may be none.
+        model: model whose tokenizer encodes them.
         what: `training` or `evaluation`, for messages.
 
     Returns:
-        (the examples that have tokens, those that have none with the reason).
+        (the examples that could be encoded, the others with the reasons).
     """
     tokens: list[np.ndarray] = []
     lengths: list[int] = []
@@ -99,7 +99,7 @@ def encode_examples(
 
 
 def tokens_of(model: Model, examples: Sequence[Example]) -> list[Sequence[int]]:
-    """Returns the token ids of prompts, encoded only where that was not done before."""
+    """Returns the token ids of prompts, which are encoded only if that was not done before."""
     new = [i for i, example in enumerate(examples) if example.tokens is None]
     fresh = dict(zip(new, encode(model, [examples[i].prompt for i in new]) if new else [], strict=True))
     return [fresh[i] if example.tokens is None else example.tokens for i, example in enumerate(examples)]

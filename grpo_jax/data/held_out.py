@@ -1,4 +1,4 @@
-"""Which held-out prompts a run is measured on, and whether it trains on them as well."""
+"""Picks the held-out prompts of a run, and checks whether it trains on them as well."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,15 +8,15 @@ from grpo_jax.types import Example
 
 
 def sample_held_out(examples: Sequence[Example], count: int) -> list[Example]:
-    """Picks held-out examples: a fixed pseudo-random sample, in the order of the file.
+    """Picks a fixed pseudo-random sample of the held-out examples, in the order of the file.
 
     A row's rank is a hash of its index alone. So the sample is the same for every seed, prompt template and
-    reward, and runs can be compared. A larger sample contains a smaller one, and rows that are appended to a
-    file only take the place of some others.
+    reward, and runs can be compared. A larger sample contains a smaller one. Rows that are appended to a file
+    can only replace others in the sample.
 
     Args:
         examples: N held-out examples.
-        count: how many are wanted; all of them if there are no more.
+        count: number of examples that are wanted.
 
     Returns:
         min(count, N) examples.
@@ -34,12 +34,12 @@ def _rank(index: int) -> bytes:
 def note_on_overlap(
     train: Sequence[Example], held_out: Sequence[Example], used: Sequence[Example]
 ) -> str | None:
-    """Returns a line on held-out prompts that are training prompts too; None if there are none.
+    """Returns a line on held-out prompts that are also training prompts, or None if there are none.
 
     Args:
         train: training examples.
         held_out: all held-out examples.
-        used: those that are evaluated.
+        used: held-out examples that are evaluated.
     """
     if not used:
         return None

@@ -1,21 +1,22 @@
-"""Rows of a data set of the Hugging Face hub, or of a local directory that `datasets` (an extra) can load."""
+"""Reads data sets of the Hugging Face hub, or local directories that `datasets` (an extra) can load."""
 
 from grpo_jax.data.rows import Rows
 
 
 def read_dataset(name: str, *, config: str | None, split: str) -> Rows:
-    """Reads the rows of one split of a data set; the hub's are downloaded once and cached.
+    """Reads the rows of one split of a data set. Data sets of the hub are downloaded once and cached.
 
     Args:
         name: `owner/name`, or a local directory.
-        config: the data set's configuration; None: its only or default one.
-        split: such as `train`, or `train[:1000]`.
+        config: configuration of the data set. None means its only or default one.
+        split: name of the split, such as `train`, or `train[:1000]`.
 
     Yields:
-        (place, row): "row 3", counted from 1.
+        (place, row), with a place such as "row 3", counted from 1.
 
     Raises:
-        ImportError: `datasets` is missing. ValueError: the data set cannot be loaded, in one line.
+        ImportError: `datasets` is missing.
+        ValueError: the data set cannot be loaded. The message is one line.
     """
     try:
         from datasets import load_dataset
@@ -26,7 +27,7 @@ def read_dataset(name: str, *, config: str | None, split: str) -> Rows:
         ) from None
     try:
         rows = load_dataset(name, config, split=split)
-    except Exception as error:  # whatever it raises about names, configurations, splits and the network
+    except Exception as error:  # it raises many kinds, about names, configurations, splits and the network
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
             f"data.dataset: {name}, split {split!r}, does not load: {type(error).__name__}: {reason}"

@@ -1,12 +1,12 @@
-"""Rows of JSON: one object per line, an array, or an object around one; with the place of every mistake."""
+"""Reads rows of JSON in any usual layout, and names the place of every mistake."""
 
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-_MAX_DEPTH = 100  # of nested lists and objects in a row; what handles rows later works by recursion
-_WRAPPERS = ("data", "rows", "examples", "records")  # keys under which other projects keep their rows
+_MAX_DEPTH = 100  # levels of lists and objects in a row, because later steps handle rows by recursion
+_WRAPPERS = ("data", "rows", "examples", "records")  # keys under which other projects store their rows
 _ROWS_ARE = 'rows are an array of objects, or one object per line (pandas: orient="records", lines=True)'
 
 
@@ -21,14 +21,14 @@ def read_json(
 
     Args:
         path: name for messages.
-        open_file: opens the file anew.
+        open_file: function that opens the file again.
 
     Yields:
-        (place, row): "line 3" or, in an array, "row 3 (line 9)". A row that cannot be used is the
-        ValueError that says why; the rows after it follow.
+        (place, row), with a place such as "line 3" or, in an array, "row 3 (line 9)". For a row that cannot
+        be used, the ValueError that says why takes its place, and the next rows follow.
 
     Raises:
-        ValueError: the text is no JSON beyond some place, or it is not clear where in it the rows are.
+        ValueError: the text is not JSON beyond some place, or it is not clear where the rows are.
     """
     with open_file() as file:
         by_line = _is_by_line(file)
@@ -46,7 +46,7 @@ def read_json(
 
 
 def _is_by_line(file: BinaryIO) -> bool:
-    """Returns whether each line of a file is a value of its own, by its first two lines."""
+    """Says whether each line of a file is a value of its own, judged by the first two lines."""
     lines = (line.removeprefix(b"\xef\xbb\xbf").strip() for line in file)
     lines = (line for line in lines if line)
     first, second = next(lines, b""), next(lines, b"")
@@ -56,7 +56,8 @@ def _is_by_line(file: BinaryIO) -> bool:
         return not _is_json(first)
     if _is_json(first):
         return True
-    # An object over several lines goes on with a key, or its first line is open; else the line is broken.
+    # If an object goes on in the second line, that line begins with a key or the first one is open. Otherwise
+    # the first line is broken.
     goes_on = second.startswith((b'"', b"}", b"]")) or first.endswith((b"[", b",", b":"))
     return first.startswith(b"{") and not goes_on
 
@@ -85,7 +86,7 @@ def _read_line(line: bytes) -> dict[str, Any] | ValueError:
 
 
 def _read_document(path: str | Path, text: str) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
-    """Yields the rows of a text that is one array, one object, or objects one after the other."""
+    """Yields the rows of a text that is one array, one object, or a sequence of objects."""
     is_array = text.lstrip().startswith("[")
     multi_line = "\n" in text.strip()
     position, counted, line, number = _skip(text, 0), 0, 1, 0
@@ -131,7 +132,7 @@ def _next_element(text: str, position: int) -> int:
 def _parse(text: str, position: int) -> tuple[Any, int]:
     """Returns the value at a position and the position after it.
 
-    What JSON allows and we do not is returned as the ValueError that says why, in place of the value.
+    If JSON allows a value but we do not, the ValueError that says why takes the place of the value.
 
     Raises:
         json.JSONDecodeError: there is no valid JSON.
@@ -181,7 +182,7 @@ def _as_row(value: Any) -> dict[str, Any] | ValueError:
 def _rows_of_object(
     path: str | Path, value: dict[str, Any]
 ) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
-    """Yields the rows of a file that is one object: those it wraps, or the object itself."""
+    """Yields the rows of a file that is one object: the rows that it wraps, or the object itself."""
     lists = [name for name, inner in value.items() if _is_table(inner)]
     named = [name for name in lists if len(value) == 1 or name in _WRAPPERS]
     keys = ", ".join(value) if len(value) < 10 else f"{', '.join([*value][:8])}, ... ({len(value)} keys)"
@@ -200,7 +201,7 @@ def _rows_of_object(
 
 
 def _is_table(value: Any) -> bool:
-    """Returns whether a value is a list of objects, and not the messages of one chat."""
+    """Says whether a value is a list of objects, but not the messages of one chat."""
     return (
         isinstance(value, list)
         and bool(value)
@@ -209,7 +210,7 @@ def _is_table(value: Any) -> bool:
 
 
 def _is_by_column(value: dict[str, Any]) -> bool:
-    """Returns whether an object looks like {column: values} or {index: row}, as pandas writes them."""
+    """Says whether an object looks like {column: values} or {index: row}, as pandas writes them."""
     values = list(value.values())
     if all(isinstance(inner, dict) for inner in values):
         return len(values) > 1

@@ -1,4 +1,4 @@
-"""Prompts: built-in tasks, files and data sets, and their order as a function of (seed, step)."""
+"""Loads prompts from tasks, files and data sets. Their order is a function of (seed, step)."""
 
 import hashlib
 from collections import Counter
@@ -19,18 +19,19 @@ from grpo_jax.types import Example
 
 __all__ = ["Example", "Task", "batch", "load_data", "load_task"]
 
-RESERVED_COLUMNS = ("prompts", "completions")  # a reward function's own arguments
+RESERVED_COLUMNS = ("prompts", "completions")  # names of a reward function's own arguments
 
 
 def load_data(data: DataConfig) -> Task:
-    """Loads the examples that the configuration names, and makes the prompts as it says.
+    """Loads the examples that the configuration names, and makes their prompts.
 
     Returns:
-        the task; one made of files has no default rewards, and no held-out examples unless the
-        configuration says where they come from.
+        the task. A task that is made from files has no default rewards, and it has held-out examples only if
+        the configuration says where they come from.
 
     Raises:
-        ValueError, OSError, ImportError: something in the section or in the data is wrong, in one line.
+        ValueError, OSError, ImportError: something in the section or in the data is wrong. The message is one
+            line.
     """
     check_name(data.task)
     form = make_prompt_form(
@@ -61,17 +62,18 @@ def load_data(data: DataConfig) -> Task:
 
 
 def batch(examples: Sequence[Example], *, seed: int, step: int, num_prompts: int) -> list[Example]:
-    """Picks the prompts of one step: a pure function of its arguments, so that a resumed run skips nothing.
+    """Picks the prompts of one step.
 
-    Consecutive steps walk through a shuffle of the examples, then through another one, and so on: every
-    epoch holds every example once. A step may lie across the border of two epochs. The cost is that of
-    `num_prompts` look-ups: the shuffle is computed per index and never stored.
+    It is a pure function of its arguments, so a resumed run skips nothing. Consecutive steps walk through a
+    shuffle of the examples, then through another one, and so on, so that every epoch holds every example
+    once. A step may cross the border of two epochs. The cost is that of `num_prompts` look-ups, because the
+    shuffle is computed per index and never stored.
 
     Args:
-        examples: what to pick from; not empty.
-        seed: chooses the shuffles.
-        step: counted from 0.
-        num_prompts: N, examples to pick.
+        examples: examples to pick from, at least one.
+        seed: seed of the shuffles.
+        step: index of the step, counted from 0.
+        num_prompts: N, the number of examples to pick.
     """
     if len(examples) == 0:
         raise ValueError("there are no examples to make a batch of")
@@ -89,7 +91,7 @@ def _name_of_source(data: DataConfig) -> str:
 
 
 def _plain(name: str) -> RowTask:
-    """Returns the task of a file whose rows are examples as they stand."""
+    """Returns the task of a file whose rows are examples already."""
     return RowTask(name=name, make_rows=_as_it_stands, rewards=(), hub=None, eval_fraction=0.0)
 
 
@@ -98,7 +100,7 @@ def _as_it_stands(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _load_rows(data: DataConfig, task: RowTask, form: PromptForm) -> Task:
-    """Loads a task of rows, its held-out examples from wherever the configuration has them."""
+    """Loads a task of rows, with the held-out examples that the configuration asks for."""
     check_arguments(task.name, task.make_rows, data.task_arguments)
     if not data.has_source:
         if task.hub is None:
@@ -137,7 +139,7 @@ def _load_rows(data: DataConfig, task: RowTask, form: PromptForm) -> Task:
 def _examples(
     sources: Sequence[tuple[str, Rows]], data: DataConfig, task: RowTask, form: PromptForm, what: str
 ) -> tuple[list[Example], list[str]]:
-    """Turns rows into examples, without solved examples and system message: (examples, notes)."""
+    """Returns (examples made from rows, notes). Solved examples and system message are added later."""
     made: list[Example] = []
     bad: dict[str, str] = {}  # place -> reason
     num_rows = 0
@@ -174,7 +176,7 @@ def _of_row(
     """Makes the examples of one row.
 
     Raises:
-        ValueError: the row cannot be used; the message does not say where it is.
+        ValueError: the row cannot be used. The message does not name its place.
     """
     if isinstance(row, ValueError):
         raise row
@@ -191,7 +193,7 @@ def _odd_columns(examples: Sequence[Example], *, short_places: bool) -> dict[str
     kinds = Counter(frozenset(example.columns) for example in examples)
     if len(kinds) < 2:
         return {}
-    usual, _ = kinds.most_common(1)[0]  # the first of equals
+    usual, _ = kinds.most_common(1)[0]  # the first one wins a tie
     first = next(example.place for example in examples if usual == example.columns.keys())
     first = first.rpartition(", ")[2] if short_places else first
     odd: dict[str, str] = {}
@@ -206,7 +208,7 @@ def _odd_columns(examples: Sequence[Example], *, short_places: bool) -> dict[str
 
 
 def _example(form: PromptForm, row: Mapping[str, Any], known: Mapping[str, Any]) -> Example:
-    """Makes an example of a row; known: every name that a template may use."""
+    """Makes an example from a row. `known` has every name that a template may use."""
     for name in RESERVED_COLUMNS:
         if name in row:
             raise ValueError(f"column `{name}` would hide a reward function's own argument; rename it")
@@ -215,9 +217,10 @@ def _example(form: PromptForm, row: Mapping[str, Any], known: Mapping[str, Any])
 
 
 def _split(examples: Sequence[Example], fraction: float) -> tuple[list[Example], list[Example]]:
-    """Holds out a share of the prompts, each by its own text: (train, held out).
+    """Returns (train, held out). The text of a prompt decides whether it is held out.
 
-    Equal prompts (white space aside) are on one side, and a prompt stays where it is when rows are added.
+    Prompts that are equal apart from white space are in the same split, and a prompt stays in its split when
+    rows are added.
     """
     sides: tuple[list[Example], list[Example]] = ([], [])
     for example in examples:
@@ -233,7 +236,7 @@ def _split(examples: Sequence[Example], fraction: float) -> tuple[list[Example],
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """Returns one text for equal prompts, white space aside."""
+    """Returns a text that is the same for prompts that are equal apart from white space."""
     parts = (
         [prompt] if isinstance(prompt, str) else [part for m in prompt for part in (m["role"], m["content"])]
     )

@@ -1,4 +1,4 @@
-"""Prompts over the limit in tokens: an error, dropped, or cut at the left."""
+"""Handles prompts above the limit of tokens: they are an error, dropped, or truncated at the left."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -17,11 +17,11 @@ class Fitted:
     """Examples within the limit.
 
     Args:
-        examples: what is left, with the tokens of their prompts.
+        examples: examples that are left, with the tokens of their prompts.
         lengths: token counts that occur among their prompts.
-        num_dropped: examples that are gone.
-        num_truncated: examples whose prompts were cut.
-        note: what to say about bad rows that were left out; None: there were none.
+        num_dropped: number of examples that were dropped.
+        num_truncated: number of examples whose prompts were truncated.
+        note: a line about bad rows that were left out, or None if there were none.
     """
 
     examples: Sequence[Example]
@@ -32,7 +32,7 @@ class Fitted:
 
 
 def prompt_limit(model: Model, max_prompt_length: int | None, max_new_tokens: int) -> int | None:
-    """Returns the largest number of prompt tokens, None if nothing limits it.
+    """Returns the largest number of prompt tokens, or None if nothing limits it.
 
     Raises:
         ValueError: prompt and completion do not fit the model's positions.
@@ -64,16 +64,16 @@ def fit_prompts(
     """Encodes every prompt and makes it fit the limit.
 
     Args:
-        examples: may be empty.
-        model: whose tokens count.
-        limit: tokens; None: no limit.
+        examples: the examples. There may be none.
+        model: model whose tokenizer counts the tokens.
+        limit: largest number of tokens. None means no limit.
         over_length: `error`, `drop` or `truncate_left`.
         what: `training` or `evaluation`, for messages.
-        on_bad_row: `error`, or `drop` the prompts that the model cannot be given.
+        on_bad_row: `error`, or `drop` to leave out prompts that cannot be encoded.
 
     Raises:
-        ValueError: a prompt without tokens, or that the model cannot be given; one over the limit with
-            `error`; one that cannot be cut to it.
+        ValueError: a prompt has no tokens or cannot be encoded, a prompt is above the limit with `error`, or
+            it cannot be truncated to the limit.
     """
     encoded, bad = encode_examples(examples, model, what)
     note = settle(bad, len(examples), on_bad_row=on_bad_row, what=what)
@@ -99,9 +99,9 @@ def fit_prompts(
         )
         if shorter is None:
             raise ValueError(
-                f"{cut[i].place or f'{what} prompt {i}'} has {lengths[i]} tokens and cannot be cut at the "
-                f"left to {limit}: the chat template alone is longer than that; raise data.max_prompt_length "
-                "or set data.over_length: drop"
+                f"{cut[i].place or f'{what} prompt {i}'} has {lengths[i]} tokens and cannot be truncated at "
+                f"the left to {limit}: the chat template alone is longer than that; raise "
+                "data.max_prompt_length or set data.over_length: drop"
             )
         cut[i] = replace(cut[i], prompt=shorter, tokens=tuple(encode(model, [shorter])[0]))
     return Fitted(cut, frozenset(len(example.tokens) for example in cut), num_truncated=len(over), note=note)
@@ -112,14 +112,14 @@ def _length(model: Model, prompt: str | list[dict[str, str]]) -> int:
 
 
 def _cut_text(model: Model, text: str, limit: int) -> str | None:
-    """Returns the longest end of a text, from a token's start on, that fits; None: not one token does."""
+    """Returns the longest end of a text that fits and begins with a whole token, or None."""
     return _first_fitting(model, (text[start:] for start in _token_starts(model, text)[-limit:]), limit)
 
 
 def _cut_chat(model: Model, messages: list[dict[str, str]], limit: int) -> list[dict[str, str]] | None:
-    """Removes the oldest turns up to a later user's, then the beginning of the last message.
+    """Removes the oldest turns before a turn of the user. If needed, the last message loses its beginning.
 
-    A leading system message stays.
+    A leading system message is kept.
     """
     head = messages[:1] if messages[0]["role"] == "system" else []
     rest = messages[len(head) :]
@@ -145,5 +145,5 @@ def _token_starts(model: Model, text: str) -> list[int]:
 
 
 def _first_fitting(model: Model, candidates: Iterable[Any], limit: int) -> Any:
-    """Returns the first prompt that fits. Text cut anew may have other tokens, so each is counted."""
+    """Returns the first prompt that fits. Truncated text may have other tokens, so each prompt is encoded."""
     return next((prompt for prompt in candidates if _length(model, prompt) <= limit), None)

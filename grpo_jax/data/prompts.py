@@ -1,4 +1,4 @@
-"""From a row of data to the prompt that the model sees: template, solved examples, system message."""
+"""Makes the prompt that the model sees from a row: template, solved examples, system message."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,13 +10,14 @@ from grpo_jax.data.templates import Template, compile_template, render
 
 @dataclass(frozen=True, kw_only=True)
 class PromptForm:
-    """What is made of every row's prompt.
+    """The form of every prompt: its template, and what is put before it.
 
     Args:
-        template: makes the prompt from the row's columns; None: it is the column `prompt`.
-        system_prompt: content of the system message; None: none is added.
+        template: template that makes the prompt from the row's columns. None means that the prompt is the
+            column `prompt`.
+        system_prompt: content of the system message. None adds none.
         shots: (prompt, completion) of the solved examples.
-        separator: stands after each example of a plain-text prompt.
+        separator: text after each example of a plain-text prompt.
     """
 
     template: Template | None = None
@@ -37,11 +38,11 @@ def make_prompt_form(
     Args:
         prompt_template: jinja2 source.
         system_prompt: content of the system message.
-        few_shot: examples, each with `completion` and the columns that make its prompt.
-        few_shot_separator: stands after each example of a plain-text prompt.
+        few_shot: examples. Each has `completion` and the columns that make its prompt.
+        few_shot_separator: text after each example of a plain-text prompt.
 
     Raises:
-        ValueError: a broken template, or an example that lacks one of its columns.
+        ValueError: the template is broken, or an example lacks one of its columns.
     """
     template = None if prompt_template is None else compile_template(prompt_template)
     form = PromptForm(template=template, system_prompt=system_prompt, separator=few_shot_separator)
@@ -61,11 +62,11 @@ def row_prompt(form: PromptForm, row: Mapping[str, Any]) -> Prompt:
     """Returns the prompt of a row, without examples and system message.
 
     Args:
-        form: with or without a template.
+        form: the form of the prompt, with or without a template.
         row: columns by name.
 
     Raises:
-        ValueError: there is none: a missing column, a template that fails, or no text.
+        ValueError: a column is missing, the template fails, or the result is not text.
     """
     if form.template is None:
         if "prompt" not in row:
@@ -83,7 +84,7 @@ def row_prompt(form: PromptForm, row: Mapping[str, Any]) -> Prompt:
 
 
 def _likely_column(row: Mapping[str, Any]) -> str:
-    """Returns how to name the column of a row that is probably its prompt; else an empty string."""
+    """Returns a hint that names the column that is probably the prompt, or an empty string."""
     names = ("question", "problem", "messages", "conversations", "instruction", "query", "input")
     found = [name for name in names if name in row]
     return f", such as {{prompt: {found[0]}}}" if len(found) == 1 else ""
@@ -92,16 +93,16 @@ def _likely_column(row: Mapping[str, Any]) -> str:
 def complete_prompt(form: PromptForm, prompt: Prompt) -> Prompt:
     """Puts the solved examples and the system message before a prompt.
 
-    Plain text becomes ``prompt + completion + separator`` of every example, then the prompt; nothing else is
-    inserted. In a chat each example is a user's and an assistant's turn, after the system message. A chat
-    that has a system message keeps its own.
+    Plain text becomes ``prompt + completion + separator`` of every example, then the prompt, and nothing else
+    is inserted. In a chat, each example becomes a turn of the user and one of the assistant, after the system
+    message. A chat that has a system message keeps it.
 
     Args:
-        form: says what is added.
-        prompt: text or messages; not changed.
+        form: the form, which says what is added.
+        prompt: text or messages, which are not changed.
 
     Returns:
-        text, or messages where there is a system message or the prompt is a list.
+        text, or messages if there is a system message or the prompt is a list.
     """
     if isinstance(prompt, str) and form.system_prompt is None:
         return "".join(q + a + form.separator for q, a in form.shots) + prompt

@@ -1,4 +1,4 @@
-"""Rows of files as dicts, each with its place: JSON, tables, Parquet, or the paragraphs of a text."""
+"""Reads the rows of files as dicts, each with its place: JSON, tables, Parquet, or paragraphs of text."""
 
 import bz2
 import functools
@@ -15,12 +15,12 @@ from grpo_jax.data.csv_rows import read_csv
 from grpo_jax.data.json_rows import read_json
 
 Row = dict[str, Any]
-# (place, row): the place is such as "line 3"; a row that cannot be read is the ValueError that says why.
+# (place, row), with a place such as "line 3". For a row that cannot be read, a ValueError takes its place.
 Rows = Iterator[tuple[str, Row | ValueError]]
 
 _Open = Callable[[], BinaryIO]
 COMPRESSIONS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-_MAGIC = {  # first bytes of what is no text -> (what it is, what to do)
+_MAGIC = {  # first bytes of files that are not text -> (their kind, what to do)
     b"\x1f\x8b": ("compressed by gzip", "end its name in .gz"),
     b"BZh": ("compressed by bzip2", "end its name in .bz2"),
     b"\xfd7zXZ": ("compressed by xz", "end its name in .xz"),
@@ -35,14 +35,15 @@ def find_files(names: str | Sequence[str]) -> list[str]:
     """Finds the files that names and globs stand for, in the order of the names.
 
     Args:
-        names: one or several; a name that is no file and has `*`, `?` or `[` in it is a glob, `**` goes
-            through folders.
+        names: one name or several. A name that is not a file and contains `*`, `?` or `[` is a glob, in which
+            `**` goes through folders.
 
     Returns:
-        the names of files, those of one glob sorted by name; for one name that is no glob, itself.
+        the names of the files. Those of one glob are sorted. A name that is not a glob is returned unchanged.
 
     Raises:
-        FileNotFoundError: a glob without a file. ValueError: no name, or a file that is named twice.
+        FileNotFoundError: a glob matches no file.
+        ValueError: there is no name, or a file is named twice.
     """
     found: list[str] = []
     for name in [names] if isinstance(names, str) else names:
@@ -63,26 +64,27 @@ def find_files(names: str | Sequence[str]) -> list[str]:
 
 
 def stem(path: str | Path) -> str:
-    """Returns a file's name without what says its format and compression."""
+    """Returns a file's name without the suffixes for its format and compression."""
     name = Path(path)
     return Path(name.stem).stem if name.suffix.lower() in COMPRESSIONS else name.stem
 
 
 def read_rows(path: str | Path) -> Rows:
-    """Reads the rows of a file, in the format that its suffix says.
+    """Reads the rows of a file, in the format that its suffix names.
 
     Args:
-        path: .jsonl or .json (see `read_json`), .csv or .tsv (a line of names; every value is text),
-            .parquet (extra `parquet`), or .txt (a row per paragraph, with the one column `text`). Text may
-            be compressed: .jsonl.gz, .csv.bz2, .txt.xz, and so on.
+        path: name of the file: .jsonl or .json (see `read_json`), .csv or .tsv (with a line of names, and
+            every value is text), .parquet (extra `parquet`), or .txt (a row per paragraph, with the one
+            column `text`). Text may be compressed: .jsonl.gz, .csv.bz2, .txt.xz, and so on.
 
     Yields:
-        (place, row): the place as people count, "line 3" or "row 3" of the file. A row that cannot be read
-        is the ValueError that says why, and reading goes on after it.
+        (place, row): the place is counted from 1, such as "line 3" or "row 3" of the file. For a row that
+        cannot be read, the ValueError that says why takes its place, and reading goes on.
 
     Raises:
-        ValueError: an unknown suffix, or a file that cannot be read beyond some place. ImportError: pyarrow
-            is missing. OSError: the file cannot be opened.
+        ValueError: the suffix is unknown, or the file cannot be read beyond some place.
+        ImportError: pyarrow is missing.
+        OSError: the file cannot be opened.
     """
     path = Path(path)
     compression = path.suffix.lower() if path.suffix.lower() in COMPRESSIONS else ""
@@ -108,7 +110,7 @@ def read_rows(path: str | Path) -> Rows:
 
 
 def _check_start(path: Path) -> None:
-    """Raises for a file of text whose first bytes are those of something else."""
+    """Raises if the first bytes of a file show that it is not text."""
     with open(path, "rb") as file:
         start = file.read(8)
     for magic, (what, fix) in _MAGIC.items():
@@ -117,7 +119,7 @@ def _check_start(path: Path) -> None:
 
 
 def _unpacked(path: Path, rows: Rows) -> Rows:
-    """Yields rows; what is wrong with the compression of their file becomes a message."""
+    """Yields rows, and turns errors of the file's compression into messages."""
     try:
         yield from rows
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
@@ -146,12 +148,12 @@ def _read_parquet(path: str | Path, open_file: _Open) -> Rows:
                 for row in part.to_pylist():
                     number += 1
                     yield f"row {number}", row
-        except Exception as error:  # the kinds of pyarrow are many
+        except Exception as error:  # pyarrow raises many kinds of errors
             raise ValueError(f"{path}: not a Parquet file that can be read ({error})") from error
 
 
 def _read_paragraphs(path: str | Path, open_file: _Open) -> Rows:
-    """Yields the paragraphs of a text, which blank lines separate."""
+    """Yields the paragraphs of a text, which are separated by blank lines."""
     first, paragraph = 1, ""
     try:
         with TextIOWrapper(open_file(), encoding="utf-8-sig") as file:

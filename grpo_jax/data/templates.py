@@ -1,4 +1,4 @@
-"""Templates that make a prompt from the columns of a row. What is null must not be printed."""
+"""Templates that make a prompt from the columns of a row. They must not print null values."""
 
 import math
 from collections.abc import Mapping
@@ -11,13 +11,13 @@ Template = jinja2.Template
 
 
 class _NotPrintable(ValueError):
-    """A template prints what is null or not a number."""
+    """A template prints a value that is null or not a number."""
 
 
 class _Missing:
-    """A null of a row: false and equal to None in a template, and an error where it becomes text."""
+    """A null in a row. It is false and equals None in a template, and is an error where it becomes text."""
 
-    __module__ = "builtins"  # in messages of jinja2 it is a "null object"
+    __module__ = "builtins"  # so that jinja2 calls it a "null object" in messages
 
     def __init__(self, path: str):
         self._path = path
@@ -41,7 +41,7 @@ _Missing.__name__ = "null"
 
 
 class _NotANumber(float):
-    """A NaN of a row, and an error where it becomes text."""
+    """A NaN in a row. It is an error where it becomes text."""
 
     path = ""
 
@@ -57,7 +57,7 @@ def compile_template(source: str) -> Template:
     Raises:
         ValueError: the source is broken.
     """
-    # The sandbox keeps a template found on the internet from reaching Python; an unknown name is an error.
+    # The sandbox keeps a template from the internet from reaching Python. An unknown name is an error.
     environment = ImmutableSandboxedEnvironment(
         undefined=jinja2.StrictUndefined, keep_trailing_newline=True, finalize=_finalize
     )
@@ -72,17 +72,17 @@ def compile_template(source: str) -> Template:
 
 
 def render(template: Template, row: Mapping[str, Any]) -> str:
-    """Returns the text that a template makes of a row.
+    """Returns the text that a template makes from a row.
 
     A null or NaN of the row, also inside a nested column, may be tested (`{% if hint %}`,
     `{{ hint or "" }}`, `hint is none`), but not printed.
 
     Args:
-        template: from `compile_template`.
+        template: template from `compile_template`.
         row: columns by name.
 
     Raises:
-        ValueError: a name that is no column, a null that is printed, or whatever an expression raises.
+        ValueError: a name is not a column, a null is printed, or an expression raises an error.
     """
     try:
         return template.render({name: _guarded(value, name) for name, value in row.items()})
@@ -94,12 +94,12 @@ def render(template: Template, row: Mapping[str, Any]) -> str:
         raise ValueError(
             f"data.prompt_template: {error.message}; the columns are: {', '.join(row) or 'none'}"
         ) from None
-    except Exception as error:  # whatever its expressions raise
+    except Exception as error:  # expressions may raise anything
         raise ValueError(f"data.prompt_template: {type(error).__name__}: {error}") from None
 
 
 def _guarded(value: Any, path: str) -> Any:
-    """Copies a value of a row; what is null or NaN in it raises where it is printed."""
+    """Copies a value of a row. Nulls and NaNs in the copy raise an error where they are printed."""
     if value is None:
         return _Missing(path)
     if isinstance(value, float) and math.isnan(value):
@@ -114,7 +114,7 @@ def _guarded(value: Any, path: str) -> Any:
 
 
 def _finalize(value: Any) -> Any:
-    """Refuses to print what an expression makes of a row, if that is null or NaN."""
+    """Refuses to print the value of an expression that is null or NaN."""
     if value is None:
         raise _NotPrintable("prints the result of an expression that is null for this row")
     if isinstance(value, float) and not isinstance(value, _NotANumber) and math.isnan(value):
@@ -123,6 +123,6 @@ def _finalize(value: Any) -> Any:
 
 
 def _to_json(value: Any) -> None:
-    """Returns None for what the filter `tojson` should write as null."""
+    """Returns None for a value that the filter `tojson` should write as null."""
     if not isinstance(value, _Missing):
         raise TypeError(f"{type(value).__name__} has no form in JSON")

@@ -104,7 +104,7 @@ def test_tokens_that_are_added_count(model):
     fitted = fit_prompts([Example("12+34+56=")], added, 6, "truncate_left", "t")
     assert fitted.examples[0].prompt == "4+56=" and fitted.lengths == {6}
     with pytest.raises(
-        ValueError, match=r"t prompt 0 has 10 tokens and cannot be cut at the left to 1: the chat"
+        ValueError, match=r"t prompt 0 has 10 tokens and cannot be truncated at the left to 1: the chat"
     ):
         fit_prompts([Example("12+34+56=")], added, 1, "truncate_left", "t")
 
@@ -129,7 +129,9 @@ def test_chat_of_one_turn_loses_its_beginning(model):
 
 def test_chat_whose_system_message_is_too_long(model):
     for messages in (chat("1234567", "1", first="system"), chat("1234567", first="system")):
-        with pytest.raises(ValueError, match=r"t prompt 0 has \d+ tokens and cannot be cut at the left to 5"):
+        with pytest.raises(
+            ValueError, match=r"t prompt 0 has \d+ tokens and cannot be truncated at the left to 5"
+        ):
             fit_prompts([Example(messages)], model, 5, "truncate_left", "t")
 
 

@@ -15,13 +15,13 @@ from grpo_jax.spelling import nearest
 
 __all__ = ["ROW_TASKS", "TASKS", "HubData", "RowTask", "Task", "check_name", "load_task"]
 
-# Make their own problems; their keyword-only parameters are the task's arguments.
+# These tasks make their own problems. Their keyword-only parameters are the task's arguments.
 TASKS: dict[str, Callable[..., Task]] = {
     "arithmetic": make_arithmetic,
     "addition": make_addition,
     "countdown": make_countdown,
 }
-# Read rows.
+# These tasks read rows.
 ROW_TASKS: dict[str, RowTask] = {task.name: task for task in (COMPLETION, GSM8K)}
 
 
@@ -29,7 +29,7 @@ def check_name(name: str) -> None:
     """Raises unless there is a task of that name.
 
     Raises:
-        ValueError: the message lists the names and suggests the nearest.
+        ValueError: there is none. The message lists the names and suggests the nearest.
     """
     known = [*TASKS, *ROW_TASKS]
     if name in known or name.startswith(PREFIX):
@@ -51,7 +51,8 @@ def load_task(name: str, arguments: Mapping[str, Any] | None = None) -> Task:
         arguments: keyword arguments of the task.
 
     Raises:
-        ValueError: no such task, or no such arguments. ImportError: reasoning-gym is missing.
+        ValueError: there is no such task, or it has no such arguments.
+        ImportError: reasoning-gym is missing.
     """
     check_name(name)
     arguments = arguments or {}

@@ -5,12 +5,12 @@ import hashlib
 from grpo_jax.data.tasks.task import Task, require
 from grpo_jax.types import Example
 
-MAX_PAIRS = 4096  # unordered pairs of operands used, however many digits
-MAX_HELD_OUT = 256  # unordered pairs held out at most
+MAX_PAIRS = 4096  # unordered pairs of operands that are used at most, for any number of digits
+MAX_HELD_OUT = 256  # unordered pairs that are held out at most
 
 
 def _number(text: str) -> int:
-    """Gives a text a fixed pseudo-random number, the same in every run."""
+    """Returns a fixed pseudo-random number of a text, the same in every run."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
@@ -31,10 +31,10 @@ def _pairs(digits: int) -> list[tuple[int, int]]:
 
 
 def split_problems(digits: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Splits the additions of two numbers of so many digits into training and held-out problems.
+    """Splits the additions of two numbers with this many digits into training and held-out problems.
 
-    A sum and its commuted twin are one fact and stand on the same side. Of one digit there are the 55 pairs
-    of 0 to 9, of which 20 are held out; of more than two a fixed sample.
+    A sum and its commuted twin are one fact, so both are in the same split. With one digit there are 55 pairs
+    of numbers from 0 to 9, of which 20 are held out. With more than two digits, a fixed sample is used.
 
     Returns:
         (train, held_out): ordered pairs (a, b), disjoint. Any prefix of held_out is a random sample.
@@ -50,7 +50,7 @@ def split_problems(digits: int) -> tuple[list[tuple[int, int]], list[tuple[int, 
 
 
 def _prompt(problem: tuple[int, int], train: list[tuple[int, int]], shots: int) -> str:
-    """Writes a problem after solved ones of the training problems, never itself or its twin."""
+    """Returns a prompt of solved training problems, never the problem or its twin, and then the problem."""
     a, b = problem
     chosen: list[tuple[int, int]] = []
     used, attempt = {frozenset(problem)}, 0
@@ -65,11 +65,11 @@ def _prompt(problem: tuple[int, int], train: list[tuple[int, int]], shots: int) 
 
 
 def make_addition(*, digits: int = 1, shots: int = 4) -> Task:
-    """Builds the task: column `answer`; the first number of the completion has to be it.
+    """Builds the task with the column `answer`. The first number of the completion must equal it.
 
     Args:
-        digits: of both operands, 1 to 9; of one digit are 0 to 9.
-        shots: solved examples in every prompt, 0 to 16, taken from the training problems.
+        digits: number of digits of each operand, 1 to 9. With 1, operands are 0 to 9.
+        shots: number of solved examples in every prompt, 0 to 16. They come from the training problems.
     """
     require(1 <= digits <= 9, f"digits: {digits}; 1 to 9")
     require(0 <= shots <= 16, f"shots: {shots}; 0 to 16")

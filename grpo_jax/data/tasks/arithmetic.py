@@ -10,15 +10,15 @@ NUM_HELD_OUT = 512
 
 
 def _rank(a: int, b: int) -> bytes:
-    """Gives a problem its place in a fixed pseudo-random order, the same in every run."""
+    """Returns the rank of a problem in a fixed pseudo-random order, the same in every run."""
     return hashlib.sha256(f"{a}+{b}".encode()).digest()
 
 
 def split_problems() -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Splits the 8100 two-digit additions into training and held-out problems.
 
-    A sum and its commuted twin are one fact: pairs a < b are held out in both orders, so no held-out
-    problem occurs in training in either spelling.
+    A sum and its commuted twin are one fact. So pairs a < b are held out in both orders, and no held-out
+    problem occurs in training in either order.
 
     Returns:
         (train, held_out): 7588 and 512 pairs (a, b), disjoint. Any prefix of held_out is a random sample.
@@ -32,7 +32,7 @@ def split_problems() -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
 
 
 def make_arithmetic() -> Task:
-    """Builds the task: prompt `a+b=`, column `answer`, rewarded by exact match."""
+    """Builds the task with the prompt `a+b=`, the column `answer` and a reward for an exact match."""
 
     def examples(problems: list[tuple[int, int]]) -> list[Example]:
         return [Example(f"{a}+{b}=", {"answer": str(a + b)}) for a, b in problems]

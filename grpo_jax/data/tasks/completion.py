@@ -1,4 +1,4 @@
-"""Continue a text: prompts cut at word borders from the `text` of a file's or data set's rows."""
+"""The task of continuing a text. Prompts are cut at word borders from the column `text` of the rows."""
 
 import re
 from typing import Any
@@ -9,18 +9,18 @@ from grpo_jax.data.tasks.task import RowTask, require
 def make_rows(row: dict[str, Any], *, num_words: int = 16) -> list[dict[str, Any]]:
     """Cuts a text into blocks of 2 * num_words words: the first half a prompt, the second its continuation.
 
-    Blocks do not overlap, so no held-out text is part of a training row. A last block without a word after
-    its prompt is left out; so is a text that short.
+    Blocks do not overlap, so no held-out text is part of a training row. A last block is left out if no word
+    follows its prompt, and so is a text that is too short.
 
     Args:
-        row: with the column `text`.
-        num_words: of every prompt.
+        row: a row with the column `text`.
+        num_words: number of words of every prompt.
 
     Returns:
-        rows of `prompt`, `continuation`, both as they stand in the text, and the row's other columns.
+        rows with `prompt` and `continuation`, both exactly as in the text, and the row's other columns.
 
     Raises:
-        ValueError: the column is missing or no text.
+        ValueError: the column is missing, or is not text.
     """
     require(num_words >= 1, f"num_words: {num_words}; at least 1")
     if "text" not in row:

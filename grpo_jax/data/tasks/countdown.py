@@ -1,4 +1,4 @@
-"""Countdown: reach a target from a few numbers, each used at most once. Every problem has a solution."""
+"""The task Countdown: reach a target with a few numbers, each used at most once. It is always possible."""
 
 import hashlib
 import random
@@ -8,12 +8,12 @@ from fractions import Fraction
 from grpo_jax.data.tasks.task import Task, require
 from grpo_jax.types import Example
 
-_ATTEMPTS = 100  # problems drawn, at most, per problem wanted
+_ATTEMPTS = 100  # problems that are generated at most per problem that is wanted
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Numbers in the order shown, what to make of them, and one way to do it."""
+    """The numbers in the order in which they are shown, the target, and one solution."""
 
     numbers: tuple[int, ...]
     target: int
@@ -21,12 +21,12 @@ class Problem:
 
     @property
     def key(self) -> str:
-        """Names the problem, whatever the order of its numbers."""
+        """A name of the problem that does not depend on the order of its numbers."""
         return f"{sorted(self.numbers)} -> {self.target}"
 
 
 def _draw(rng: random.Random, num_numbers: int, max_number: int) -> Problem | None:
-    """Combines random numbers by random operations; None where a step is no positive whole number."""
+    """Combines random numbers by random operations. Returns None if a step is not a positive whole number."""
 
     def below(n: int) -> int:
         return int(rng.random() * n)  # `random` alone gives the same numbers in every version of Python
@@ -45,10 +45,10 @@ def _draw(rng: random.Random, num_numbers: int, max_number: int) -> Problem | No
 
 
 def draw_problems(*, count: int, num_numbers: int, max_number: int, max_target: int) -> list[Problem]:
-    """Draws different problems, the same ones in every run, in a fixed pseudo-random order.
+    """Generates different problems, the same ones in every run, in a fixed pseudo-random order.
 
     Raises:
-        ValueError: there are not so many, or they are too rare.
+        ValueError: there are not enough such problems, or they are too rare.
     """
     rng = random.Random(0)
     problems: dict[str, Problem] = {}
@@ -72,14 +72,15 @@ def make_countdown(
     size: int = 4096,
     held_out: int = 512,
 ) -> Task:
-    """Builds the task: columns `numbers`, `target` and one `solution`.
+    """Builds the task with the columns `numbers`, `target` and one `solution`.
 
     Args:
-        num_numbers: numbers of a problem, 2 to 6; its solution uses all of them.
-        max_number: largest of them; the smallest is 1.
-        max_target: largest target; the smallest is 1.
-        size: training problems.
-        held_out: held-out problems. No problem is on both sides, in no order of its numbers.
+        num_numbers: number of numbers in a problem, 2 to 6. Its solution uses all of them.
+        max_number: largest of these numbers. The smallest is 1.
+        max_target: largest target. The smallest is 1.
+        size: number of training problems.
+        held_out: number of held-out problems. No problem appears in both splits, not even with its numbers
+            reordered.
     """
     require(2 <= num_numbers <= 6, f"num_numbers: {num_numbers}; 2 to 6")
     for name, value in (("max_number", max_number), ("max_target", max_target), ("size", size)):

@@ -7,7 +7,7 @@ from grpo_jax.rewards.answers.extraction import find_numbers
 
 
 def make_rows(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Makes the question the prompt; the answer stays a column, with the way to it.
+    """Uses the question as the prompt. The answer stays a column, with its derivation.
 
     Raises:
         ValueError: a column is missing, or the answer has no number after ####.

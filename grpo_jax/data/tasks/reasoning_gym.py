@@ -10,16 +10,19 @@ from grpo_jax.types import Example
 
 
 def make_reasoning_gym(name: str, arguments: Mapping[str, Any]) -> Task:
-    """Builds a task of reasoning-gym: prompt `question`, columns `answer` and the whole `entry`.
+    """Builds a task of reasoning-gym. `question` is the prompt, `answer` and `entry` are columns.
 
-    Equal questions are one problem. The first held_out different ones are held out, the rest are trained on.
+    Equal questions are one problem. Of the different ones, the first `held_out` are held out and the others
+    are trained on.
 
     Args:
-        name: such as `leg_counting`.
-        arguments: `size` (training problems, 2000), `held_out` (200), and those of the library's task.
+        name: name of the library's task, such as `leg_counting`.
+        arguments: `size` (number of training problems, 2000), `held_out` (200), and the arguments of the
+            library's task.
 
     Raises:
-        ImportError: the library is missing. ValueError: an unknown name, or arguments it does not take.
+        ImportError: the library is missing.
+        ValueError: the name is unknown, or the task does not take these arguments.
     """
     library = load_library()
     known = sorted(library.factory.DATASETS)
@@ -33,7 +36,7 @@ def make_reasoning_gym(name: str, arguments: Mapping[str, Any]) -> Task:
     require(type(held_out) is int and held_out >= 0, f"held_out: {held_out!r}; a whole number, 0 or more")
     try:
         entries = list(library.create_dataset(name, **{"seed": 0, **settings, "size": size + held_out}))
-    except Exception as error:  # its configurations are checked by TypeErrors and assertions
+    except Exception as error:  # the library checks its configurations by TypeErrors and assertions
         reason = " ".join(str(error).split()) or "no reason given"
         raise ValueError(f"data.task_arguments: {name}: {type(error).__name__}: {reason}") from error
     by_question: dict[str, Any] = {}

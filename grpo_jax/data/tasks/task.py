@@ -1,4 +1,4 @@
-"""What a task is: examples to train on, examples held out, and the rewards that go with them."""
+"""A task: examples to train on, held-out examples, and the rewards that go with them."""
 
 import inspect
 import typing
@@ -12,15 +12,15 @@ from grpo_jax.types import Example
 
 @dataclass(frozen=True)
 class Task:
-    """Prompts to learn from, held-out prompts to measure on, and the default rewards.
+    """Prompts to train on, held-out prompts to evaluate on, and the default rewards.
 
     Args:
-        name: the task's name in the registry, or the stem of the training file.
-        train: examples of the optimizer steps.
-        evaluation: held-out examples; may be empty.
-        rewards: names of the reward functions used when the configuration names none.
-        reward_arguments: keyword arguments of these functions, by name.
-        notes: what the user should know about the data before the first step, a line each.
+        name: name of the task in the registry, or the stem of the training file.
+        train: examples to train on.
+        evaluation: held-out examples. There may be none.
+        rewards: names of the reward functions that are used when the configuration names none.
+        reward_arguments: keyword arguments of these functions, by the function's name.
+        notes: lines about the data that the user should read before the first step.
     """
 
     name: str
@@ -46,12 +46,12 @@ class RowTask:
     """A task whose problems are rows of a file or a data set.
 
     Args:
-        name: in the registry.
-        make_rows: (row, **arguments) -> rows with `prompt`; raises ValueError for a row that is none of the
-            task's. Its keyword-only parameters are the task's arguments.
-        rewards: as in Task.
-        hub: read when the configuration names no file and no data set; None: it has to.
-        eval_fraction: share of the prompts held out when the configuration says nothing about it.
+        name: name of the task in the registry.
+        make_rows: (row, **arguments) -> rows with `prompt`. It raises ValueError for a row that does not fit
+            the task. Its keyword-only parameters are the task's arguments.
+        rewards: names of the default reward functions, as in Task.
+        hub: data set to read when the configuration names none. None makes a file or data set mandatory.
+        eval_fraction: share of the prompts that is held out when the configuration does not say which.
     """
 
     name: str
@@ -65,12 +65,12 @@ def check_arguments(name: str, function: Callable[..., Any], arguments: Mapping[
     """Checks arguments against the keyword-only parameters of a task's function, names and types.
 
     Args:
-        name: of the task, for messages.
-        function: makes the task.
-        arguments: given by the user.
+        name: name of the task, for messages.
+        function: function that makes the task.
+        arguments: arguments that the user gives.
 
     Raises:
-        ValueError: an argument that is none (the message suggests the nearest), or of another type.
+        ValueError: an argument is unknown (the message suggests the nearest), or has another type.
     """
     parameters = inspect.signature(function).parameters.values()
     known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
@@ -88,6 +88,6 @@ def check_arguments(name: str, function: Callable[..., Any], arguments: Mapping[
 
 
 def require(condition: bool, message: str) -> None:
-    """Raises unless an argument of a task has a value that makes sense."""
+    """Raises ValueError with the message unless the condition holds."""
     if not condition:
         raise ValueError(f"data.task_arguments: {message}")

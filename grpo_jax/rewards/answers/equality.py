@@ -56,7 +56,7 @@ def answers_equal(given: str, expected: str, *, tolerance: float = 1e-6) -> bool
     Args:
         given: the answer of a completion.
         expected: the right one.
-        tolerance: of numbers that are not whole, see `numbers_equal`.
+        tolerance: tolerance for numbers that are not whole, see `numbers_equal`.
 
     >>> answers_equal(r"\$1,250.0", "1250"), answers_equal("paris", "Paris")
     (True, True)
