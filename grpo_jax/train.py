@@ -18,7 +18,7 @@ from grpo_jax.models.loading import save_model
 from grpo_jax.models.peft import save_adapters
 from grpo_jax.rewards.loading import close_rewards
 from grpo_jax.run.best_model import check_best_metric, forget_best, outdate_best
-from grpo_jax.run.build import build, resolve_adapter
+from grpo_jax.run.build import Parts, build, resolve_adapter
 from grpo_jax.run.continuing import describe_start, same_evaluation
 from grpo_jax.run.directory import config_dict, keep_first_date, read_config, write_config
 from grpo_jax.run.loop import Interrupts, evaluate_and_keep_best, run_loop
@@ -35,8 +35,21 @@ def _measures_as_before(config: Config, progress: Progress) -> bool:
     return progress.comparable and same_evaluation(config, read_config(config.run_dir))
 
 
+def _export(parts: Parts, progress: Progress) -> None:
+    """Writes the trained model, and its adapters if it has any, as other libraries read them."""
+    config = parts.config
+    target = Path(config.run_dir) / "hf"
+    save_model(parts.model, progress.policy_params, target)
+    write_card(config, target, step=progress.step)
+    print(f"saved {target}, a directory that transformers opens", flush=True)
+    if parts.lora is not None:
+        target = Path(config.run_dir) / "adapter"
+        save_adapters(parts.model, parts.lora, progress.state.params, target)
+        print(f"saved {target}, a directory that peft opens", flush=True)
+
+
 def train(config: Config) -> int:
-    """Trains, evaluates and exports as the config says; continues an interrupted run.
+    """Trains, evaluates and exports as the config says, and continues an interrupted run.
 
     Returns:
         0, or 128 + the signal's number when the run was interrupted (and saved).
@@ -97,14 +110,7 @@ def train(config: Config) -> int:
     if interrupts.signum is not None and progress.step < parts.num_steps:
         print(f"interrupted after step {progress.step}, saved; the same command continues it", flush=True)
         return 128 + interrupts.signum
-    target = Path(config.run_dir) / "hf"
-    save_model(parts.model, progress.policy_params, target)
-    write_card(config, target, step=progress.step)
-    print(f"saved {target}, a directory that transformers opens", flush=True)
-    if parts.lora is not None:
-        target = Path(config.run_dir) / "adapter"
-        save_adapters(parts.model, parts.lora, progress.state.params, target)
-        print(f"saved {target}, a directory that peft opens", flush=True)
+    _export(parts, progress)
     return 0
 
 
