@@ -28,16 +28,16 @@ class EvaluateArguments:
 
     Args:
         model: a local directory, a hub id, `packaged:<name>`, or a run directory.
-        baseline: another one, compared with it on the same prompts and with the same noise: differences with
-            95 % intervals. None: nothing is compared.
-        config: YAML config that names data and rewards, or a run directory. None: that of the run, also for
-            its `hf` and `best`, or else the defaults.
-        num_prompts: held-out prompts; None: as in the config.
-        num_samples: k; None: as in the config.
-        max_new_tokens: completion tokens at most; None: as in the config.
-        temperature: of the sampled completions; None: as in the config.
-        seed: of the sampling noise; None: as in the config.
-        json: print one JSON object instead of lines.
+        baseline: a second model or run. Both see the same prompts and the same noise, and the differences are
+            printed with 95 % intervals. None compares nothing.
+        config: a YAML config that names data and rewards, or a run directory. None takes the config of the
+            run, also for its `hf` and `best`, or else the defaults.
+        num_prompts: number of held-out prompts. None takes that of the config.
+        num_samples: number k of sampled completions of a prompt. None takes that of the config.
+        max_new_tokens: the most tokens of a completion. None takes that of the config.
+        temperature: temperature of the sampled completions. None takes that of the config.
+        seed: seed of the sampling noise. None takes that of the config.
+        json: whether one JSON object is printed instead of lines.
     """
 
     model: str

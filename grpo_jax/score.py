@@ -22,10 +22,10 @@ class ScoreArguments(Config):
     """A run's config, and how much of it is rehearsed.
 
     Args:
-        num_prompts: training prompts, the first that the run will draw.
-        num_samples: completions of each; groups of up to that many can be judged.
-        num_shown: samples in the table.
-        json: print one JSON object instead of tables.
+        num_prompts: number of training prompts, the first that the run will draw.
+        num_samples: number of completions of each prompt, which is the largest group that can be judged.
+        num_shown: number of samples in the table.
+        json: whether one JSON object is printed instead of tables.
     """
 
     num_prompts: int = 32

@@ -98,8 +98,8 @@ def keep_first_date(config: Config, run_dirs: Iterable[Path]) -> Config:
     """Returns the config with the date that a chat template printed when the run was first started.
 
     Args:
-        config: of the run.
-        run_dirs: of the runs that it continues, the first choice first.
+        config: config of the run.
+        run_dirs: directories of the runs that it continues, the first choice first.
     """
     if config.model.chat_template_date is not None:
         return config
@@ -123,11 +123,11 @@ def load_model_or_run(
 
     Args:
         name: a model as in `load_model`, or a run directory.
-        dtype: compute dtype of a model; a run has its own.
-        chat_template: of a model, as in `load_model`; a run has its own.
-        chat_template_arguments: of a model, as in `load_model`; a run has its own.
-        chat_template_date: of a model, as in `load_model`; a run has its own.
-        **endings: what ends a completion, as in `set_endings`; None: what ends those of the model or run.
+        dtype: compute dtype of a model. A run has its own, and its own chat template as well.
+        chat_template: chat template of a model, as in `load_model`.
+        chat_template_arguments: arguments of that template.
+        chat_template_date: date that the template prints.
+        **endings: what ends a completion, as in `set_endings`. None keeps the endings of the model or run.
     """
     if not (Path(name) / "config.yaml").is_file():
         return load_model(
@@ -145,8 +145,8 @@ def load_run(run_dir: str | Path, *, step: int | None = None) -> tuple[Model, in
     """Loads the model of a run with the parameters of one of its checkpoints.
 
     Args:
-        run_dir: its directory.
-        step: of the checkpoint; None: the newest that is whole.
+        run_dir: directory of the run.
+        step: step of the checkpoint. None takes the newest that is whole.
 
     Returns:
         (the model, the checkpoint's step).
@@ -163,8 +163,8 @@ def load_adapters(run_dir: str | Path, *, step: int | None = None) -> tuple[Mode
     """Loads the adapters of a run's checkpoint, apart from their base.
 
     Args:
-        run_dir: its directory.
-        step: of the checkpoint; None: the newest that is whole.
+        run_dir: directory of the run.
+        step: step of the checkpoint. None takes the newest that is whole.
 
     Returns:
         (the base, what is adapted, the adapters, the checkpoint's step).
