@@ -26,7 +26,7 @@ QUANTILES = {"min": 0.0, "25%": 0.25, "50%": 0.5, "75%": 0.75, "max": 1.0}
 
 @dataclass(frozen=True, kw_only=True)
 class Rehearsal:
-    """N training prompts with n completions each, judged; rows are prompt-major."""
+    """N training prompts with n judged completions each; the n rows of a prompt follow each other."""
 
     examples: list[Example]  # N
     texts: list[str]  # N*n
@@ -50,9 +50,9 @@ def rehearse(parts: Parts, *, num_prompts: int, num_samples: int) -> Rehearsal:
     """Samples and judges completions of the first prompts of a run, as its config says, without training.
 
     Args:
-        parts: of the run.
-        num_prompts: N; at most as many as there are training prompts.
-        num_samples: n.
+        parts: the parts of the run.
+        num_prompts: number N of prompts, at most as many as there are training prompts.
+        num_samples: number n of completions of a prompt.
 
     Raises:
         RewardError: a reward function failed.
@@ -112,7 +112,10 @@ def _judge(
     Returns:
         (scores [B,R], mean seconds of a call by reward, for each reward the lost rows with the reason).
     """
-    starts, columns, seconds, lost = range(0, len(texts), rows), [], {}, []
+    starts = range(0, len(texts), rows)
+    columns: list[np.ndarray] = []
+    seconds: dict[str, float] = {}
+    lost: list[dict[int, str]] = []
     for reward in parts.rewards:
         started, called, gone = time.perf_counter(), [], {}
         for start in starts:
@@ -127,10 +130,11 @@ def _judge(
 def dead_group_share(parts: Parts, rehearsal: Rehearsal, group_size: int) -> float:
     """Estimates the share of groups of G completions that teach nothing, by the rule of training.
 
-    Every group that the samples of a prompt allow is asked, or 13,000 random ones of more.
+    Every group that the samples of a prompt allow counts, or 13,000 random ones if there are more.
     """
     weights = [reward.weight for reward in parts.rewards]
-    shares, count = [], rehearsal.num_samples
+    count = rehearsal.num_samples
+    shares = []
     for start in range(0, len(rehearsal.texts), count):
         rows = start + subsets(count, group_size).reshape(-1)
         signal = signal_of_scores(
@@ -147,19 +151,20 @@ def dead_group_share(parts: Parts, rehearsal: Rehearsal, group_size: int) -> flo
 
 
 def _distribution(values: np.ndarray) -> dict[str, Any]:
-    """Describes values [B], of which NaN ones are missing; None where none is there.
+    """Describes values [B], of which NaN ones are missing.
 
-    `histogram` counts them in eight equal parts of the way from min to max.
+    Without a valid one all figures but `missing` are None. `histogram` counts them in eight equal parts of
+    the way from min to max.
     """
-    there = values[~np.isnan(values)].astype(np.float64)
+    valid = values[~np.isnan(values)].astype(np.float64)
     figures: dict[str, Any] = dict.fromkeys(("mean", "std", *QUANTILES, "histogram"))
-    if there.size:
-        figures["mean"] = float(there.mean())
-        figures["std"] = float(there.std(ddof=1)) if there.size > 1 else 0.0
-        figures |= {name: float(np.quantile(there, q)) for name, q in QUANTILES.items()}
-        counts, _ = np.histogram(there, bins=_BINS, range=(there.min(), there.max()))
+    if valid.size:
+        figures["mean"] = float(valid.mean())
+        figures["std"] = float(valid.std(ddof=1)) if valid.size > 1 else 0.0
+        figures |= {name: float(np.quantile(valid, q)) for name, q in QUANTILES.items()}
+        counts, _ = np.histogram(valid, bins=_BINS, range=(valid.min(), valid.max()))
         figures["histogram"] = counts.tolist()
-    return {**figures, "missing": 1.0 - there.size / values.size}
+    return {**figures, "missing": 1.0 - valid.size / values.size}
 
 
 def correct_in_training(parts: Parts) -> Correct:
@@ -209,7 +214,7 @@ def advice(figures: dict[str, Any], *, group_size: int, silences: Sequence[Silen
     """Returns a line for every figure of a report that bodes ill.
 
     Args:
-        figures: of `report`.
+        figures: the figures that `report` returns.
         group_size: G of the run.
         silences: rewards that say nothing, of the same completions.
     """
@@ -270,13 +275,13 @@ def _gives_other_values(figures: dict[str, Any]) -> bool:
 
 def shown_samples(parts: Parts, rehearsal: Rehearsal, count: int) -> list[dict[str, Any]]:
     """Returns count samples, spread evenly over the prompts, as a human reads them."""
-    total, per_prompt = len(rehearsal.texts), rehearsal.num_samples
+    per_prompt = rehearsal.num_samples
 
-    def number(value: float, there: bool) -> float | None:
-        return float(value) if there else None
+    def number(value: float, valid: bool) -> float | None:
+        return float(value) if valid else None
 
     rows = []
-    for row in spread(range(total), count):
+    for row in spread(range(len(rehearsal.texts)), count):
         scores = zip(parts.rewards, rehearsal.scores[row], strict=True)
         rows.append(
             {
