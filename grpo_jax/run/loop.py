@@ -29,7 +29,7 @@ _MAX_SKIPPED = 5  # updates in a row without a finite gradient before the run st
 
 
 class Interrupts:
-    """Turns the first Ctrl-C or SIGTERM into a flag; a second one interrupts at once."""
+    """Turns the first Ctrl-C or SIGTERM into a flag. A second one interrupts at once."""
 
     def __init__(self):
         self.signum: int | None = None
@@ -49,7 +49,7 @@ class Interrupts:
 
 
 def _new_rollout(parts: Parts, actor: Actor, progress: Progress, key: jax.Array) -> None:
-    """Makes the rollout that the next updates use; its place in data order and noise is num_rounds."""
+    """Makes the rollout that the next updates use. Its index in data order and noise is num_rounds."""
     config = parts.config
     actor = replace(actor, recipe=actor.recipe.replace(kl_coef=progress.kl_coef))
 
@@ -70,7 +70,7 @@ def _new_rollout(parts: Parts, actor: Actor, progress: Progress, key: jax.Array)
 
 
 def dropout_key(parts: Parts, step: int) -> jax.Array | None:
-    """Returns the key of an update's dropout, a function of (seed, step); None without dropout."""
+    """Returns the key of an update's dropout, a function of (seed, step), or None without dropout."""
     if not parts.config.lora.dropout:
         return None
     key = jax.random.key(parts.config.training.seed)
@@ -78,15 +78,16 @@ def dropout_key(parts: Parts, step: int) -> jax.Array | None:
 
 
 def _at_reference(progress: Progress) -> bool | jax.Array:
-    """Says whether the policy is still, or again, its reference; False without one."""
+    """Says whether the policy is still, or again, its reference, and False if it has none."""
     if progress.ref_params is None:
         return False
     return is_reference(progress.state.params, progress.ref_params, progress.frozen)
 
 
 def _update(parts: Parts, progress: Progress, minibatch: int) -> dict[str, float]:
-    """Makes one optimizer update from one mini-batch of the rollout in use; returns its metrics."""
-    config, experience = parts.config, progress.experience
+    """Makes one optimizer update from one mini-batch of the rollout in use and returns its metrics."""
+    config = parts.config
+    experience = progress.experience
     size = config.training.batch_size
     if config.algorithm.num_minibatches > 1:
         rows = slice(minibatch * size, (minibatch + 1) * size)
@@ -108,7 +109,7 @@ def _update(parts: Parts, progress: Progress, minibatch: int) -> dict[str, float
 
 
 def _after_update(parts: Parts, progress: Progress, updated: dict[str, float]) -> None:
-    """Moves what moves between updates: the KL coefficient and the reference."""
+    """Adapts the KL coefficient and mixes the reference, where the config asks for it."""
     algorithm = parts.config.algorithm
     # An update without a gradient may have had no token to measure a KL on.
     if algorithm.kl_target is not None and updated["grad_norm"] > 0:
@@ -126,14 +127,15 @@ def _after_update(parts: Parts, progress: Progress, updated: dict[str, float]) -
 
 
 def one_step(parts: Parts, actor: Actor, progress: Progress, key: jax.Array) -> dict[str, float]:
-    """Makes one optimizer step, after a new rollout if the last one is used up; returns its metrics."""
+    """Makes one optimizer step, after a new rollout if the last one is used up, and returns its metrics."""
     started = time.perf_counter()
     index = progress.step % parts.updates_per_rollout
     if index == 0:
         _new_rollout(parts, actor, progress, key)
     # The schedule counts the updates that moved something.
     moved = progress.step - int(progress.state.skipped) - int(progress.state.idle)
-    update_started, kl_coef = time.perf_counter(), progress.kl_coef
+    update_started = time.perf_counter()
+    kl_coef = progress.kl_coef
     updated = _update(parts, progress, index % parts.config.algorithm.num_minibatches)
     now = time.perf_counter()
     metrics = {
@@ -158,7 +160,7 @@ def _num_programs() -> int:
 
 
 def evaluate_and_keep_best(parts: Parts, progress: Progress, trackers: Trackers, *, first: bool) -> None:
-    """Evaluates and logs; exports the model if it is the best so far.
+    """Evaluates and logs, and exports the model if it is the best so far.
 
     The first evaluation of a process says what its figures cannot tell.
     """
@@ -173,15 +175,19 @@ def run_loop(
     parts: Parts, progress: Progress, checkpoints: Checkpoints, trackers: Trackers, interrupts: Interrupts
 ) -> None:
     """Runs until the last step or an interrupt. What is logged for a step precedes its checkpoint."""
-    config, actor, notices = parts.config, parts.actor(), Notices()
+    config = parts.config
+    actor = parts.actor()
+    notices = Notices()
     key = jax.random.key(config.training.seed)
-    every, saved = config.evaluation.every, progress.step
+    every = config.evaluation.every
+    saved = progress.step
     evaluated = saved == 0  # by this process
     num_programs = _num_programs()
     while progress.step < parts.num_steps and interrupts.signum is None:
         metrics = one_step(parts, actor, progress, key)
         metrics["compilations"] = _num_programs() - num_programs
-        step, last = progress.step, progress.step == parts.num_steps
+        step = progress.step
+        last = step == parts.num_steps
         trackers.log(step, metrics)
         for text in notices.about(step, metrics, progress.silences):
             trackers.message(text)

@@ -17,7 +17,7 @@ from grpo_jax.types import Rollout
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The derived numbers of a run; `text()` is what is printed."""
+    """The derived numbers of a run, of which `text()` is printed."""
 
     title: str
     num_prompts: int  # N
@@ -128,7 +128,7 @@ def _init_state_of(parts: Parts):
 
 
 def _memory(parts: Parts) -> dict[str, int]:
-    """Estimates bytes by purpose; XLA's fusion usually needs less for the update."""
+    """Estimates bytes by purpose. XLA's fusion usually needs less for the update."""
     config, policy, params = parts.config, parts.model.policy, parts.model.params
     size, trained = _bytes(params), jax.eval_shape(_init_state_of(parts), params)
     batch, length = config.training.batch_size, parts.prompt_length + config.sampling.max_new_tokens
