@@ -366,6 +366,14 @@ def test_errors():
         normalize_then_sum(jnp.zeros((2, 2, 1)), [1.0], valid=jnp.ones((2, 2), bool))
 
 
+def test_a_function_applies_group_by_group():
+    # The second function gave nothing to the first group, so the first decides there.
+    valid = np.array([[[True, False], [True, False]], [[True, True], [True, False]]])
+    row_weights, row_valid = reward_weights(valid, np.array([1.0, 2.0]), missing="drop")
+    np.testing.assert_array_equal(row_valid, [[True, True], [True, False]])
+    np.testing.assert_array_equal(row_weights, [[[1, 0], [1, 0]], [[1, 2], [0, 0]]])
+
+
 def test_the_smallest_difference_is_a_signal():
     """A signal is decided by equality: rewards may be graded as finely as float32 can."""
     rewards = jnp.array([[0.5, 0.5, jnp.nextafter(jnp.float32(0.5), jnp.float32(1.0))], [0.5, 0.5, 0.5]])

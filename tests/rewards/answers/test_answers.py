@@ -106,6 +106,7 @@ def test_equality_is_tolerant_and_can_be_exact():
     assert not numbers_equal(Fraction(7), Fraction(8))
     assert not numbers_equal(Fraction(10**9 + 1), Fraction(10**9), tolerance=0.1)
     assert numbers_equal(Fraction("3.2"), Fraction(3), tolerance=0.1)
+    assert numbers_equal(Fraction("2.72"), Fraction(3), tolerance=0.1)  # a tenth of 3, not of 2.72
     assert not numbers_equal(Fraction("3.4"), Fraction(3), tolerance=0.1)
     assert texts_equal(" a b\n", "a b") and not texts_equal("a  b", "a b")
 
