@@ -8,15 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import numpy as np
 
 from grpo_jax.cli import enable_compilation_cache, run_command
 from grpo_jax.config.parsing import parse_record
 from grpo_jax.config.run import ModelConfig, spelled_values
 from grpo_jax.config.sampling import SamplingConfig, check_drawing, check_endings, endings
-from grpo_jax.models.endings import end_arguments, stop_notes
-from grpo_jax.models.loading import Model, decode, encode, pad_prompts
-from grpo_jax.policy.decoding import generate
+from grpo_jax.models.completing import complete
+from grpo_jax.models.endings import stop_notes
+from grpo_jax.models.loading import Model, encode
 from grpo_jax.run.directory import load_model_or_run, read_config, run_of
 
 
@@ -146,16 +145,16 @@ def main(argv: list[str] | None = None) -> int:
     length = len(sequences[0])
     exact = arguments.max_new_tokens is not None
     drawn["max_new_tokens"] = fit_positions(drawn["max_new_tokens"], length, model, exact=exact)
-    rollout = generate(
-        model.policy,
+    texts, _ = complete(
+        model,
         model.params,
-        pad_prompts(sequences, length),
+        sequences,
         jax.random.key(arguments.seed),
+        prompt_length=length,
         group_size=arguments.num_samples,
-        **end_arguments(model),
         **drawn,
     )
-    for text in decode(model, np.asarray(rollout.tokens), np.asarray(rollout.mask)):
+    for text in texts:
         print(text)
     return 0
 

@@ -9,9 +9,8 @@ import numpy as np
 from grpo_jax.data.encoded_examples import tokens_of
 from grpo_jax.evaluation.statistics import doublings, paired_bootstrap, pass_at_k
 from grpo_jax.evaluation.verdicts import Correct, choose_correct
-from grpo_jax.models.endings import end_arguments
-from grpo_jax.models.loading import Model, decode, pad_prompts
-from grpo_jax.policy.decoding import generate
+from grpo_jax.models.completing import complete
+from grpo_jax.models.loading import Model
 from grpo_jax.policy.shapes import padded_length
 from grpo_jax.rewards.judging import judge
 from grpo_jax.rewards.loading import Reward
@@ -49,20 +48,19 @@ def sample_texts(
         rows = len(part) * group_size
         # The last part is filled up to the one compiled shape. Its extra rows are dropped.
         filled = part + [part[0]] * (size - len(part))
-        rollout = generate(
-            model.policy,
+        found, rollout = complete(
+            model,
             params,
-            pad_prompts(filled, prompt_length),
+            filled,
             key,
+            prompt_length=prompt_length,
             group_size=group_size,
             max_new_tokens=max_new_tokens,
-            **end_arguments(model),
             first_row=start * group_size,
             **sampling,
         )
-        mask = np.asarray(rollout.mask)[:rows]
-        texts += decode(model, np.asarray(rollout.tokens)[:rows], mask)
-        lengths.append(mask.sum(axis=1))
+        texts += found[:rows]
+        lengths.append(np.asarray(rollout.mask)[:rows].sum(axis=1))
         finished.append(np.asarray(rollout.finished)[:rows])
     return texts, np.concatenate(lengths), np.concatenate(finished)
 
