@@ -4,6 +4,7 @@ The mathematics, the sampling and the training step are importable from here; th
 transformers nor orbax. Models, data, rewards, checkpoints and the commands are modules of their own.
 """
 
+from grpo_jax import moved
 from grpo_jax.objective.advantages import (
     group_advantages,
     informative_groups,
@@ -28,6 +29,8 @@ from grpo_jax.training.optimizers import make_optimizer, make_schedule
 from grpo_jax.types import Experience, Policy, Prompts, Rollout
 
 __version__ = "0.1.0"
+
+moved.install()
 
 __all__ = [
     *_recipes,

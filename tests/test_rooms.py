@@ -41,6 +41,7 @@ ROOMS = {
         "training",
     ),
     "cpu_tuning": (),
+    "moved": (),
     "spelling": (),
     "cli": ("cpu_tuning",),
 }
@@ -49,7 +50,7 @@ COMMANDS = ("train", "evaluate", "generate", "plan", "score", "export")
 # Imports that run against the rules today, (module, imported); each is about to go.
 STILL_WRONG: set[tuple[str, str]] = set()
 # What `import grpo_jax` may load.
-PACKAGE_IMPORTS = ("types", "objective", "policy", "training")
+PACKAGE_IMPORTS = ("moved", "types", "objective", "policy", "training")
 
 # library -> the modules, or rooms, that may import it
 DOORS = {

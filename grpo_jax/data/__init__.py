@@ -1,1 +1,20 @@
-"""Prompts: files, data sets and tasks, and their order as a function of (seed, step)."""
+"""Prompts: files, data sets and tasks, and their order as a function of (seed, step).
+
+The names below can be imported from here. Each loads its module when it is asked for.
+"""
+
+import importlib
+
+_PUBLIC = {
+    "batch": "loading",
+    "load_data": "loading",
+    "Task": "tasks",
+    "load_task": "tasks",
+}  # name -> the module of this room that has it
+__all__ = [*_PUBLIC]
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
