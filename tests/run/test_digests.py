@@ -12,18 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import small_run
+from opaque import Opaque
 
 from grpo_jax.run.digests import digest_examples, digest_reward, same_code
 from grpo_jax.types import Example
 
 DAY = datetime.date(2026, 11, 28)
-
-
-class Opaque:
-    __module__ = "test_digests"  # in every process
-
-    def __init__(self, value):
-        self.value = value
 
 
 VALUES = [
