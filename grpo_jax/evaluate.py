@@ -6,20 +6,17 @@ python -m grpo_jax.evaluate --model runs/arithmetic --baseline packaged:arithmet
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from grpo_jax.cli import enable_compilation_cache, json_alone, run_command
 from grpo_jax.config.parsing import parse_record
 from grpo_jax.config.run import Config
-from grpo_jax.evaluation.outcomes import compare, observe, summarize
-from grpo_jax.models.loading import Model
-from grpo_jax.rewards.loading import Reward
+from grpo_jax.evaluation.outcomes import compare
 from grpo_jax.run.build import Parts, build
 from grpo_jax.run.directory import load_model_or_run, read_config, run_of
 from grpo_jax.run.evaluation import evaluate_parts, observe_parts, remarks_parts, summarize_parts
-from grpo_jax.types import Example, Params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,27 +46,6 @@ class EvaluateArguments:
     temperature: float | None = None
     seed: int | None = None
     json: bool = False
-
-
-def evaluate(
-    model: Model,
-    params: Params,
-    examples: Sequence[Example],
-    rewards: Sequence[Reward],
-    *,
-    eval_rewards: Sequence[Reward] = (),
-    categories: Mapping[str, Sequence[int]] | None = None,
-    **settings: Any,
-) -> dict[str, float]:
-    """Evaluates on held-out examples: `observe`, whose arguments these are, and `summarize`.
-
-    Returns:
-        `eval/greedy_accuracy`, `eval/mean@k`, `eval/pass@k`, `eval/reward` (mean weighted reward of the
-        samples), `eval/rewards/<name>/mean`, `eval/mean_length` (tokens), `eval/clipped_ratio`; and for each
-        category `eval/<category>/greedy_accuracy`, `/mean@k` and `/pass@k`.
-    """
-    outcome = observe(model, params, examples, rewards, eval_rewards=eval_rewards, **settings)
-    return summarize(outcome, [*rewards, *eval_rewards], categories or {})
 
 
 def _resolve(arguments: EvaluateArguments) -> Config:

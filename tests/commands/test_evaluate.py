@@ -14,8 +14,8 @@ from grpo_jax import evaluate as command
 from grpo_jax.cli import run_command
 from grpo_jax.data.held_out import sample_held_out
 from grpo_jax.data.tasks import load_task
-from grpo_jax.evaluate import evaluate
 from grpo_jax.evaluation.categories import rows_by_category
+from grpo_jax.evaluation.outcomes import observe, summarize
 from grpo_jax.models.loading import decode, encode, load_model, pad_prompts
 from grpo_jax.policy.decoding import generate
 from grpo_jax.rewards.loading import Reward
@@ -54,6 +54,12 @@ def model():
 @pytest.fixture(scope="module")
 def results(model):
     return evaluate_with(model)
+
+
+def evaluate(model, params, examples, rewards, *, eval_rewards=(), categories=None, **settings):
+    """Observes and summarizes, as `evaluate_parts` does for a run."""
+    outcome = observe(model, params, examples, rewards, eval_rewards=eval_rewards, **settings)
+    return summarize(outcome, [*rewards, *eval_rewards], categories or {})
 
 
 def evaluate_with(model, **changes):
