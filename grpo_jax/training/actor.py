@@ -118,7 +118,7 @@ def collect(
     everything = join_groups([one.groups for one in rounds]).judged
     num_lost = {name: sum(one.num_lost[name] for one in rounds) for name in rounds[0].num_lost}
     means = reward_means(list(actor.reward_weights), np.asarray(everything.scores), num_lost)
-    measured = {**_measure(actor, everything), **means}
+    measured = {**_measure(actor, everything, rounds), **means}
     jax.block_until_ready(experience)
     times = {name: sum(one.times[name] for one in rounds) for name in rounds[0].times}
     times["time/score"] += time.perf_counter() - started
@@ -147,6 +147,9 @@ def collect(
 @dataclass(frozen=True, kw_only=True)
 class _Round:
     groups: Groups
+    rewards: np.ndarray  # [B] float32, the weighted sum and the overlong penalty
+    valid: np.ndarray  # [B] bool, where rewards count
+    signal: np.ndarray  # [N] bool, the groups that teach something
     times: dict[str, float]
     silences: Sequence[Silence] = ()
     num_lost: Mapping[str, int] = field(default_factory=dict)  # see Verdict
@@ -169,8 +172,7 @@ def _informative_batch(actor, params, ref_params, draw, leftovers, rounds: list[
     while len(rounds) < actor.max_rounds and (count is None or found < count):
         one = _sample_round(actor, params, ref_params, *draw(len(rounds)))
         rounds.append(one)
-        signal = has_signal(one.groups.judged, actor.recipe, **_settings(actor))
-        count = len(signal)
+        signal, count = one.signal, len(one.signal)
         if signal.any():
             informative.append(take_groups(one.groups, np.flatnonzero(signal), actor.group_size))
         if not signal.all():
@@ -210,8 +212,8 @@ def _sample_round(actor, params, ref_params, examples: Sequence[Example], key: A
         ref_log_probs=ref_log_probs,
         scores=verdict.scores,
     )
-    totals, valid = shaped_rewards(judged, actor.recipe, **_settings(actor))
-    samples = _samples(actor.reward_weights, repeated, texts, verdict.scores, totals, valid)
+    rewards, valid = shaped_rewards(judged, actor.recipe, **_settings(actor))
+    samples = _samples(actor.reward_weights, repeated, texts, verdict.scores, rewards, valid)
     jax.block_until_ready(judged)
     times = {
         "time/generate": generated - started,
@@ -220,21 +222,25 @@ def _sample_round(actor, params, ref_params, examples: Sequence[Example], key: A
     }
     return _Round(
         groups=Groups(judged=judged, samples=samples),
+        rewards=rewards,
+        valid=valid,
+        signal=has_signal(judged, actor.recipe, **_settings(actor)),
         times=times,
         silences=verdict.silences,
         num_lost=verdict.num_lost,
     )
 
 
-def _measure(actor: Actor, judged: Judged) -> dict[str, Any]:
+def _measure(actor: Actor, judged: Judged, rounds: Sequence[_Round]) -> dict[str, Any]:
     """Computes the metrics of everything that was sampled."""
-    rewards, valid = shaped_rewards(judged, actor.recipe, **_settings(actor))
     groups = (-1, actor.group_size)
+    rewards = np.concatenate([one.rewards for one in rounds])
+    valid = np.concatenate([one.valid for one in rounds])
     measured = {
         **reward_metrics(rewards.reshape(groups), valid.reshape(groups)),
         **rollout_metrics(judged.rollout, judged.old_log_probs, importance_cap=actor.recipe.importance_cap),
     }
-    signal = has_signal(judged, actor.recipe, **_settings(actor))
+    signal = np.concatenate([one.signal for one in rounds])
     return {**measured, "frac_reward_zero_std": 1.0 - signal.mean()}
 
 

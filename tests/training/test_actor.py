@@ -19,6 +19,7 @@ from grpo_jax.run.build import actor_inputs
 from grpo_jax.training import actor as actor_module
 from grpo_jax.training.actor import Actor, collect
 from grpo_jax.training.dynamic_sampling import Groups
+from grpo_jax.training.experience import has_signal, shaped_rewards
 from grpo_jax.types import Example, Judged, Rollout, Verdict
 
 GROUP, NEW, PROMPT = 4, 5, 10
@@ -444,7 +445,15 @@ def test_every_informative_group_trains_once(rollouts, max_rounds, model):
         made.extend(name + i for i, alive in enumerate(signal) if alive)
         groups = fake_groups(range(name, name + 3), signal)
         name += 3
-        return actor_module._Round(groups=groups, times=dict.fromkeys(("time/generate", "time/score"), 0.0))
+        how = {"reward_weights": [1.0], "max_length": NEW, "group_size": GROUP}
+        rewards, valid = shaped_rewards(groups.judged, actor.recipe, **how)
+        return actor_module._Round(
+            groups=groups,
+            rewards=rewards,
+            valid=valid,
+            signal=has_signal(groups.judged, actor.recipe, **how),
+            times=dict.fromkeys(("time/generate", "time/score"), 0.0),
+        )
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(actor_module, "_sample_round", sample_round)
