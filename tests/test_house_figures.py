@@ -13,12 +13,12 @@ _spec.loader.exec_module(house_figures)
 
 # figure -> (the most that it may be today, what issue 11 wants); lower the first when the figure has fallen
 BOUNDS = {
-    "modules to read for training.actor": (81, 18),
+    "modules to read for training.actor": (18, 18),
     "modules to read for objective.losses": (3, 6),
-    "semicolons per 1,000 docstring words": (6.8, 5),
-    "paired tuple assignments per 1,000 lines": (9.2, 3),
-    "arguments that are described as 'name: of ...'": (40, 0),
-    "files over 350 lines": (7, 0),
+    "semicolons per 1,000 docstring words": (3.6, 5),
+    "paired tuple assignments per 1,000 lines": (8.7, 3),
+    "arguments that are described as 'name: of ...'": (21, 0),
+    "files over 350 lines": (6, 0),
 }
 
 
