@@ -207,6 +207,7 @@ def test_prompts_that_the_model_cannot_be_given(model):
         fit_prompts(examples[2:4], nobody, None, "error", "training")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("shared_compilations")
 def test_a_run_encodes_each_prompt_once(tmp_path, monkeypatch):
     """Case model-09: at the start, whatever number of steps and evaluations follow."""

@@ -106,6 +106,7 @@ def argv(tmp_path, template):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("shared_compilations")
 def test_a_run_keeps_the_date_of_its_first_start(argv, day, tmp_path, capsys):
     """Case model-04: continued on another day, a run is the run of one day, bit for bit."""
@@ -219,6 +220,7 @@ def test_tools_go_to_the_template_for_tools():
         check_arguments(tokenizer, {"tools": tools, "documents": []}, "m")
 
 
+@pytest.mark.slow
 def test_arguments_of_a_run_are_those_of_whoever_uses_it(argv, template, tmp_path, monkeypatch):
     path = template(DAILY.replace("strftime_now('%d%m')", "first | default('7')"), "other.jinja")
     changes = {

@@ -400,6 +400,7 @@ def test_a_decoder_that_does_something_unexpected_is_noticed():
 # A run
 
 
+@pytest.mark.slow
 def test_a_run_ends_its_completions_at_the_stop_string_and_so_does_what_it_leaves(
     tmp_path, monkeypatch, capsys
 ):

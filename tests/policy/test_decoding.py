@@ -358,6 +358,7 @@ def counting(policy: Policy):
     return policy.replace(forward=forward), traced, calls
 
 
+@pytest.mark.slow
 def test_prompts_are_prefilled_once_and_decoding_stops_with_the_last_row(toy_policy):
     policy, traced, calls = counting(toy_policy[0])
 
@@ -382,6 +383,7 @@ def test_prompts_are_prefilled_once_and_decoding_stops_with_the_last_row(toy_pol
     assert np.all(rollout.finished)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stages",
     [
@@ -405,6 +407,7 @@ def test_dropping_finished_rows_and_growing_the_cache_change_nothing(toy_policy,
     assert len(calls) == lengths.max()  # not one forward more
 
 
+@pytest.mark.slow
 def test_new_settings_compile_nothing(toy_policy):
     policy, traced, _ = counting(toy_policy[0])
     sample((policy, toy_policy[1]))

@@ -156,6 +156,7 @@ def test_copies_have_nothing_in_common():
     assert own_copy([lock])[0] is lock
 
 
+@pytest.mark.slow
 def test_training_rows_are_the_same_in_every_epoch(tmp_path, monkeypatch):
     # case data-04: rewards, samples and held-out figures, of a whole run and of one in two parts
     monkeypatch.chdir(tmp_path)

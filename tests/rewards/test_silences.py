@@ -196,6 +196,7 @@ def test_when_a_run_tells():
     assert later.about(2, CALM, every[:1]) == []  # bad luck, not a silence
 
 
+@pytest.mark.slow
 def test_score_and_the_first_step_name_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     small_run.share_compilations(monkeypatch)

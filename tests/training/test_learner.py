@@ -174,6 +174,7 @@ def test_exact_kl_and_entropy_by_value(
     np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_exact_kl_is_measured_over_the_vocabulary(toy_policy, ref_params, penalized):
     policy, params = toy_policy
     _, metrics = step(toy_policy, penalized, recipe=EXACT, ref_params=ref_params)
@@ -570,6 +571,7 @@ def test_wrong_shapes_raise(toy_policy, experience):
 # The whole, once
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_policy_learns_to_say_seven(name):
     policy, params = make_toy_policy(seed=3)

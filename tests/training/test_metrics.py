@@ -623,6 +623,7 @@ def logged(tmp_path_factory):
     return runs
 
 
+@pytest.mark.slow
 def test_every_logged_name_is_defined_and_the_other_way_round(logged):
     names = documented_names()
     assert len(names) == len(set(names)) > 40
@@ -634,6 +635,7 @@ def test_every_logged_name_is_defined_and_the_other_way_round(logged):
     assert not undefined and not unseen
 
 
+@pytest.mark.slow
 def test_what_a_run_adds(logged):
     """Learning rate, coefficient, token count and times, over updates that share rollouts."""
     rows = [row for row in logged[1] if "loss" in row]
@@ -653,6 +655,7 @@ def test_what_a_run_adds(logged):
     assert rows[4]["num_tokens"] > rows[0]["num_tokens"]
 
 
+@pytest.mark.slow
 def test_num_tokens_counts_prompts_and_completions(logged):
     expected = 0.0
     for row in (row for row in logged[0] if "loss" in row):
@@ -661,6 +664,7 @@ def test_num_tokens_counts_prompts_and_completions(logged):
         assert 4 * 32 * row["step"] <= round(prompts) <= 6 * 32 * row["step"] and prompts % 1 < 1e-3
 
 
+@pytest.mark.slow
 def test_the_learning_rate_counts_updates_that_moved_something(tmp_path, monkeypatch):
     (tmp_path / "late.py").write_text(
         "calls = []\n"
