@@ -37,8 +37,8 @@ class DataConfig:
         prompt_template: jinja2 template that makes the prompt from the row's columns.
         system_prompt: content of the system message. It turns string prompts into chat messages.
         few_shot: solved examples that are put before every prompt. Each has `completion`, and `prompt` or the
-            columns of prompt_template. In plain text they are joined without further characters, and in a
-            chat they become turns of user and assistant.
+            columns of prompt_template. In plain text, prompt and completion are joined without further
+            characters. In a chat they become turns of user and assistant.
         few_shot_separator: text after each example of a plain-text prompt.
         max_prompt_length: largest number of tokens of a prompt. `null` means as many as the model's positions
             leave for it.

@@ -40,7 +40,7 @@ def parse_record(
 
     Args:
         record: a dataclass, whose docstring documents the options.
-        argv: arguments; None: those of the process.
+        argv: arguments of the command. None means those of the process.
         command: shown in --help, such as `python -m grpo_jax.train`.
         description: shown in --help.
         config_option: whether --config reads YAML files of the same keys. A directory stands for its

@@ -104,9 +104,9 @@ class SamplingConfig:
         min_p: smallest probability of a kept token, as a fraction of the most likely token's. 0 keeps all.
         eos_token_ids: the tokens that end a completion, as ids or texts (`[2, "<|im_end|>"]`). `null` means
             all tokens that the model's generation_config.json, config.json and tokenizer name.
-        stop: texts that end a completion (`["\\nQuestion:"]`, or a single text). It ends where it first
-            contains one of them, counts as finished and is trained up to there. `null` means the texts of the
-            model's generation_config.json, which seldom has any, and `[]` means none.
+        stop: texts that end a completion (`["\\nQuestion:"]`, or a single text). A completion ends where it
+            first contains one of them, counts as finished and is trained up to there. `null` means the texts
+            of the model's generation_config.json, which seldom has any, and `[]` means none.
         include_stop: whether the text that rewards read keeps the stop text. By default the text ends right
             before it, as with `stop` in vLLM and the OpenAI API.
     """

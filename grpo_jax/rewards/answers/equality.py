@@ -67,7 +67,7 @@ def answers_equal(given: str, expected: str, *, tolerance: float = 1e-6) -> bool
 
 
 def compare_answers(given: str, expected: str, *, tolerance: float = 1e-6) -> bool | None:
-    """Compares two answers; None means that mathematics beyond this module has to decide."""
+    """Compares two answers. None means that mathematics beyond this module has to decide."""
     if max(len(given), len(expected)) > MAX_CHARACTERS:
         return texts_equal(given, expected)
     a, b = clean_answer(given), clean_answer(expected)
@@ -141,7 +141,7 @@ _NO_STRUCTURE = object()
 
 
 def _structure(text: str) -> _Structure | None:
-    """Reads a text as several items, None if it is one."""
+    """Reads a text as several items, or returns None if it is one."""
     if (interval := _interval(text)) is not None:
         return interval
     if "\\pm" in text and text.count("\\pm") == 1 and "," not in text:
@@ -257,7 +257,7 @@ def _match_all(a: tuple[str, ...], b: tuple[str, ...], tolerance: float, depth: 
 
 
 def _compare_words(a: str, b: str) -> bool | None:
-    """Compares answers of which one is words; None if neither is, or if both are expressions."""
+    """Compares answers of which one is words. Returns None if neither is, or if both are expressions."""
     a, b = (re.sub(r"\\emptyset", "emptyset", text) for text in (a, b))
     choices = [_CHOICE.fullmatch(text) for text in (a, b)]
     if all(choices):
