@@ -167,6 +167,17 @@ def test_inside_a_jit_of_the_user_and_with_adam():
     assert int(theirs.opt_state[0].count) == 1
 
 
+def test_one_state_serves_again_directly_and_inside_a_jit_of_the_user():
+    adam = optax.adam(1e-3, eps=1e-3)  # an eps over rounding
+    state, _ = train_step(plain_state(optimizer=adam), EXPERIENCE, recipe=RECIPE)  # now its counts are arrays
+    theirs = jax.jit(train_step)
+    steps = [train_step, theirs, train_step, theirs]
+    first, *others = [step(state, EXPERIENCE, recipe=RECIPE)[0] for step in steps]
+    assert int(first.step) == 2 and int(state.step) == 1
+    for other in others:
+        assert_close((other.step, other.params, other.opt_state), (first.step, first.params, first.opt_state))
+
+
 def test_an_update_that_is_not_made_is_counted_for_itself():
     state = plain_state()
     broken = EXPERIENCE.replace(advantages=EXPERIENCE.advantages.at[0].set(jnp.nan))
