@@ -3,9 +3,9 @@
 The names below can be imported from here. Each loads its module when it is asked for.
 """
 
-import importlib
+from grpo_jax.lazy_names import lazy_names
 
-_PUBLIC = {
+_MODULES = {
     "CheckpointConfig": "run",
     "Config": "run",
     "EvaluationConfig": "run",
@@ -17,11 +17,5 @@ _PUBLIC = {
     "AlgorithmConfig": "algorithm",
     "DataConfig": "data",
     "SamplingConfig": "sampling",
-}  # name -> the module of this room that has it
-__all__ = [*_PUBLIC]
-
-
-def __getattr__(name: str):
-    if name not in _PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+}
+__getattr__, __all__ = lazy_names(__name__, _MODULES)
