@@ -102,6 +102,7 @@ def _load_file(path: Path) -> ModuleType:
 
 
 def _import(name: str) -> ModuleType:
+    importlib.invalidate_caches()  # the file may have been written a moment ago
     try:
         return importlib.import_module(name)
     except (Exception, SystemExit) as error:
