@@ -77,9 +77,12 @@ def dropout_key(parts: Parts, step: int) -> jax.Array | None:
     return jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(b"lora.dropout")), step)
 
 
-def _at_reference(progress: Progress) -> bool | jax.Array:
-    """Says whether the policy is still, or again, its reference, and False if it has none."""
-    if progress.ref_params is None:
+def _at_reference(parts: Parts, progress: Progress) -> bool | jax.Array:
+    """Says whether the policy is still, or again, its reference, and False if it has none.
+
+    With an exact KL, `train_step` has the reference's parameters and compares them itself.
+    """
+    if progress.ref_params is None or parts.recipe.exact_kl:
         return False
     return is_reference(progress.state.params, progress.ref_params, progress.frozen)
 
@@ -98,7 +101,7 @@ def _update(parts: Parts, progress: Progress, minibatch: int) -> dict[str, float
         recipe=parts.recipe.replace(kl_coef=progress.kl_coef),
         frozen=progress.frozen,
         ref_params=progress.ref_params if parts.recipe.exact_kl else None,
-        at_reference=_at_reference(progress),
+        at_reference=_at_reference(parts, progress),
         dropout_key=dropout_key(parts, progress.step),
         group_size=config.algorithm.group_size,
         num_microbatches=config.training.num_microbatches,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.objective.recipes import Recipe
@@ -200,8 +201,11 @@ def _sample_round(actor, params, ref_params, examples: Sequence[Example], key: A
     # Dispatched, not awaited: the device scores while the host rewards.
     old_log_probs, entropies = _score(actor, params, rollout) if actor.scores_policy else (None, None)
     ref_log_probs = None if ref_params is None else _score(actor, ref_params, rollout)[0]
-    if ref_log_probs is not None and old_log_probs is not None and is_reference(params, ref_params):
-        ref_log_probs = old_log_probs  # so that a KL in the reward is exactly 0, whatever a program rounds
+    if ref_log_probs is not None and old_log_probs is not None:
+        # A KL in the reward is then exactly 0, whatever a program rounds. The choice is made on the device:
+        # an `if` on the host would wait for the scores.
+        same = is_reference(params, ref_params)
+        ref_log_probs = jnp.where(same, old_log_probs, ref_log_probs)
     repeated = [example for example in examples for _ in range(actor.group_size)]
     verdict = actor.judge(repeated, texts)
     rewarded = time.perf_counter()
