@@ -16,7 +16,6 @@ import numbers
 import os
 import signal
 import threading
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ import numpy as np
 
 from grpo_jax.rewards.awaiting import end_fork, is_async, start
 from grpo_jax.rewards.builtin import REWARDS, Completion, completion_text
+from grpo_jax.rewards.error_places import user_frame
 from grpo_jax.rewards.http_endpoint import EndpointError
 from grpo_jax.rewards.pool import RewardPool, WorkerError
 
@@ -259,9 +259,10 @@ def _form_hint(reward: Reward, completion: Completion, error: BaseException) -> 
 
 def _raised(error: BaseException) -> str:
     """Returns an error as text, with the place where it was raised unless that was the call itself."""
-    last = traceback.extract_tb(error.__traceback__)[-1:]
-    places = [f" at {Path(f.filename).name}:{f.lineno}" for f in last if f.filename != __file__]
-    return f"{error!r}{''.join(places)}"
+    frame = user_frame(error)
+    if frame is None or frame.filename == __file__:
+        return repr(error)
+    return f"{error!r} at {Path(frame.filename).name}:{frame.lineno}"
 
 
 def _shown(completion: Completion) -> str:

@@ -9,12 +9,12 @@ import importlib
 import importlib.util
 import inspect
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from grpo_jax.rewards.error_places import user_frame
 from grpo_jax.spelling import nearest
 
 
@@ -117,10 +117,8 @@ def _import(name: str) -> ModuleType:
 def _at_import(module: Path | str, error: BaseException) -> str:
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}: {type(error).__name__}: {error.msg}"
-    # This is the last line in the module itself. Deeper frames belong to code that it called.
-    frames = traceback.extract_tb(error.__traceback__)
-    inside = [f for f in frames if f.filename == str(module)] or frames
-    return f"{inside[-1].filename}:{inside[-1].lineno}: importing it raised {error!r}"
+    frame = user_frame(error, str(module))
+    return f"{frame.filename}:{frame.lineno}: importing it raised {error!r}"
 
 
 def _definitions(module: ModuleType) -> dict[str, int]:

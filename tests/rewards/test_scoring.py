@@ -202,7 +202,7 @@ def test_a_reward_that_exits_is_named(tmp_path, line):
         f"    if 'bad' in completions:\n        {line}\n    return [0.0] * len(completions)\n"
     )
     (reward,) = load_rewards([RewardConfig(function=f"{tmp_path}/exits.py:f")])
-    match = r"`f` \(.*exits.py:3\) raised .* at .*:\d+ on a batch of 3 rows; row 1 \(completion 'bad'\)"
+    match = r"`f` \(.*exits.py:3\) raised .* at exits.py:5 on a batch of 3 rows; row 1 \(completion 'bad'\)"
     with pytest.raises(RewardError, match=match):
         score([reward], ["p"] * 3, ["a", "bad", "b"], {"answer": [1] * 3})
 

@@ -42,6 +42,9 @@ def no_account(tmp_path, monkeypatch):
     monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "no_config"))
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    # W&B replaces these for the rest of the process.
+    monkeypatch.setattr(sys, "exit", sys.exit)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
 
 
 def lines(path):
