@@ -33,7 +33,8 @@ def rename(row: Mapping[str, Any], columns: Mapping[str, str], *, strict: bool) 
 def _nested(row: Mapping[str, Any], path: str, name: str) -> Any:
     """Returns the value at a path such as `reward_model.ground_truth`."""
     value: Any = row
-    done, rest = "", path
+    done = ""
+    rest = path
     while rest:
         if not isinstance(value, Mapping):
             what = "null" if value is None else f"{type(value).__name__}, without fields"

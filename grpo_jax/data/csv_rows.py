@@ -33,10 +33,8 @@ def read_csv(
             UTF-8.
     """
     csv.field_size_limit(_MAX_CELL)
-    line, first = (
-        0,
-        1,
-    )  # a row may begin before the line that ends it: a cell may hold line breaks
+    line = 0
+    first = 1  # a row may begin before the line that ends it: a cell may hold line breaks
     header: list[str] = []
     try:
         named = _named_separator(open_file)

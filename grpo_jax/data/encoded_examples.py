@@ -33,7 +33,9 @@ class EncodedExamples(Sequence):
         ends: np.ndarray,
         rows: np.ndarray | None = None,
     ):
-        self._examples, self._tokens, self._ends = examples, tokens, ends
+        self._examples = examples
+        self._tokens = tokens
+        self._ends = ends
         self._rows = np.arange(len(ends)) if rows is None else rows
 
     def __len__(self) -> int:

@@ -49,7 +49,8 @@ def _is_by_line(file: BinaryIO) -> bool:
     """Says whether each line of a file is a value of its own, judged by the first two lines."""
     lines = (line.removeprefix(b"\xef\xbb\xbf").strip() for line in file)
     lines = (line for line in lines if line)
-    first, second = next(lines, b""), next(lines, b"")
+    first = next(lines, b"")
+    second = next(lines, b"")
     if not first.startswith((b"{", b"[")):
         return True
     if not second:
@@ -89,13 +90,17 @@ def _read_document(path: str | Path, text: str) -> Iterator[tuple[str, dict[str,
     """Yields the rows of a text that is one array, one object, or a sequence of objects."""
     is_array = text.lstrip().startswith("[")
     multi_line = "\n" in text.strip()
-    position, counted, line, number = _skip(text, 0), 0, 1, 0
+    position = _skip(text, 0)
+    counted = 0
+    line = 1
+    number = 0
     if is_array:
         position = _skip(text, position + 1)
     try:
         while position < len(text) and not (is_array and text[position] == "]"):
             line += text.count("\n", counted, position)
-            counted, number = position, number + 1
+            counted = position
+            number += 1
             value, end = _parse(text, position)
             position = _skip(text, end)
             if is_array:

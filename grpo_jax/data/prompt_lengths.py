@@ -42,9 +42,11 @@ def prompt_limit(model: Model, max_prompt_length: int | None, max_new_tokens: in
         return limit
     room = model.max_positions - max_new_tokens
     if room < (limit or 1):
-        prompt, advice = "a prompt of 1 token", "lower sampling.max_new_tokens"
+        prompt = "a prompt of 1 token"
+        advice = "lower sampling.max_new_tokens"
         if limit is not None:
-            prompt, advice = f"data.max_prompt_length {limit}", "lower one of them"
+            prompt = f"data.max_prompt_length {limit}"
+            advice = "lower one of them"
         raise ValueError(
             f"{prompt} + sampling.max_new_tokens {max_new_tokens} exceed the {model.max_positions} positions "
             f"of {model.source}; {advice}"

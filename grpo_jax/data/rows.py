@@ -154,7 +154,8 @@ def _read_parquet(path: str | Path, open_file: _Open) -> Rows:
 
 def _read_paragraphs(path: str | Path, open_file: _Open) -> Rows:
     """Yields the paragraphs of a text, which are separated by blank lines."""
-    first, paragraph = 1, ""
+    first = 1
+    paragraph = ""
     try:
         with TextIOWrapper(open_file(), encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):

@@ -168,7 +168,8 @@ def check_match(columns: Mapping[str, Any], arguments: Mapping[str, Any]) -> Non
     Raises:
         ValueError: there is no answer, or it cannot be in the place where the reward looks.
     """
-    where, tag = arguments["where"], arguments.get("tag", "answer")
+    where = arguments["where"]
+    tag = arguments.get("tag", "answer")
     for accepted in accepted_answers(columns.get("answer")):
         target = _expected_answer(accepted, where=where, tag=tag)
         if where in ("last_number", "first_number"):

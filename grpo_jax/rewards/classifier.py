@@ -156,10 +156,12 @@ def encode_texts(
     Raises:
         ValueError: the prompts are messages, but the tokenizer has no chat template.
     """
-    tokenizer, sequences = classifier.tokenizer, []
+    tokenizer = classifier.tokenizer
+    sequences = []
     for prompt, completion in zip(prompts, completions, strict=True):
         if isinstance(prompt, str):
-            text, plain = prompt + completion, True  # a special token that is spelled in it stays text
+            text = prompt + completion
+            plain = True  # a special token that is spelled in it stays text
         else:
             if tokenizer.chat_template is None:
                 raise ValueError(
@@ -187,11 +189,13 @@ def classify(classifier: Classifier, sequences: Sequence[Sequence[int]], *, batc
         [number of texts, labels] float32.
     """
     length = bucket_length(max(16, *map(len, sequences)), classifier.max_positions)
-    tokens, mask = np.zeros((batch_size, length), np.int32), np.zeros((batch_size, length), bool)
+    tokens = np.zeros((batch_size, length), np.int32)
+    mask = np.zeros((batch_size, length), bool)
     last = np.zeros(batch_size, np.int32)
     mask[:, 0] = True  # so that rows of padding attend to something
     for row, sequence in enumerate(sequences):
-        tokens[row, : len(sequence)], mask[row, : len(sequence)] = sequence, True
+        tokens[row, : len(sequence)] = sequence
+        mask[row, : len(sequence)] = True
         counts = [i for i, token in enumerate(sequence) if token != classifier.pad_id]
         last[row] = counts[-1] if counts else 0
     logits = _forward(classifier.policy, classifier.params, tokens, mask, last, dtype=classifier.dtype)

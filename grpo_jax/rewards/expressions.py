@@ -54,7 +54,8 @@ def find_expression(text: str) -> str:
     It is the content of the last ``<answer>...</answer>``, else of the last ``\boxed{...}``, else the first
     line with text. What follows an equals sign is left out.
     """
-    tagged, boxed = tag_answer(text), last_boxed(text)
+    tagged = tag_answer(text)
+    boxed = last_boxed(text)
     if tagged is not None:
         found = tagged
     elif boxed is not None:

@@ -216,7 +216,8 @@ def _ask(request: urllib.request.Request, *, timeout: float, retries: int, backo
                 body = response.read(_MAX_ANSWER + 1)
             break
         except urllib.error.HTTPError as error:
-            reason, status = f"status {error.code} {error.reason}", error.code
+            reason = f"status {error.code} {error.reason}"
+            status = error.code
             error.close()
             if status != 429 and status < 500:
                 raise EndpointError(f"{shown} answers with {reason}") from None

@@ -32,7 +32,8 @@ def reach_verdict(rewards: Sequence[Reward], examples: Sequence[Example], texts:
 
     Args, errors: as those of `judge`.
     """
-    scores, lost = judge(rewards, examples, texts), lost_rows(rewards)
+    scores = judge(rewards, examples, texts)
+    lost = lost_rows(rewards)
     return Verdict(
         scores=scores,
         silences=find_silences(rewards, examples, texts, scores, lost),

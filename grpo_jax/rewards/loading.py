@@ -66,7 +66,8 @@ def load_rewards(specs: "Sequence[RewardConfig]") -> tuple[Reward, ...]:
     rewards: list[Reward] = []
     for spec in specs:
         reward = _load(spec)
-        taken, name = {reward.name for reward in rewards}, reward.name
+        taken = {reward.name for reward in rewards}
+        name = reward.name
         unique = next(n for n in (name, *(f"{name}_{i}" for i in range(2, len(specs) + 2))) if n not in taken)
         reward = replace(reward, name=unique)
         _check_reward(reward)
@@ -75,7 +76,8 @@ def load_rewards(specs: "Sequence[RewardConfig]") -> tuple[Reward, ...]:
 
 
 def _load(spec: "RewardConfig") -> Reward:
-    weight, arguments = float(spec.weight), dict(spec.arguments)
+    weight = float(spec.weight)
+    arguments = dict(spec.arguments)
     if spec.function in REWARDS:
         function = REWARDS[spec.function]
         check = ROW_CHECKS.get(spec.function)
@@ -119,7 +121,8 @@ def close_rewards(rewards: Sequence[Reward]) -> None:
 
 
 def _check_reward(reward: Reward) -> None:
-    who, arguments = named(reward), reward.arguments
+    who = named(reward)
+    arguments = reward.arguments
     if not math.isfinite(reward.weight):
         raise ValueError(f"{who}: weight {reward.weight} is not a finite number")
     try:

@@ -80,7 +80,9 @@ class RewardPool:
         if os.name != "posix":
             raise ValueError(f"{who}: worker processes need Linux or macOS; leave its timeout away here")
         self.who = who
-        self.timeout, self.workers, self.rows_per_call = timeout, workers, rows_per_call
+        self.timeout = timeout
+        self.workers = workers
+        self.rows_per_call = rows_per_call
         self._setup = {"function": function, "arguments": dict(arguments), "path": list(sys.path)}
         try:
             self._setup = json.dumps(self._setup).encode()
@@ -141,7 +143,8 @@ class RewardPool:
     def _run(self, calls: list[dict[str, Any]]) -> list[list[float] | None]:
         """Returns the answers to calls in order, None for the lost ones."""
         answers: list[list[float] | None] = [None] * len(calls)
-        waiting, unfinished = deque(range(len(calls))), len(calls)
+        waiting = deque(range(len(calls)))
+        unfinished = len(calls)
         while len(self._workers) < min(self.workers, len(calls)):
             self._workers.append(self._start())
         while unfinished:
@@ -151,7 +154,8 @@ class RewardPool:
                 if worker.busy or call not in waiting:
                     continue
                 waiting.remove(call)
-                worker.call, worker.busy = call, True
+                worker.call = call
+                worker.busy = True
                 worker.deadline = time.monotonic() + self.timeout
                 if not self._sent(worker.connection, calls[worker.call]):
                     unfinished -= 1
@@ -159,7 +163,8 @@ class RewardPool:
                     self._replace(place)
             for place in self._finished():
                 worker = self._workers[place]
-                answer, starting = _received(worker.connection), worker.call is None
+                answer = _received(worker.connection)
+                starting = worker.call is None
                 if answer is not None and "error" in answer:
                     before = sum(len(call["prompts"]) for call in calls[: worker.call or 0])
                     counted = f"; its row 0 is row {before} of the batch" if before else ""
@@ -176,7 +181,8 @@ class RewardPool:
                     continue
                 if not starting:
                     answers[worker.call] = answer["scores"]
-                worker.call, worker.busy = None, False
+                worker.call = None
+                worker.busy = False
         return answers
 
     def _finished(self) -> list[int]:

@@ -141,7 +141,8 @@ def _finish(call: Future | Callable[[], Any]) -> Any:
         KeyboardInterrupt: the user pressed Ctrl-C.
         _Failed: the function raised anything else, or raised SystemExit or KeyboardInterrupt itself.
     """
-    process, signals = os.getpid(), []
+    process = os.getpid()
+    signals = []
     try:
         with _noted(signals):
             value = call if isinstance(call, Future) else call()
@@ -168,12 +169,14 @@ def _itself(value: Any) -> Any:
 @contextlib.contextmanager
 def _noted(signals: list[int]) -> Iterator[None]:
     """Notes the signals that ask the run to end, and still calls their handlers."""
-    ours, theirs = {}, {}
+    ours = {}
+    theirs = {}
     if threading.current_thread() is threading.main_thread():  # other threads never get a signal
         for signum in (signal.SIGINT, signal.SIGTERM):
             handler = signal.getsignal(signum)
             if callable(handler):
-                ours[signum], theirs[signum] = _noting(handler, signals), handler
+                ours[signum] = _noting(handler, signals)
+                theirs[signum] = handler
                 signal.signal(signum, ours[signum])
     try:
         yield
@@ -246,7 +249,8 @@ def _form_hint(reward: Reward, completion: Completion, error: BaseException) -> 
     """Returns a hint on the type of a completion, if the function seems to expect another type."""
     if reward.source == "built in" or reward.one_of or not isinstance(error, (AttributeError, TypeError)):
         return ""
-    text, is_text = str(error), isinstance(completion, str)
+    text = str(error)
+    is_text = isinstance(completion, str)
     if not is_text and any(word in text for word in ("list", "dict")):
         return (
             ". The prompts are messages (data.system_prompt makes them so), so a completion is a list of "
@@ -271,7 +275,8 @@ def _shown(completion: Completion) -> str:
 
 def _checked(reward: Reward, values: Any, completions: Sequence[Completion]) -> list[float]:
     """Converts what a function returned to B floats, where None becomes NaN."""
-    who, size = named(reward), len(completions)
+    who = named(reward)
+    size = len(completions)
     is_list = isinstance(values, Iterable) and isinstance(values, Sized)
     if not is_list or isinstance(values, (str, bytes, Mapping, set, frozenset)):
         raise RewardError(f"{who} returned {type(values).__name__}, not a list of {size} numbers")

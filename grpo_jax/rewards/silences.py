@@ -41,7 +41,8 @@ def find_silences(
     """
     found = []
     for r, reward in enumerate(rewards):
-        column, gone = scores[:, r], lost[r]
+        column = scores[:, r]
+        gone = lost[r]
         missing = [int(row) for row in np.flatnonzero(np.isnan(column)) if int(row) not in gone]
         values = column[~np.isnan(column)]
         if gone:

@@ -83,7 +83,8 @@ def check_truth(columns: Mapping[str, Any]) -> None:
     if name == "reward_model":
         if not isinstance(truth, Mapping) or "ground_truth" not in truth:
             raise ValueError(f"column `reward_model` is {truth!r:.60}, not a mapping with `ground_truth`")
-        name, truth = "reward_model.ground_truth", truth["ground_truth"]
+        name = "reward_model.ground_truth"
+        truth = truth["ground_truth"]
     if truth is None:
         raise ValueError(f"`{name}` is null; write an empty text if compute_score needs no truth")
 

@@ -70,7 +70,9 @@ class Trackers:
         *,
         num_completions: int,
     ):
-        self._record, self._console, self._others = record, console, list(others)
+        self._record = record
+        self._console = console
+        self._others = list(others)
         self._num_completions = num_completions
         self._failed: set[str] = set()
 

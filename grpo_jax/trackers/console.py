@@ -63,7 +63,8 @@ def samples_table(title: str, rows: Sequence[Row]) -> Table:
         heading = printable(name.removeprefix("rewards/"))
         table.add_column(Text(heading), justify="right", overflow="fold")
     for row in rows:
-        prompt, completion = printable(row["prompt"]), printable(row["completion"])
+        prompt = printable(row["prompt"])
+        completion = printable(row["completion"])
         prompt = prompt if len(prompt) <= _SHOWN_CHARACTERS else "…" + prompt[-_SHOWN_CHARACTERS:]
         more = len(completion) > _SHOWN_CHARACTERS
         completion = completion[:_SHOWN_CHARACTERS] + ("…" if more else "")
@@ -104,7 +105,8 @@ class ConsoleTracker:
         clock: Callable[[], float] = time.monotonic,
     ):
         self._stream = sys.stdout if stream is None else stream
-        self._total, self._first = total_steps, resume_step or 0
+        self._total = total_steps
+        self._first = resume_step or 0
         self._tokens: float | None = None if resume_step else 0
         self._every = max(1, math.ceil(total_steps / 40))
         self._clock = clock
@@ -165,7 +167,9 @@ class ConsoleTracker:
         return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
     def _speed(self, metrics: Metrics) -> str:
-        tokens, before, seconds = metrics.get("num_tokens"), self._tokens, metrics.get("step_time")
+        tokens = metrics.get("num_tokens")
+        before = self._tokens
+        seconds = metrics.get("step_time")
         self._tokens = tokens
         return "-" if None in (tokens, before) or not seconds else f"{(tokens - before) / seconds:.0f}"
 

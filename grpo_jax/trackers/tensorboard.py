@@ -27,7 +27,8 @@ class TensorBoardTracker:
             raise ImportError(
                 'tracking.tensorboard needs tensorboardX: pip install "grpo-jax[tensorboard]"'
             ) from None
-        self._summary, self._event = summary, Event
+        self._summary = summary
+        self._event = Event
         directory = Path(run_dir) / "tensorboard"
         directory.mkdir(parents=True, exist_ok=True)
         # Names end with the second, so writers opened within the same second would overwrite one file.

@@ -66,7 +66,9 @@ class WandbTracker:
             import wandb
         except ImportError:
             raise ImportError('tracking.wandb needs wandb: pip install "grpo-jax[wandb]"') from None
-        self._wandb, self._message, self._run_dir = wandb, message, Path(run_dir).resolve()
+        self._wandb = wandb
+        self._message = message
+        self._run_dir = Path(run_dir).resolve()
         mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
         if mode == "online" and not has_wandb_key():
             message("wandb: WANDB_MODE is online but there is no key, so the run is written offline")

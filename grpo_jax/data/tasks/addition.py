@@ -53,7 +53,8 @@ def _prompt(problem: tuple[int, int], train: list[tuple[int, int]], shots: int) 
     """Returns a prompt of solved training problems, never the problem or its twin, and then the problem."""
     a, b = problem
     chosen: list[tuple[int, int]] = []
-    used, attempt = {frozenset(problem)}, 0
+    used = {frozenset(problem)}
+    attempt = 0
     while len(chosen) < shots:
         shot = train[_number(f"{a}+{b}, shot {attempt}") % len(train)]
         attempt += 1

@@ -37,7 +37,8 @@ def make_rows(row: dict[str, Any], *, num_words: int = 16) -> list[dict[str, Any
     for start in range(0, len(words) - num_words, 2 * num_words):
         border = words[start + num_words - 1][1]
         end = words[min(start + 2 * num_words, len(words)) - 1][1]
-        prompt, continuation = text[words[start][0] : border], text[border:end]
+        prompt = text[words[start][0] : border]
+        continuation = text[border:end]
         rows.append({**columns, "prompt": prompt, "continuation": continuation})
     return rows
 

@@ -31,7 +31,8 @@ def make_reasoning_gym(name: str, arguments: Mapping[str, Any]) -> Task:
         hint = f"did you mean {PREFIX + near!r}?" if near else f"there are {', '.join(known)}"
         raise ValueError(f"data.task: reasoning-gym has no task {name!r}; {hint}")
     settings = {"size": 2000, "held_out": 200, **arguments}
-    size, held_out = settings.pop("size"), settings.pop("held_out")
+    size = settings.pop("size")
+    held_out = settings.pop("held_out")
     require(type(size) is int and size >= 1, f"size: {size!r}; a whole number, at least 1")
     require(type(held_out) is int and held_out >= 0, f"held_out: {held_out!r}; a whole number, 0 or more")
     try:

@@ -20,9 +20,11 @@ from grpo_jax.rewards.answers.quantities import (
 from grpo_jax.rewards.answers.text import MAX_CHARACTERS, clean_answer
 
 _MAX_ITEMS = 50
-_NEGATIVE_INFINITY, _INFINITY = r"-\infty", r"\infty"
+_NEGATIVE_INFINITY = r"-\infty"
+_INFINITY = r"\infty"
 _RELATION = re.compile(r"(<|>|\\le(?![a-z])|\\ge(?![a-z]))")
-_OPENERS, _CLOSERS = "([{", ")]}"
+_OPENERS = "([{"
+_CLOSERS = ")]}"
 _SEPARATOR = re.compile(r"(?:,|;)?(?:^| )(?:and|or)(?: |$)|,|;|\\cup(?![A-Za-z])")
 _CLOCK = re.compile(r"([0-9]{1,2} ?: ?[0-9]{2})(?: ?([AaPp])\.? ?[Mm]\.?)?", re.ASCII)
 # `1 2` is not 12, `10:30` is no number, `101_2` is not 101, and `2024-01-05` is no difference.
@@ -70,21 +72,25 @@ def compare_answers(given: str, expected: str, *, tolerance: float = 1e-6) -> bo
     """Compares two answers. None means that mathematics beyond this module has to decide."""
     if max(len(given), len(expected)) > MAX_CHARACTERS:
         return texts_equal(given, expected)
-    a, b = clean_answer(given), clean_answer(expected)
+    a = clean_answer(given)
+    b = clean_answer(expected)
     return False if not a or not b else _compare(a, b, tolerance, depth=0)
 
 
 def _compare(a: str, b: str, tolerance: float, depth: int) -> bool | None:
-    (left_a, a), (left_b, b) = _without_left_side(a), _without_left_side(b)
+    left_a, a = _without_left_side(a)
+    left_b, b = _without_left_side(b)
     if left_a and left_b and left_a != left_b:
         return False
     sides = a.split("=")
     if "=" not in b and len(sides) > 1 and is_sum_of_variables(sides[0]):
         a = sides[-1].strip()
-    (a, unit_a), (b, unit_b) = split_unit(a), split_unit(b)
+    a, unit_a = split_unit(a)
+    b, unit_b = split_unit(b)
     if not same_unit(unit_a, unit_b):
         return False
-    number_a, number_b = read_quantity(a), read_quantity(b)
+    number_a = read_quantity(a)
+    number_b = read_quantity(b)
     if number_a is not None and number_b is not None:
         if numbers_equal(number_a.value, number_b.value, tolerance=tolerance):
             return same_unit(number_a.unit, number_b.unit)
@@ -152,8 +158,7 @@ def _structure(text: str) -> _Structure | None:
         rows = [row.split("&") for row in re.sub(r"\\\\ *$", "", match[1]).split("\\\\")]
         shape = "x".join(str(len(row)) for row in rows)
         return _Structure(f"matrix {shape}", tuple(entry.strip() for row in rows for entry in row))
-    items, several, _ = _split(text), None, None
-    parts, several = items
+    parts, several = _split(text)
     if several:
         return None if len(parts) > _MAX_ITEMS else _Structure("", parts)
     braces = re.fullmatch(r"\\\{(.*)\\\}", text)
@@ -175,13 +180,15 @@ def _split(text: str, *, thousands: bool = True) -> tuple[tuple[str, ...], bool]
         and "\\cup" not in text
     ):
         return (text,), False
-    depths, depth = [], 0
+    depths = []
+    depth = 0
     for character in text:
         depth += (character in _OPENERS) - (character in _CLOSERS)
         depths.append(depth)
     if depth != 0 or min(depths) < 0:
         return (text,), False
-    parts, start = [], 0
+    parts = []
+    start = 0
     number = thousands and re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])", re.ASCII)
     inside_numbers = {i for m in number.finditer(text) for i in range(*m.span())} if number else set()
     for match in _SEPARATOR.finditer(text):
@@ -244,7 +251,8 @@ def _compare_structures(
 
 def _match_all(a: tuple[str, ...], b: tuple[str, ...], tolerance: float, depth: int) -> bool | None:
     """Compares two collections without an order."""
-    left, unclear = list(b), False
+    left = list(b)
+    unclear = False
     for item in a:
         verdicts = [_compare(item, other, tolerance, depth + 1) for other in left]
         if True in verdicts:

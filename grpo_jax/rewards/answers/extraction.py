@@ -82,17 +82,23 @@ def last_boxed(text: str) -> str | None:
 
 def _last_box(text: str) -> tuple[str, int] | None:
     """Returns (content, end) of the complete box that starts last, in one pass over the text."""
-    start, content, end = -1, "", -1
+    start = -1
+    content = ""
+    end = -1
     open_braces: list[tuple[int, int]] = []  # (start of its box or -1, start of what is inside)
     for match in _BOX_OR_BRACE.finditer(text):
         if match["box"] is not None or match[0] == "{":
             open_braces.append((-1 if match[0] == "{" else match.start(), match.end()))
         elif match["word"] is not None:
-            start, content, end = match.start(), match["word"], match.end()
+            start = match.start()
+            content = match["word"]
+            end = match.end()
         elif match[0] == "}" and open_braces:
             opened, inside = open_braces.pop()
             if opened > start:
-                start, content, end = opened, text[inside : match.start()], match.end()
+                start = opened
+                content = text[inside : match.start()]
+                end = match.end()
     return None if start < 0 else (content, end)
 
 

@@ -10,7 +10,11 @@ from fractions import Fraction
 
 Terms = dict[tuple, Fraction]  # {((symbol, exponent), ...): coefficient}; a root of a prime is (prime, 1/2)
 
-_MAX_CHARACTERS, _MAX_DEPTH, _MAX_TERMS, _MAX_BITS, _MAX_POWER = 200, 20, 100, 2000, 12
+_MAX_CHARACTERS = 200
+_MAX_DEPTH = 20
+_MAX_TERMS = 100
+_MAX_BITS = 2000
+_MAX_POWER = 12
 _MAX_ROOT = 10**6  # of a whole number below a root, which is factored by trial
 _TOKEN = re.compile(
     r" *(?:([0-9]+(?:\.[0-9]+)?|\.[0-9]+)|\\([A-Za-z]+)|([A-Za-z])|([-+*/^_(){}\[\]]))", re.ASCII
@@ -53,7 +57,8 @@ def is_rational(terms: Terms) -> bool:
 
 
 def _tokens(text: str) -> list[str]:
-    tokens, position = [], 0
+    tokens = []
+    position = 0
     text = text.rstrip()
     while position < len(text):
         match = _TOKEN.match(text, position)
@@ -73,13 +78,15 @@ def _sum(tokens: list[str], at: int, depth: int) -> tuple[Terms, int]:
     total: Terms = {}
     sign = 1
     if at < len(tokens) and tokens[at] in "+-":
-        sign, at = (-1 if tokens[at] == "-" else 1), at + 1
+        sign = -1 if tokens[at] == "-" else 1
+        at += 1
     while True:
         term, at = _product(tokens, at, depth)
         total = _add(total, term, sign)
         if at >= len(tokens) or tokens[at] not in ("+", "-"):
             return total, at
-        sign, at = (-1 if tokens[at] == "-" else 1), at + 1
+        sign = -1 if tokens[at] == "-" else 1
+        at += 1
 
 
 def _product(tokens: list[str], at: int, depth: int) -> tuple[Terms, int]:
@@ -126,7 +133,8 @@ def _atom(tokens: list[str], at: int, depth: int) -> tuple[Terms, int]:
         degree = Fraction(2)
         if at + 1 < len(tokens) and tokens[at + 1] == "[":
             root, at = _atom(tokens, at + 1, depth)
-            degree, at = root.get((), Fraction(0)), at - 1
+            degree = root.get((), Fraction(0))
+            at -= 1
         value, at = _argument(tokens, at + 1, depth)
         if degree not in (2, 3, 4) or not is_rational(value):
             raise _Unknown
@@ -135,7 +143,8 @@ def _atom(tokens: list[str], at: int, depth: int) -> tuple[Terms, int]:
         return _constant(Fraction(token)), at + 1
     if token[0] == "\\" or token.isalpha():
         if at + 1 < len(tokens) and tokens[at + 1] == "_":
-            index, at = tokens[at + 2 : at + 5], at + 1
+            index = tokens[at + 2 : at + 5]
+            at += 1
             braced = index[:1] == ["{"]
             if len(index) < (3 if braced else 1) or (braced and index[2] != "}"):
                 raise _Unknown
@@ -224,11 +233,13 @@ def _root(value: Fraction, degree: int) -> Terms:
 
 
 def _factors(number: int) -> list[tuple[int, int]]:
-    found, prime = [], 2
+    found = []
+    prime = 2
     while prime * prime <= number:
         count = 0
         while number % prime == 0:
-            number, count = number // prime, count + 1
+            number //= prime
+            count += 1
         if count:
             found.append((prime, count))
         prime += 1

@@ -152,9 +152,11 @@ def _number(text: str) -> tuple[Fraction, int] | None:
 
 def _fraction(text: str) -> tuple[Fraction, int] | None:
     if match := _FRACTION.match(text):
-        above, below = match[1] or match[2], match[3] or match[4]
+        above = match[1] or match[2]
+        below = match[3] or match[4]
     elif match := _OVER.match(text):
-        above, below = match[1], match[2]
+        above = match[1]
+        below = match[2]
     else:
         return None
     below = _decimal(below)
@@ -190,7 +192,8 @@ def _unit(text: str, money: str | None = None) -> tuple[int, tuple[str, ...]] | 
     scale = 1
     first, _, rest = text.partition(" ")
     if first.lower().rstrip("s") in _SCALES:
-        scale, text = _SCALES[first.lower().rstrip("s")], rest.strip().removeprefix("of ")
+        scale = _SCALES[first.lower().rstrip("s")]
+        text = rest.strip().removeprefix("of ")
         attached = False
     words = re.findall(r"[A-Za-z'.]+(?: ?\^ ?\{? ?-?[1-3] ?\}?)?|[%€£¢" + CURRENCY + "]|[^ ]", text)
     canonical = _canonical(words if money is None or words[:1] == [money] else [money, *words])
