@@ -4,74 +4,30 @@ The mathematics, the sampling and the training step are importable from here; th
 transformers nor orbax. Models, data, rewards, checkpoints and the commands are modules of their own.
 """
 
-from grpo_jax import moved
-from grpo_jax.objective.advantages import (
-    group_advantages,
-    informative_groups,
-    leave_one_out_advantages,
-    normalize_then_sum,
-    reward_weights,
-    scale_by_batch,
-)
-from grpo_jax.objective.kl import adapt_kl_coef, kl_exact, kl_k1, kl_k2, kl_k3
-from grpo_jax.objective.losses import LossMetrics, grpo_loss, log_ratios, loss_weights
-from grpo_jax.objective.recipes import *
-from grpo_jax.objective.recipes import __all__ as _recipes
-from grpo_jax.objective.shaping import importance_weights, kl_penalty, overlong_penalty, top_entropy_mask
-from grpo_jax.objective.surrogates import *
-from grpo_jax.objective.surrogates import __all__ as _surrogates
-from grpo_jax.policy.decoding import fork, generate, prefill
-from grpo_jax.policy.log_probs import completion_log_probs, token_log_probs
-from grpo_jax.policy.lora import Lora, Target, init_adapters, merge_adapters
-from grpo_jax.policy.sampling import draw, process_logits
-from grpo_jax.training.learner import TrainState, init_train_state, train_step
-from grpo_jax.training.optimizers import make_optimizer, make_schedule
-from grpo_jax.types import Experience, Policy, Prompts, Rollout
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from grpo_jax import moved
+from grpo_jax.version import __version__ as __version__
+
+if TYPE_CHECKING:  # for editors and type checkers, which cannot follow `__getattr__`
+    from grpo_jax.public import *
 
 moved.install()
 
-__all__ = [
-    *_recipes,
-    *_surrogates,
-    "Experience",
-    "Lora",
-    "LossMetrics",
-    "Policy",
-    "Prompts",
-    "Rollout",
-    "Target",
-    "TrainState",
-    "adapt_kl_coef",
-    "completion_log_probs",
-    "draw",
-    "fork",
-    "generate",
-    "group_advantages",
-    "grpo_loss",
-    "importance_weights",
-    "informative_groups",
-    "init_adapters",
-    "init_train_state",
-    "kl_exact",
-    "kl_k1",
-    "kl_k2",
-    "kl_k3",
-    "kl_penalty",
-    "leave_one_out_advantages",
-    "log_ratios",
-    "loss_weights",
-    "make_optimizer",
-    "make_schedule",
-    "merge_adapters",
-    "normalize_then_sum",
-    "overlong_penalty",
-    "prefill",
-    "process_logits",
-    "reward_weights",
-    "scale_by_batch",
-    "token_log_probs",
-    "top_entropy_mask",
-    "train_step",
-]
+
+def __getattr__(name: str) -> Any:
+    """Gives a public name, and loads all of them when the first is asked for (PEP 562).
+
+    So `grpo-jax` lists its commands at once, and `grpo-jax env` can tell what is wrong with JAX.
+    """
+    if name.startswith("__") and name != "__all__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    public = importlib.import_module(f"{__name__}.public")
+    if name in globals():  # a room, which has just been loaded
+        return globals()[name]
+    return getattr(public, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *importlib.import_module(f"{__name__}.public").__all__})
