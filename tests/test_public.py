@@ -41,7 +41,7 @@ def test_what_is_not_there_is_an_attribute_error():
 
 
 def test_the_package_alone_loads_no_jax():
-    assert not loaded_by("import grpo_jax") & {"jax", "numpy", "flax"}
+    assert not loaded_by("import grpo_jax.__main__") & {"jax", "numpy", "flax"}
     assert "jax" in loaded_by("import grpo_jax\ngrpo_jax.grpo_loss")
 
 
