@@ -86,12 +86,12 @@ class Parts:
         return self.recipe.kl_coef > 0
 
     @property
-    def scores_reference(self) -> bool:
-        """Whether rollouts are scored under the reference; an exact KL reads it in the update instead."""
+    def needs_ref_log_probs(self) -> bool:
+        """Whether a rollout needs log-probs of the reference. An exact KL reads its parameters instead."""
         return self.needs_reference and not self.recipe.exact_kl
 
     @property
-    def scores_policy(self) -> bool:
+    def rescores_rollout(self) -> bool:
         """Whether the policy scores its own rollouts before the update: for more than one update from each,
         or for what the recipe makes of those scores before it.
         """
@@ -109,7 +109,7 @@ class Parts:
             num_microbatches=self.config.training.num_microbatches,
             num_minibatches=self.config.algorithm.num_minibatches,
             max_rounds=self.config.algorithm.max_sampling_rounds,
-            scores_policy=self.scores_policy,
+            rescores_rollout=self.rescores_rollout,
         )
 
     def init_state(self) -> TrainState:

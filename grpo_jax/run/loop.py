@@ -53,15 +53,15 @@ def _new_rollout(parts: Parts, actor: Actor, progress: Progress, key: jax.Array)
     config = parts.config
     actor = replace(actor, recipe=actor.recipe.replace(kl_coef=progress.kl_coef))
 
-    def draw(round_: int):
+    def next_prompts(round_: int):
         index = progress.num_rounds + round_
         examples = batch(
             parts.task.train, seed=config.training.seed, step=index, num_prompts=parts.num_prompts
         )
         return examples, jax.random.fold_in(key, index)
 
-    ref_params = progress.ref_params if parts.scores_reference else None
-    collected = collect(actor, progress.policy_params, ref_params, draw, progress.leftovers)
+    ref_params = progress.ref_params if parts.needs_ref_log_probs else None
+    collected = collect(actor, progress.policy_params, ref_params, next_prompts, progress.leftovers)
     progress.experience, progress.leftovers = collected.experience, collected.leftovers
     progress.rollout_metrics, progress.silences = collected.metrics, collected.silences
     progress.samples = spread(collected.samples, config.tracking.num_completions)

@@ -168,7 +168,7 @@ def _num_compilations(parts: Parts, num_buckets: int) -> int:
     Scoring and update have one for each bucket that `tokens_in_use` may give to completions.
     """
     packings = 1 if parts.config.sampling.max_new_tokens < PACKED_FROM else NUM_BUCKETS
-    scoring = packings if parts.scores_policy or parts.scores_reference else 0
+    scoring = packings if parts.rescores_rollout or parts.needs_ref_log_probs else 0
     return num_buckets * (1 + scoring) + packings
 
 

@@ -212,9 +212,9 @@ def _experience_template(parts: Parts) -> Experience:
         mask=rows(jnp.bool_, completion),
         advantages=rows(jnp.float32),
         weights=rows(jnp.float32, completion),
-        old_log_probs=rows(jnp.float32, completion) if parts.scores_policy else None,
-        ref_log_probs=rows(jnp.float32, completion) if parts.scores_reference else None,
-        sampler_log_probs=None if parts.scores_policy else rows(jnp.float32, completion),
+        old_log_probs=rows(jnp.float32, completion) if parts.rescores_rollout else None,
+        ref_log_probs=rows(jnp.float32, completion) if parts.needs_ref_log_probs else None,
+        sampler_log_probs=None if parts.rescores_rollout else rows(jnp.float32, completion),
         penalty_weights=rows(jnp.float32, completion) if parts.recipe.separate_penalty else None,
     )
 
@@ -235,9 +235,9 @@ def _leftovers_template(parts: Parts):
                 kept_mass=rows(jnp.float32, completion),
                 finished=rows(jnp.bool_),
             ),
-            old_log_probs=rows(jnp.float32, completion) if parts.scores_policy else None,
-            entropies=rows(jnp.float32, completion) if parts.scores_policy else None,
-            ref_log_probs=rows(jnp.float32, completion) if parts.scores_reference else None,
+            old_log_probs=rows(jnp.float32, completion) if parts.rescores_rollout else None,
+            entropies=rows(jnp.float32, completion) if parts.rescores_rollout else None,
+            ref_log_probs=rows(jnp.float32, completion) if parts.needs_ref_log_probs else None,
             scores=rows(jnp.float32, len(parts.rewards)),
         )
 

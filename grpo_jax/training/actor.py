@@ -20,7 +20,7 @@ from grpo_jax.training.reference import is_reference
 from grpo_jax.types import Array, Example, Experience, Judged, Params, Policy, Rollout, Silence, Verdict
 
 # round -> (examples of its N prompts, key of its noise); rounds are counted from 0 within a rollout
-Draw = Callable[[int], tuple[Sequence[Example], Array]]
+NextPrompts = Callable[[int], tuple[Sequence[Example], Array]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +43,9 @@ class Actor:
         num_microbatches: slices of each optimizer batch in scoring.
         num_minibatches: number of optimizer batches that one rollout is cut into.
         max_rounds: largest number of rounds of sampling, for a recipe with dynamic sampling. Others make one.
-        scores_policy: whether the policy that sampled scores its completions again. Without, the update takes
-            its own log-probs as the old ones: the same numbers, if it is the only update from the rollout.
+        rescores_rollout: whether the log-probs of the completions are computed again, under the policy that
+            sampled. Otherwise the update takes its own log-probs as the old ones. These are the same numbers
+            if it is the only update from the rollout.
     """
 
     policy: Policy
@@ -62,7 +63,7 @@ class Actor:
     num_microbatches: int = 1
     num_minibatches: int = 1
     max_rounds: int = 1
-    scores_policy: bool = True
+    rescores_rollout: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,11 @@ class Collected:
 
 
 def collect(
-    actor: Actor, params: Params, ref_params: Params | None, draw: Draw, leftovers: Groups | None = None
+    actor: Actor,
+    params: Params,
+    ref_params: Params | None,
+    next_prompts: NextPrompts,
+    leftovers: Groups | None = None,
 ) -> Collected:
     """Samples completions of N prompts, scores and rewards them.
 
@@ -90,7 +95,7 @@ def collect(
         actor: what stays the same.
         params: of the policy that samples.
         ref_params: of the reference, for a KL estimate; None: no KL term, or an exact one.
-        draw: what each round samples.
+        next_prompts: what each round samples.
         leftovers: of the rollout before.
 
     Raises:
@@ -99,10 +104,12 @@ def collect(
     """
     rounds: list[_Round] = []
     if not actor.recipe.dynamic_sampling:
-        rounds.append(_sample_round(actor, params, ref_params, *draw(0)))
+        rounds.append(_sample_round(actor, params, ref_params, *next_prompts(0)))
         batch, num_live, leftovers = rounds[0].groups, None, None
     else:
-        batch, num_live, leftovers = _informative_batch(actor, params, ref_params, draw, leftovers, rounds)
+        batch, num_live, leftovers = _informative_batch(
+            actor, params, ref_params, next_prompts, leftovers, rounds
+        )
         if leftovers is not None:  # one shape, whatever the length bucket of the round
             judged = widen_prompts(leftovers.judged, actor.prompt_length)
             leftovers = Groups(judged=judged, samples=leftovers.samples)
@@ -166,12 +173,12 @@ def _all_silences(rounds: Sequence[_Round]) -> tuple[Silence, ...]:
     return tuple(s for s in found.values() if s.kind != "lowest" or all(s.reward in names for names in same))
 
 
-def _informative_batch(actor, params, ref_params, draw, leftovers, rounds: list[_Round]):
+def _informative_batch(actor, params, ref_params, next_prompts, leftovers, rounds: list[_Round]):
     """Samples round after round, appended to `rounds`; returns what `fill_batch` does."""
     informative, dead, count = [] if leftovers is None else [leftovers], None, None
     found = sum(len(part.samples) // actor.group_size for part in informative)
     while len(rounds) < actor.max_rounds and (count is None or found < count):
-        one = _sample_round(actor, params, ref_params, *draw(len(rounds)))
+        one = _sample_round(actor, params, ref_params, *next_prompts(len(rounds)))
         rounds.append(one)
         signal, count = one.signal, len(one.signal)
         if signal.any():
@@ -199,8 +206,8 @@ def _sample_round(actor, params, ref_params, examples: Sequence[Example], key: A
     generated = time.perf_counter()
 
     # Dispatched, not awaited: the device scores while the host rewards.
-    old_log_probs, entropies = _score(actor, params, rollout) if actor.scores_policy else (None, None)
-    ref_log_probs = None if ref_params is None else _score(actor, ref_params, rollout)[0]
+    old_log_probs, entropies = _log_probs(actor, params, rollout) if actor.rescores_rollout else (None, None)
+    ref_log_probs = None if ref_params is None else _log_probs(actor, ref_params, rollout)[0]
     if ref_log_probs is not None and old_log_probs is not None:
         # A KL in the reward is then exactly 0, whatever a program rounds. The choice is made on the device:
         # an `if` on the host would wait for the scores.
@@ -268,7 +275,7 @@ def _rollout(actor: Actor, params: Params, examples: Sequence[Example], key: Arr
     return jax.block_until_ready(rollout)
 
 
-def _score(actor: Actor, params: Params, rollout: Rollout) -> tuple[Array, Array]:
+def _log_probs(actor: Actor, params: Params, rollout: Rollout) -> tuple[Array, Array]:
     """Returns (log_probs [B,T], entropies [B,T])."""
     return completion_log_probs(
         actor.policy,

@@ -91,7 +91,7 @@ def test_parts_of_a_run_with_mini_batches(tmp_path, model):
 def test_who_needs_the_reference(tmp_path, model):
     def needs(**changes):
         parts = build(of_algorithm(tmp_path, **changes), model=model)
-        return parts.needs_reference, parts.scores_reference
+        return parts.needs_reference, parts.needs_ref_log_probs
 
     assert needs() == needs(name="rloo") == needs(kl_estimator="ratio_k3") == (True, True)
     assert needs(kl_estimator="exact") == (True, False)  # the update reads it

@@ -80,14 +80,14 @@ def collected(model, ref_params):
 
 
 def test_a_policy_that_is_its_reference_has_no_kl_in_its_rewards(model, monkeypatch):
-    score, calls = actor_module._score, []
+    score, calls = actor_module._log_probs, []
 
     def rounding(actor, params, rollout):
         calls.append(params)
         log_probs, entropies = score(actor, params, rollout)
         return log_probs + 1e-6 * len(calls) * rollout.mask, entropies  # no two programs round alike
 
-    monkeypatch.setattr(actor_module, "_score", rounding)
+    monkeypatch.setattr(actor_module, "_log_probs", rounding)
     settings = {"recipe": make_recipe("rloo"), "rewards": (constant,)}
     copied = jax.tree.map(jnp.copy, model.params)
     e = collect(make_actor(model, **settings), model.params, copied, draw()).experience
