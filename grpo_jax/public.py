@@ -1,6 +1,7 @@
 """The names that `from grpo_jax import ...` gives: the mathematics, the sampling and the training step."""
 
 from grpo_jax.objective.advantages import (
+    effective_weights,
     group_advantages,
     informative_groups,
     leave_one_out_advantages,
@@ -37,6 +38,7 @@ __all__ = [
     "adapt_kl_coef",
     "completion_log_probs",
     "draw",
+    "effective_weights",
     "fork",
     "generate",
     "group_advantages",

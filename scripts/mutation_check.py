@@ -57,7 +57,7 @@ MUTANTS = {
         ("batch std of the group", "else _batch_std(rewards, valid, ddof)", "else _std(centered, count, ddof, axis=-1)"),
         ("signal decided by tolerance", "return highest > lowest", "return highest > lowest + 1e-3"),
         ("leave-one-out factor", "* count / jnp.maximum(count - 1, 1)", "* jnp.maximum(count - 1, 1) / count"),
-        ("missing terms renormalised wrongly", "(abs(weights).sum() / (there", "(1.0 / (there"),
+        ("missing terms renormalised wrongly", "(abs(weights).sum() / (kept", "(1.0 / (kept"),
         ("drop keeps the row", "row_valid & (valid | ~applies).all(axis=-1)", "row_valid"),
         ("a function applies to every group", "applies = counts.any(axis=-2, keepdims=True)", "applies = weights != 0"),
         ("a function applies if any group has it", "counts.any(axis=-2, keepdims=True)", "counts.any(axis=tuple(range(counts.ndim - 1)), keepdims=True)"),

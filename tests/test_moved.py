@@ -36,6 +36,10 @@ def test_new_names_give_no_warning():
         importlib.import_module("grpo_jax.objective.losses")
 
 
+def test_the_old_name_of_a_function_is_the_function():
+    assert grpo_jax.reward_weights is grpo_jax.effective_weights
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_gives_the_names_it_lists(room):
     module = importlib.import_module(f"grpo_jax.{room}")

@@ -176,7 +176,7 @@ ADVANTAGES: dict[str, Callable[..., Array]] = {
 }
 
 
-def reward_weights(valid, weights, *, missing: str = "drop"):
+def effective_weights(valid, weights, *, missing: str = "drop"):
     """Decides what weight each reward function has in each row, where some rewards are missing.
 
         drop         a row that misses a reward which a sibling got does not count, and a function that gave
@@ -205,13 +205,16 @@ def reward_weights(valid, weights, *, missing: str = "drop"):
     row_valid = counts.any(axis=-1)
     row_weights = counts * weights
     if missing == "renormalize":
-        there = abs(row_weights).sum(axis=-1, keepdims=True)
-        row_weights = row_weights * (abs(weights).sum() / (there + (there == 0)))
+        kept = abs(row_weights).sum(axis=-1, keepdims=True)
+        row_weights = row_weights * (abs(weights).sum() / (kept + (kept == 0)))
     if missing == "drop":
         applies = counts.any(axis=-2, keepdims=True)
         row_valid = row_valid & (valid | ~applies).all(axis=-1)
         row_weights = row_weights * row_valid[..., None]
     return row_weights, row_valid
+
+
+reward_weights = effective_weights  # its name until version 0.2
 
 
 def normalize_then_sum(
@@ -233,7 +236,7 @@ def normalize_then_sum(
         weights: [R].
         valid: [..., G, R] bool, False where a function gave no value. None means that none is missing.
         advantage_fn: f(rewards [...,G], *, valid) -> [...,G], applied to each function's values alone.
-        missing: one of `MISSING`, see `reward_weights`.
+        missing: one of `MISSING`, see `effective_weights`.
 
     Returns:
         [..., G], exactly 0 in a group in which every function's valid values are all equal.
@@ -244,9 +247,9 @@ def normalize_then_sum(
     scores, weights = jnp.asarray(scores), jnp.asarray(weights)
     valid = jnp.ones(scores.shape, bool) if valid is None else jnp.asarray(valid, bool)
     chex.assert_equal_shape([scores, valid])
-    row_weights, _ = reward_weights(valid, weights, missing=missing)
+    row_weights, _ = effective_weights(valid, weights, missing=missing)
     # A row that is dropped takes no part in any function's statistics.
-    each = jax.vmap(lambda column, there: advantage_fn(column, valid=there), in_axes=-1, out_axes=-1)
+    each = jax.vmap(lambda column, mask: advantage_fn(column, valid=mask), in_axes=-1, out_axes=-1)
     return jnp.sum(each(scores, valid & (row_weights != 0)) * row_weights, axis=-1)
 
 

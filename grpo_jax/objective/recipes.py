@@ -53,7 +53,7 @@ class Recipe:
     reduction: str = "sequence"  # see loss_weights
     # around them
     aggregation: str = "sum_then_normalize"  # of several rewards: one of AGGREGATIONS
-    missing: str = "drop"  # see reward_weights
+    missing: str = "drop"  # see effective_weights
     kl_on_dead_groups: bool = True  # whether groups without a signal feel the KL term
     entropy_coef: float | None = None  # weight of the entropy bonus
     top_entropy: float | None = None  # share of the tokens that train, see top_entropy_mask

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.objective.advantages import (
+    effective_weights,
     informative_groups,
     normalize_then_sum,
-    reward_weights,
     scale_by_batch,
 )
 from grpo_jax.objective.recipes import Recipe
@@ -26,7 +26,7 @@ def combine(
     Args:
         scores: [B, R], NaN where a function gave none.
         weights: R factors.
-        missing: what becomes of a completion that misses some rewards, see `reward_weights`.
+        missing: what becomes of a completion that misses some rewards, see `effective_weights`.
         group_size: G, a divisor of B: that many consecutive rows are a group. None: all of them are one.
 
     Returns:
@@ -37,7 +37,7 @@ def combine(
     if scores.ndim != 2 or scores.shape[1] != len(weights):
         raise ValueError(f"scores have the shape {scores.shape}, weights are {len(weights)}")
     groups = scores.reshape(-1, group_size or len(scores) or 1, len(weights))
-    factors, valid = reward_weights(~np.isnan(groups), weights, missing=missing)
+    factors, valid = effective_weights(~np.isnan(groups), weights, missing=missing)
     total = np.zeros(len(scores))
     # Column by column: the same order of additions in every row, so equal scores give equal rewards.
     for column, factor in zip(np.nan_to_num(scores).T, factors.reshape(scores.shape).T, strict=True):

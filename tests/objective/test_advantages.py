@@ -15,12 +15,12 @@ from hypothesis.extra import numpy as hnp
 from grpo_jax.objective.advantages import (
     ADVANTAGES,
     MISSING,
+    effective_weights,
     group_advantages,
     group_stds,
     informative_groups,
     leave_one_out_advantages,
     normalize_then_sum,
-    reward_weights,
     scale_by_batch,
 )
 
@@ -202,20 +202,20 @@ SCORES_VALID = st.one_of(st.just(np.ones((N, G, R), bool)), hnp.arrays(bool, (N,
 
 @FAST
 @given(SCORES_VALID, WEIGHTS, st.sampled_from(MISSING))
-def test_reward_weights_are_the_loop(valid, weights, missing):
+def test_effective_weights_are_the_loop(valid, weights, missing):
     rows = [
         oracle.reward_weights(row, weights, missing=missing, group=group) for group in valid for row in group
     ]
     for array in (np.asarray, jnp.asarray):  # the same code for both
-        row_weights, row_valid = reward_weights(array(valid), array(weights, np.float32), missing=missing)
+        row_weights, row_valid = effective_weights(array(valid), array(weights, np.float32), missing=missing)
         assert type(row_weights) is type(row_valid) is type(array(valid))
         np.testing.assert_allclose(row_weights.reshape(-1, R), [w for w, _ in rows], rtol=1e-6)
         np.testing.assert_array_equal(row_valid.reshape(-1), [v for _, v in rows])
 
 
-def test_reward_weights_policy_by_policy():
+def test_effective_weights_policy_by_policy():
     weights, valid = np.array([1.0, 3.0, -2.0]), np.array([[1, 1, 1], [1, 0, 1], [0, 0, 0]], bool)
-    drop, skip, renormalize = (reward_weights(valid, weights, missing=policy) for policy in MISSING)
+    drop, skip, renormalize = (effective_weights(valid, weights, missing=policy) for policy in MISSING)
     np.testing.assert_allclose(skip[0], [[1, 3, -2], [1, 0, -2], [0, 0, 0]])
     np.testing.assert_allclose(renormalize[0], [[1, 3, -2], [2, 0, -4], [0, 0, 0]])  # 6 in absolute value
     np.testing.assert_allclose(drop[0], [[1, 3, -2], [0, 0, 0], [0, 0, 0]])
@@ -223,11 +223,12 @@ def test_reward_weights_policy_by_policy():
     assert drop[1].tolist() == [True, False, False]
     # A function that gave nothing to any of a group does not apply to it, and the others decide.
     silent = valid & [[True, False, True]]
-    np.testing.assert_allclose(reward_weights(silent, weights)[0], [[1, 0, -2], [1, 0, -2], [0, 0, 0]])
+    np.testing.assert_allclose(effective_weights(silent, weights)[0], [[1, 0, -2], [1, 0, -2], [0, 0, 0]])
     both = np.stack([valid, silent])
-    np.testing.assert_array_equal(reward_weights(both, weights)[1], [[1, 0, 0], [1, 1, 0]])
+    np.testing.assert_array_equal(effective_weights(both, weights)[1], [[1, 0, 0], [1, 1, 0]])
     # A function of weight 0 decides nothing.
-    assert reward_weights(valid, np.array([1.0, 0.0, 2.0]), missing="drop")[1].tolist() == [True, True, False]
+    _, kept = effective_weights(valid, np.array([1.0, 0.0, 2.0]), missing="drop")
+    assert kept.tolist() == [True, True, False]
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "missing"))
@@ -359,7 +360,7 @@ def test_errors():
     with pytest.raises(AssertionError):
         group_advantages(jnp.zeros((2, 2)), valid=jnp.ones((2, 3), bool))
     with pytest.raises(ValueError, match="missing: 'zero'; choose one of drop, skip, renormalize"):
-        reward_weights(np.ones((2, 2), bool), np.ones(2), missing="zero")
+        effective_weights(np.ones((2, 2), bool), np.ones(2), missing="zero")
     with pytest.raises(ValueError, match="missing: 'zero'"):
         normalize_then_sum(jnp.zeros((2, 2, 1)), [1.0], missing="zero")
     with pytest.raises(AssertionError):
@@ -369,7 +370,7 @@ def test_errors():
 def test_a_function_applies_group_by_group():
     # The second function gave nothing to the first group, so the first decides there.
     valid = np.array([[[True, False], [True, False]], [[True, True], [True, False]]])
-    row_weights, row_valid = reward_weights(valid, np.array([1.0, 2.0]), missing="drop")
+    row_weights, row_valid = effective_weights(valid, np.array([1.0, 2.0]), missing="drop")
     np.testing.assert_array_equal(row_valid, [[True, True], [True, False]])
     np.testing.assert_array_equal(row_weights, [[[1, 0], [1, 0]], [[1, 2], [0, 0]]])
 
