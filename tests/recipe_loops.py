@@ -51,7 +51,7 @@ def random_batch(name, seed):
 
 def objective(recipe, batch):
     """From rewards to the gradient, as a training step does it."""
-    advantages = recipe.advantages(batch["rewards"], valid=batch["valid"]).reshape(-1)
+    advantages = recipe.advantage(batch["rewards"], valid=batch["valid"]).reshape(-1)
     weights = recipe.weights(batch["mask"], max_length=MAX_LENGTH, num_microbatches=2)
 
     def loss(log_probs):

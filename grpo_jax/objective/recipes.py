@@ -5,6 +5,7 @@ A recipe is to `grpo_loss` what `optax.adam` is to its chain: a record of choice
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -94,7 +95,8 @@ class Recipe:
         return min(max(1, round(self.overlong_share * max_length)), max_length) if self.overlong_share else 0
 
     def advantages(self, rewards: Array, *, valid: Array | None = None) -> Array:
-        """Computes the advantages [N,G] of rewards [N,G]."""
+        """Calls `advantage`: this was its name until version 0.2."""
+        warnings.warn("Recipe.advantages is Recipe.advantage now", DeprecationWarning, stacklevel=2)
         return self.advantage(rewards, valid=valid)
 
     def weights(

@@ -222,7 +222,7 @@ def _advantages(judged, recipe, live, signal, *, reward_weights, max_length, gro
     groups = (-1, group_size)
     if recipe.aggregation == "sum_then_normalize":
         totals = np.where(valid, rewards + penalty, 0)
-        return recipe.advantages(totals.reshape(groups), valid=valid.reshape(groups)).reshape(-1)
+        return recipe.advantage(totals.reshape(groups), valid=valid.reshape(groups)).reshape(-1)
     there = ~np.isnan(scores) & valid[:, None]
     advantages = normalize_then_sum(
         np.nan_to_num(scores).reshape(*groups, scores.shape[1]),
@@ -233,7 +233,7 @@ def _advantages(judged, recipe, live, signal, *, reward_weights, max_length, gro
     )
     # What is added to the sum of rewards is one more function here, of weight 1 whatever is missing.
     added = (length_penalty(_lengths(judged), recipe, max_length) + penalty).reshape(groups)
-    advantages = advantages + recipe.advantages(added, valid=valid.reshape(groups))
+    advantages = advantages + recipe.advantage(added, valid=valid.reshape(groups))
     if recipe.aggregation == "gdpo":
         advantages = scale_by_batch(advantages, valid=valid.reshape(groups))
     return advantages.reshape(-1)

@@ -200,7 +200,7 @@ def test_order_does_not_matter(name, kind):
     order = order if kind == "rows of a group" else order[::-1]
 
     def run(rewards, batch):
-        advantages = np.asarray(recipe.advantages(rewards))
+        advantages = np.asarray(recipe.advantage(rewards))
         weights = weights_of(recipe, batch["mask"])
         return advantages, value_and_grad(recipe, {**batch, "advantages": advantages.reshape(-1)}, weights)
 
@@ -302,13 +302,13 @@ def test_groups_of_equal_rewards_give_exactly_nothing(name):
     weights = weights_of(recipe, batch["mask"])
     for rewards in ([[0.35] * G, [0.95] * G], [[0.1] * G, [0.1, 0.1, np.nan, 0.1]]):
         rewards = np.array(rewards, np.float32)
-        batch["advantages"] = np.asarray(recipe.advantages(rewards, valid=~np.isnan(rewards))).reshape(-1)
+        batch["advantages"] = np.asarray(recipe.advantage(rewards, valid=~np.isnan(rewards))).reshape(-1)
         for function in (value_and_grad, eager):
             loss, gradient, metrics = function(recipe, batch, weights)
             assert loss == 0 and (np.asarray(gradient) == 0).all()
             assert metrics.clip_low == metrics.clip_high == 0
     # One group of two: its rows are untouched by the other.
     rewards = np.array([[0.35] * G, [1.0, 0.0, 0.0, 1.0]], np.float32)
-    batch["advantages"] = np.asarray(recipe.advantages(rewards)).reshape(-1)
+    batch["advantages"] = np.asarray(recipe.advantage(rewards)).reshape(-1)
     gradient = np.asarray(value_and_grad(recipe, batch, weights)[1])
     assert (gradient[:G] == 0).all() and (gradient[G:] != 0).any()

@@ -47,7 +47,7 @@ def make_batch():
 
 def objective(recipe, batch):
     """From rewards to the gradient, as a training step does it."""
-    advantages = recipe.advantages(batch["rewards"]).reshape(-1)
+    advantages = recipe.advantage(batch["rewards"]).reshape(-1)
     weights = recipe.weights(batch["mask"], max_length=9)
     return jax.value_and_grad(
         lambda x: recipe.loss(x, batch["old"], advantages, batch["mask"], weights, batch["ref"]), has_aux=True
@@ -298,7 +298,7 @@ def test_entropies_count_only_with_a_coefficient():
 def test_missing_rewards(name):
     rewards = np.array([[1.0, 0.0, np.nan], [0.0, np.nan, 0.5]])
     np.testing.assert_allclose(
-        RECIPES[name].advantages(rewards, valid=~np.isnan(rewards)),
+        RECIPES[name].advantage(rewards, valid=~np.isnan(rewards)),
         oracle.advantages(np.nan_to_num(rewards), ~np.isnan(rewards), scale=oracle.PAPERS[name].scale),
         rtol=1e-5,
     )
@@ -382,3 +382,10 @@ def test_two_runaway_ratios_at_once_stay_finite(estimator, values):
         lambda x: recipe.loss(x, old, jnp.ones(1), mask, jnp.ones((1, 1)), ref)[0]
     )(log_prob)
     assert jnp.isfinite(loss) and jnp.isfinite(gradient).all()
+
+
+def test_the_old_name_of_an_advantage_computes_the_same():
+    rewards, valid = np.array([[0.0, 1.0, 2.0]]), np.array([[True, True, False]])
+    with pytest.warns(DeprecationWarning, match=r"Recipe.advantages is Recipe.advantage now"):
+        found = grpo.advantages(rewards, valid=valid)
+    np.testing.assert_array_equal(found, grpo.advantage(rewards, valid=valid))

@@ -150,9 +150,7 @@ def test_rows_are_prompt_major(collected, model):
 def test_advantages_and_weights_are_the_recipes(collected, model):
     e = collected.experience
     rewards = np.array([row["reward"] for row in collected.samples], np.float32).reshape(3, GROUP)
-    np.testing.assert_allclose(
-        np.asarray(e.advantages).reshape(3, GROUP), grpo.advantages(rewards), atol=1e-6
-    )
+    np.testing.assert_allclose(np.asarray(e.advantages).reshape(3, GROUP), grpo.advantage(rewards), atol=1e-6)
     assert [row["advantage"] for row in collected.samples] == np.asarray(e.advantages).tolist()
     np.testing.assert_array_equal(e.weights, loss_weights(e.mask, reduction="sequence"))
     other = collect(make_actor(model, recipe=dr_grpo), model.params, None, draw())

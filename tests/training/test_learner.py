@@ -302,7 +302,7 @@ def test_without_a_reference_equals_kl_coef_zero(toy_policy, experience):
 @pytest.mark.parametrize("num_microbatches", [1, 2])
 def test_equal_rewards_leave_the_parameters_bit_identical(toy_policy, experience, num_microbatches):
     recipe = grpo.replace(kl_coef=0.0)
-    advantages = recipe.advantages(jnp.full((N, G), 0.35)).reshape(B)
+    advantages = recipe.advantage(jnp.full((N, G), 0.35)).reshape(B)
     np.testing.assert_array_equal(advantages, 0)
     state, metrics = step(
         toy_policy,
@@ -592,7 +592,7 @@ def test_a_policy_learns_to_say_seven(name):
             prompt_mask=rollout.prompt_mask,
             tokens=rollout.tokens,
             mask=rollout.mask,
-            advantages=recipe.advantages(rewards.reshape(prompts_count, group_size)).reshape(-1),
+            advantages=recipe.advantage(rewards.reshape(prompts_count, group_size)).reshape(-1),
             weights=recipe.weights(rollout.mask, max_length=length),
             old_log_probs=rollout.log_probs,
             ref_log_probs=reference,
