@@ -28,6 +28,7 @@ SLOW = (
     "models/test_decoder_families.py",
     "models/test_flax_families.py",
     "models/test_flax_objects.py",
+    "models/test_implementations.py",
     "models/test_peft.py",
     "models/test_start_adapters.py",
     "models/test_vocabulary.py",

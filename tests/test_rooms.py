@@ -61,7 +61,12 @@ PACKAGE_IMPORTS = ("moved", "public", "version")
 
 # library -> the modules, or rooms, that may import it
 DOORS = {
-    "transformers": {"models.flax_families", "models.loading", "models.tokenizer_files"},
+    "transformers": {
+        "models.flax_families",
+        "models.hf_config",
+        "models.loading",
+        "models.tokenizer_files",
+    },
     "huggingface_hub": {"models.directories"},
     "safetensors": {"models.tensor_files"},
     "orbax": {"checkpoints.manager"},

@@ -11,7 +11,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from grpo_jax.models import flax_families
+from grpo_jax.models.hf_config import read_config
 from grpo_jax.models.implementations import choose_implementation
 
 PACKAGED = Path(str(files("grpo_jax"))) / "packaged"
@@ -61,7 +61,7 @@ def _download(name: str, revision: str | None) -> Path:
         for patterns in stages:
             folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
             if patterns is _SMALL_FILES and (raw := read_json(folder / "config.json")) is not None:
-                choose_implementation(flax_families.read_config(raw, name), "auto", source=name)
+                choose_implementation(read_config(raw, name), "auto", source=name)
             if patterns is _SMALL_FILES and raw is None:
                 check_no_adapter(folder, name)
             if any(folder.glob("*.safetensors")) or any(folder.glob("*.msgpack")):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 from grpo_jax.models import flax_families
-from grpo_jax.models.implementations import IMPLEMENTATIONS, choose_implementation
+from grpo_jax.models.implementations import choose_implementation, load_implementation
 from grpo_jax.types import Params, Policy
 
 _POLICIES: dict[tuple, Policy] = {}  # (configuration, dtype) -> policy, so that nothing is compiled twice
@@ -49,7 +49,7 @@ def policy_of(model: Any) -> Policy:
     if key not in _POLICIES:
         config = copy.deepcopy(config)  # the caller's may change
         chosen = choose_implementation(config, "auto", source=f"this {type(module).__name__}")
-        _POLICIES[key] = IMPLEMENTATIONS[chosen].make_policy(config, dtype=module.dtype)
+        _POLICIES[key] = load_implementation(chosen).make_policy(config, dtype=module.dtype)
     return _POLICIES[key]
 
 
@@ -74,7 +74,7 @@ def check_params(model: Any, params: Params) -> None:
 
 def _param_shapes(module: flax.linen.Module) -> Params:
     chosen = choose_implementation(module.config, "auto", source=type(module).__name__)
-    return IMPLEMENTATIONS[chosen].param_shapes(module.config)
+    return load_implementation(chosen).param_shapes(module.config)
 
 
 def _causal_module(model: Any) -> flax.linen.Module:

@@ -1,36 +1,62 @@
 """The implementations that can compute a model: our own decoder, or the Flax classes of transformers."""
 
-from typing import Any
+from grpo_jax.models import decoder_families
+from grpo_jax.models.interface import HFConfig, Implementation
+from grpo_jax.models.llama_variants import MODEL_TYPES
 
-from grpo_jax.models import decoder_families, flax_families
-
-IMPLEMENTATIONS = {"decoder": decoder_families, "flax": flax_families}  # in the order of preference
+IMPLEMENTATIONS = ("decoder", "flax")  # in the order of preference
 
 
-def choose_implementation(config: Any, wanted: str, *, source: str) -> str:
+def load_implementation(name: str) -> Implementation:
+    """Returns the module of an implementation, an entry of IMPLEMENTATIONS.
+
+    Raises:
+        ImportError: it is `flax`, and transformers has no Flax classes, as from version 5 on.
+    """
+    if name == "flax":
+        from grpo_jax.models import flax_families  # not above: most models do without it
+
+        return flax_families
+    return decoder_families
+
+
+def choose_implementation(config: HFConfig, wanted: str, *, source: str) -> str:
     """Returns the implementation that computes a configuration as PyTorch does.
 
     Args:
         config: the transformers configuration object.
-        wanted: a key of IMPLEMENTATIONS, or `auto` for the first that is right.
+        wanted: an entry of IMPLEMENTATIONS, or `auto` for the first that is right.
         source: name of the model in messages.
 
     Returns:
-        a key of IMPLEMENTATIONS.
+        an entry of IMPLEMENTATIONS.
 
     Raises:
         ValueError: there is no such implementation. The message has every reason.
     """
     if wanted not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(f"implementation {wanted!r}: choose one of auto, {', '.join(IMPLEMENTATIONS)}")
-    candidates = IMPLEMENTATIONS if wanted == "auto" else (wanted,)
-    reasons = {name: [*IMPLEMENTATIONS[name].problems(config)] for name in candidates}
-    for name in candidates:
+    reasons = {}
+    for name in IMPLEMENTATIONS if wanted == "auto" else (wanted,):
+        reasons[name] = _reasons_against(name, config)
         if not reasons[name]:
             return name
-    # The first one that knows the type at all is the one that would have to do it.
-    blamed = "decoder" if config.model_type in decoder_families.MODEL_TYPES else "flax"
-    blamed, by = (blamed, "") if wanted == "auto" else (wanted, f" with model.implementation: {wanted}")
+    if wanted == "auto":
+        # The first one that knows the type at all is the one that would have to do it.
+        blamed = "decoder" if config.model_type in MODEL_TYPES else "flax"
+        setting = ""
+    else:
+        blamed = wanted
+        setting = f" with model.implementation: {wanted}"
     raise ValueError(
-        f"{source}: this {config.model_type} configuration is not supported{by}: {'; '.join(reasons[blamed])}"
+        f"{source}: this {config.model_type} configuration is not supported{setting}: "
+        f"{'; '.join(reasons[blamed])}"
     )
+
+
+def _reasons_against(name: str, config: HFConfig) -> list[str]:
+    try:
+        implementation = load_implementation(name)
+    except ImportError as error:
+        return [str(error)]
+    return [*implementation.problems(config)]

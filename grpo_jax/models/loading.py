@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from transformers import PreTrainedTokenizerFast
 
 from grpo_jax.config.sampling import as_list, check_stop_strings
-from grpo_jax.models import flax_families, tensor_files
+from grpo_jax.models import tensor_files
 from grpo_jax.models.chat_templates import (
     ChatSettings,
     check_arguments,
@@ -27,7 +27,9 @@ from grpo_jax.models.chat_templates import (
 )
 from grpo_jax.models.directories import check_no_adapter, find_directory, read_json
 from grpo_jax.models.endings import choose_eos, find_eos, tokenizer_to_save
-from grpo_jax.models.implementations import IMPLEMENTATIONS, choose_implementation
+from grpo_jax.models.hf_config import HARMLESS_KEYS, read_config, torch_class_name
+from grpo_jax.models.implementations import choose_implementation, load_implementation
+from grpo_jax.models.interface import HFConfig
 from grpo_jax.models.stops import Stops, make_stops
 from grpo_jax.models.text import decode, encode
 from grpo_jax.models.tokenizer_files import load_tokenizer
@@ -67,14 +69,14 @@ class Model:
         max_positions: limit of prompt (padding included) + completion in tokens. None means no limit.
         source: the name that the model was loaded by.
         generation_config: the contents of generation_config.json, empty without such a file.
-        implementation: the implementation that computes the model, a key of IMPLEMENTATIONS.
+        implementation: the implementation that computes the model, an entry of IMPLEMENTATIONS.
         chat: the settings that the chat template is given besides the messages.
     """
 
     policy: Policy
     params: Params
     tokenizer: PreTrainedTokenizerFast
-    config: Any
+    config: HFConfig
     eos_ids: tuple[int, ...]
     eos_origins: tuple[str, ...]
     max_positions: int | None
@@ -138,7 +140,7 @@ def load_model(
     check_no_adapter(directory, hf_model_name)
     if raw is None:
         raise FileNotFoundError(f"{hf_model_name}: no config.json in {directory}")
-    config = flax_families.read_config(raw, hf_model_name)
+    config = read_config(raw, hf_model_name)
     implementation = choose_implementation(config, implementation, source=hf_model_name)
     tokenizer = load_tokenizer(directory, hf_model_name)
     set_chat_template(tokenizer, chat_template)
@@ -161,7 +163,7 @@ def load_model(
         eos = choose_eos(eos_token_ids, tokenizer, **place)
     stops = make_stops(stop, tokenizer, included=include_stop, **place)
 
-    chosen = IMPLEMENTATIONS[implementation]
+    chosen = load_implementation(implementation)
     params = tensor_files.read_params(
         directory,
         chosen.param_shapes(config),
@@ -259,7 +261,7 @@ def save_model(
     tensor_files.write_params(directory, params, max_shard_size=max_shard_size, dtype=dtype)
     config = model.config.to_diff_dict() | {
         "model_type": model.config.model_type,
-        "architectures": [flax_families.torch_class_name(model.config)],
+        "architectures": [torch_class_name(model.config)],
         "torch_dtype": dtype,
     }
     eos_ids = list(model.eos_ids)
@@ -272,7 +274,7 @@ def save_model(
         config["eos_token_id"] = eos_ids if len(eos_ids) > 1 else next(iter(eos_ids), None)
     for name, content in (("config.json", config), ("generation_config.json", generation_config)):
         # These are notes of the library to itself, and a second name of torch_dtype.
-        for key in ("dtype", "_from_model_config", *flax_families.HARMLESS_KEYS):
+        for key in ("dtype", "_from_model_config", *HARMLESS_KEYS):
             content.pop(key, None)
         (directory / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     tokenizer_to_save(model).save_pretrained(directory)

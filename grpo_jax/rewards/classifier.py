@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.models import decoder_families, flax_families, tensor_files
+from grpo_jax.models import decoder_families, tensor_files
 from grpo_jax.models.chat_templates import ChatSettings, apply_template
 from grpo_jax.models.directories import find_directory, read_json
+from grpo_jax.models.hf_config import read_config
 from grpo_jax.models.loading import DTYPES, load_tokenizer
 from grpo_jax.policy.decoding import positions_from_mask
 from grpo_jax.policy.shapes import bucket_length
@@ -74,7 +75,7 @@ def load_classifier(model: str, dtype: str = "float32") -> Classifier:
     names = raw.get("architectures") or ["a model without `architectures`"]
     if not str(names[0]).endswith(_KIND):
         raise ValueError(f"{model} is {names[0]}; a reward model is a ...{_KIND}")
-    config = flax_families.read_config(raw, model)
+    config = read_config(raw, model)
     if reasons := [*decoder_families.problems(config)]:
         raise ValueError(f"{model}: the decoder cannot compute it: {'; '.join(reasons)}")
     config.tie_word_embeddings = True  # there is no language head, so nothing to load for it

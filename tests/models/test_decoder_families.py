@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from grpo_jax.models import decoder_families, flax_families
+from grpo_jax.models.decoder_layout import layout
+from grpo_jax.models.hf_config import read_config
 from grpo_jax.policy.rotary import LinearScaling, Llama3Scaling, Rotary
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "models"
@@ -25,7 +27,7 @@ LINEAR, LLAMA3 = (
 
 def config_of(name, **change):
     raw = json.loads((FIXTURES / name / "config.json").read_text()) | change
-    return flax_families.read_config({k: v for k, v in raw.items() if v is not ...}, "here")
+    return read_config({k: v for k, v in raw.items() if v is not ...}, "here")
 
 
 def architecture_of(name, **change):
@@ -182,5 +184,5 @@ def test_biases_norms_and_head_follow_the_configuration():
 
 
 def test_gpt2_head_is_the_one_kernel_that_is_not_transposed():
-    leaves = jax.tree.leaves(decoder_families.layout(config_of("gpt2_untied")))
+    leaves = jax.tree.leaves(layout(config_of("gpt2_untied")))
     assert [leaf.path for leaf in leaves if leaf.transposed] == [("lm_head", "kernel")]

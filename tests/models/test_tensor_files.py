@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 from grpo_jax.models import flax_families, tensor_files
+from grpo_jax.models.hf_config import read_config
 from grpo_jax.models.loading import load_model, save_model
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "models"
@@ -22,7 +23,7 @@ UNTIED, TIED = FIXTURES / "gpt2_untied", FIXTURES / "gpt2"
 
 def read(directory, fixture=UNTIED):
     """Reads `directory` as the fixture's configuration says."""
-    config = flax_families.read_config(json.loads((fixture / "config.json").read_text()), "here")
+    config = read_config(json.loads((fixture / "config.json").read_text()), "here")
     return tensor_files.read_params(
         directory,
         flax_families.param_shapes(config),
