@@ -10,9 +10,10 @@ _MODULES = {
     "check_rows": "loading",
     "close_rewards": "loading",
     "load_rewards": "loading",
-    "score": "loading",
-    "Reward": "scoring",
-    "RewardError": "scoring",
+    "call_rewards": "calling",
+    "score": "calling",
+    "Reward": "reward",
+    "RewardError": "reward",
     "REWARDS": "builtin",
 }
 __getattr__, __all__ = lazy_names(__name__, _MODULES)

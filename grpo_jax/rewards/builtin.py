@@ -17,7 +17,7 @@ from grpo_jax.rewards.answers.gold import whole_number, whole_numbers
 from grpo_jax.rewards.completions import Completion, completion_text
 from grpo_jax.rewards.expressions import reaches_target
 from grpo_jax.rewards.http_endpoint import check_sent, http_score
-from grpo_jax.rewards.reasoning_gym import check_entry, read_entry, score_entry
+from grpo_jax.rewards.reasoning_gym import check_entry, judge_entry, read_entry
 
 
 def regex_format(completions: Sequence[Completion], *, pattern: str, search: bool = False) -> list[float]:
@@ -182,7 +182,7 @@ def reasoning_gym(completions: Sequence[Completion], entry: Sequence[Mapping[str
         ValueError: a row has no such problem.
     """
     problems = zip(completions, entry, strict=True)
-    return [score_entry(completion_text(c), read_entry(problem)) for c, problem in problems]
+    return [judge_entry(completion_text(c), read_entry(problem)) for c, problem in problems]
 
 
 def _check_reasoning_gym(columns: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
@@ -214,13 +214,13 @@ def reward_model(
         dtype: data type of the computation.
     """
     from grpo_jax.rewards.classifier import (  # loads JAX, which the other rewards never do
+        judge_texts,
         load_classifier,
-        score_texts,
     )
 
     classifier = load_classifier(model, dtype)
     settings = {"label": label, "batch_size": batch_size, "max_length": max_length}
-    return score_texts(classifier, prompts, completions, **settings)
+    return judge_texts(classifier, prompts, completions, **settings)
 
 
 REWARDS: dict[str, Callable[..., list[float]]] = {

@@ -99,7 +99,7 @@ def load_classifier(model: str, dtype: str = "float32") -> Classifier:
     )
 
 
-def score_texts(
+def judge_texts(
     classifier: Classifier,
     prompts: Sequence[str | Messages],
     completions: Sequence[str | Messages],

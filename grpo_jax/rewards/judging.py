@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from grpo_jax.rewards.loading import Reward, score
+from grpo_jax.rewards.calling import call_rewards
+from grpo_jax.rewards.reward import Reward
 from grpo_jax.rewards.silences import find_silences, lost_rows
 from grpo_jax.types import Example, Verdict
 
@@ -24,7 +25,7 @@ def judge(rewards: Sequence[Reward], examples: Sequence[Example], texts: Sequenc
         RewardError: a reward function failed, named with its row.
     """
     columns = {name: [example.columns[name] for example in examples] for name in examples[0].columns}
-    return score(rewards, [example.prompt for example in examples], texts, columns)
+    return call_rewards(rewards, [example.prompt for example in examples], texts, columns)
 
 
 def reach_verdict(rewards: Sequence[Reward], examples: Sequence[Example], texts: Sequence[str]) -> Verdict:

@@ -1,6 +1,6 @@
-"""Loads the reward functions of a config, checks them against the data, and calls them on a batch.
+"""Loads the reward functions of a config, and checks them against the data.
 
-`grpo_jax/rewards/scoring.py` has their signature and the call of one function.
+`grpo_jax/rewards/calling.py` has their signature and calls them.
 """
 
 import inspect
@@ -8,21 +8,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from grpo_jax.rewards.builtin import REWARDS, ROW_CHECKS, Completion
+from grpo_jax.rewards.builtin import REWARDS, ROW_CHECKS
 from grpo_jax.rewards.pool import RewardPool
-from grpo_jax.rewards.scoring import (
-    Prompt,
-    Reward,
-    RewardError,
-    begin_call,
-    finish_call,
-    named,
-    parameters_of,
-)
+from grpo_jax.rewards.reward import Reward, RewardError, named, parameters_of
 from grpo_jax.rewards.sources import find_function
 from grpo_jax.rewards.verl import PREFIX, TRUTHS, adapt_compute_score, check_truth
 from grpo_jax.spelling import nearest
@@ -39,7 +29,6 @@ __all__ = [
     "check_rows",
     "close_rewards",
     "load_rewards",
-    "score",
 ]
 
 
@@ -233,46 +222,3 @@ def check_rows(rewards: Sequence[Reward], examples: Iterable["Example"]) -> list
                 found.append((index, f"reward `{name}`: {error}"))
                 break
     return found
-
-
-def score(
-    rewards: Sequence[Reward],
-    prompts: Sequence[Prompt],
-    completions: Sequence[Completion],
-    columns: Mapping[str, Sequence[Any]],
-) -> np.ndarray:
-    """Calls every reward function on a batch.
-
-    Args:
-        rewards: R reward functions.
-        prompts: B strings or lists of messages.
-        completions: B completions. A string under a prompt of messages is passed as a message.
-        columns: the data's other columns, each with B entries.
-
-    Returns:
-        [B, R] float32, NaN where a function returned None.
-
-    Raises:
-        RewardError: a function raised, or returned a wrong length or type, or a value that is not finite.
-        ValueError: prompts, completions and columns differ in length.
-    """
-    size = len(prompts)
-    for name, values in {"completions": completions, **columns}.items():
-        if len(values) != size:
-            raise ValueError(f"{size} prompts, but `{name}` has {len(values)} entries")
-    completions = [
-        [{"role": "assistant", "content": completion}]
-        if isinstance(completion, str) and not isinstance(prompt, str)
-        else completion
-        for prompt, completion in zip(prompts, completions, strict=True)
-    ]
-    batch = {**columns, "prompts": prompts, "completions": completions}
-    scores = np.full((size, len(rewards)), np.nan, np.float32)
-    begun = [begin_call(reward, batch) for reward in rewards]
-    try:
-        for r in sorted(range(len(rewards)), key=lambda r: begun[r] is not None):  # async ones wait meanwhile
-            scores[:, r] = finish_call(rewards[r], batch, begun[r])
-    finally:  # after an error, the other calls are not needed
-        for call in filter(None, begun):
-            call.cancel()
-    return scores

@@ -95,16 +95,16 @@ class RewardPool:
         self.last_lost: dict[int, str] = {}  # rows that the last batch lost -> why
         weakref.finalize(self, _end_all, self._workers, os.getpid())
 
-    def score(
+    def judge(
         self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
     ) -> list[float]:
-        """Scores a batch, which is split into calls of consecutive rows.
+        """Judges a batch, which is split into calls of consecutive rows.
 
         Returns:
             B numbers, NaN where the function gave None, its call took too long, or its worker died.
 
         Raises:
-            WorkerError: as `rewards.score` raises RewardError, in one line.
+            WorkerError: as `call_rewards` raises RewardError, in one line.
         """
         size = len(prompts)
         rows = self.rows_per_call or max(1, -(-size // self.workers))
@@ -124,7 +124,7 @@ class RewardPool:
             except BaseException:
                 self.close()  # a late answer to this batch must not be taken for one to the next batch
                 raise
-        scores: list[float] = []
+        rewards: list[float] = []
         self.last_lost = {
             row: self._lost_calls[call]
             for call, part in enumerate(parts)
@@ -133,8 +133,8 @@ class RewardPool:
         }
         for part, answer in zip(parts, answers, strict=True):
             count = part.stop - part.start
-            scores += [float("nan")] * count if answer is None else answer
-        return scores
+            rewards += [float("nan")] * count if answer is None else answer
+        return rewards
 
     def close(self) -> None:
         """Ends the workers. Another call starts new ones."""
@@ -180,7 +180,7 @@ class RewardPool:
                     self._replace(place)
                     continue
                 if not starting:
-                    answers[worker.call] = answer["scores"]
+                    answers[worker.call] = answer["rewards"]
                 worker.call = None
                 worker.busy = False
         return answers

@@ -66,8 +66,8 @@ def check_entry(value: Any) -> None:
         raise ValueError(f"`entry` is of the task {source!r}, which reasoning-gym does not have")
 
 
-def score_entry(text: str, entry: Mapping[str, Any]) -> float:
-    """Scores a completion by the scorer of the task that the entry is from.
+def judge_entry(text: str, entry: Mapping[str, Any]) -> float:
+    """Judges a completion by the scorer of the task that the entry is from.
 
     Args:
         text: a completion. Its last `<answer>...</answer>` counts, or else all of it.

@@ -10,7 +10,7 @@ import numpy as np
 
 from grpo_jax.rewards.answers.extraction import extract_answer, extract_number
 from grpo_jax.rewards.builtin import REWARDS
-from grpo_jax.rewards.scoring import Reward, takes
+from grpo_jax.rewards.reward import Reward, takes
 from grpo_jax.types import Example, Silence
 
 _SHOWN = 60  # characters that are shown of a value

@@ -13,7 +13,7 @@ from typing import Any
 
 from grpo_jax.rewards.awaiting import is_async
 from grpo_jax.rewards.builtin import Completion, completion_text
-from grpo_jax.rewards.scoring import own_copy
+from grpo_jax.rewards.calling import own_copy
 from grpo_jax.spelling import nearest
 
 PREFIX = "verl:"

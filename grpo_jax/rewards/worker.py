@@ -1,4 +1,4 @@
-"""The program of a reward worker. It loads one reward function, then scores batch after batch.
+"""The program of a reward worker. It loads one reward function, then judges batch after batch.
 
 The pool starts it as a script and nobody imports it. So neither the package's own imports nor the main module
 of the run are repeated here: a worker has no JAX and no device, and is up in a tenth of a second.
@@ -29,10 +29,10 @@ def main() -> None:
         setup = json.loads(connection.recv_bytes())
         sys.path[:] = setup["path"]
         _stand_in_for_package(Path(__file__).parents[1])
-        answer, score = _load(setup)
+        answer, judge = _load(setup)
         while True:
             _send(connection, answer)
-            answer = score(connection.recv())
+            answer = judge(connection.recv())
     except (EOFError, BrokenPipeError, ConnectionResetError):  # the pool is closed
         return
 
@@ -40,7 +40,8 @@ def main() -> None:
 def _load(setup: dict) -> tuple[dict, Callable[[dict], dict] | None]:
     """Returns the first message to the pool, and the function that turns a call into an answer."""
     try:
-        from grpo_jax.rewards.loading import RewardError, load_rewards, score
+        from grpo_jax.rewards.calling import call_rewards
+        from grpo_jax.rewards.loading import RewardError, load_rewards
 
         settings = {"function": setup["function"], "arguments": setup["arguments"], "weight": 1.0}
         rewards = load_rewards([SimpleNamespace(**settings, timeout=None)])
@@ -49,7 +50,7 @@ def _load(setup: dict) -> tuple[dict, Callable[[dict], dict] | None]:
 
     def answer(call: dict) -> dict:
         try:
-            return {"scores": score(rewards, **call)[:, 0].tolist()}
+            return {"rewards": call_rewards(rewards, **call)[:, 0].tolist()}
         except RewardError as error:
             return {"error": str(error)}
 

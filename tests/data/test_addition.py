@@ -7,7 +7,8 @@ import pytest
 from grpo_jax.config.run import RewardConfig
 from grpo_jax.data.tasks import load_task
 from grpo_jax.data.tasks.addition import MAX_HELD_OUT, MAX_PAIRS, split_problems
-from grpo_jax.rewards.loading import check_columns, load_rewards, score
+from grpo_jax.rewards.calling import call_rewards
+from grpo_jax.rewards.loading import check_columns, load_rewards
 
 
 @pytest.mark.parametrize("digits", [1, 2, 3, 9])
@@ -62,7 +63,7 @@ def test_the_first_number_counts():
     )
     check_columns(rewards, task.train[0].columns)
     completions = [" 7\n\nQ: What is 2 + 9?\nA: 11", " 11, or 7", "7", "no"]
-    assert score(rewards, ["p"] * 4, completions, {"answer": ["7"] * 4})[:, 0].tolist() == [1, 0, 1, 0]
+    assert call_rewards(rewards, ["p"] * 4, completions, {"answer": ["7"] * 4})[:, 0].tolist() == [1, 0, 1, 0]
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,9 @@ import pytest
 
 from grpo_jax.config.run import RewardConfig
 from grpo_jax.data.tasks import load_task
+from grpo_jax.rewards.calling import call_rewards
 from grpo_jax.rewards.expressions import evaluate_expression, reaches_target
-from grpo_jax.rewards.loading import check_columns, load_rewards, score
+from grpo_jax.rewards.loading import check_columns, load_rewards
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +56,9 @@ def test_reward(task):
     right = [e.columns["solution"] for e in examples]
     targets = [str(e.columns["target"]) for e in examples]
     prompts = [e.prompt for e in examples]
-    assert score(rewards, prompts, right, columns)[:, 0].tolist() == [1, 1, 1]
-    assert score(rewards, prompts, targets, columns)[:, 0].tolist() == [0, 0, 0]
-    assert score(rewards, prompts, [right[1], right[2], right[0]], columns)[:, 0].tolist() == [0, 0, 0]
+    assert call_rewards(rewards, prompts, right, columns)[:, 0].tolist() == [1, 1, 1]
+    assert call_rewards(rewards, prompts, targets, columns)[:, 0].tolist() == [0, 0, 0]
+    assert call_rewards(rewards, prompts, [right[1], right[2], right[0]], columns)[:, 0].tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize(

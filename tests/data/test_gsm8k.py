@@ -9,7 +9,8 @@ from grpo_jax.config.run import DataConfig, RewardConfig
 from grpo_jax.data.loading import load_data
 from grpo_jax.data.tasks import load_task
 from grpo_jax.data.tasks.gsm8k import make_rows
-from grpo_jax.rewards.loading import check_columns, load_rewards, score
+from grpo_jax.rewards.calling import call_rewards
+from grpo_jax.rewards.loading import check_columns, load_rewards
 
 ROWS = [{"question": f"{i} and {i}?", "answer": f"{i}+{i}\n#### {1000 + i:,}"} for i in range(60)]
 
@@ -31,7 +32,7 @@ def test_from_a_file(path):
     number = example.columns["answer"].rpartition(" ")[2]
     completions = [f"so it is {number}.", "so it is 7", number.replace(",", "")]
     columns = {"answer": [example.columns["answer"]] * 3}
-    assert score(rewards, ["p"] * 3, completions, columns)[:, 0].tolist() == [1, 0, 1]
+    assert call_rewards(rewards, ["p"] * 3, completions, columns)[:, 0].tolist() == [1, 0, 1]
 
 
 def test_held_out_elsewhere(path):

@@ -8,7 +8,8 @@ import pytest
 from grpo_jax.config.run import RewardConfig
 from grpo_jax.data.tasks import load_task
 from grpo_jax.rewards import reasoning_gym
-from grpo_jax.rewards.loading import check_columns, load_rewards, score
+from grpo_jax.rewards.calling import call_rewards
+from grpo_jax.rewards.loading import check_columns, load_rewards
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def test_by_a_stand_in(created):
     assert prompts == [f"{i}?" for i in range(30)]  # each question once
     columns = {"entry": [task.train[0].columns["entry"]] * 3}
     completions = ["10", "I think <answer>11</answer> no, <answer> 10\n</answer>!", "it is 10"]
-    scores = score(rewards_of(task), ["p"] * 3, completions, columns)
+    scores = call_rewards(rewards_of(task), ["p"] * 3, completions, columns)
     assert scores[:, 0].tolist() == pytest.approx([1, 1, 0.01])
 
 
@@ -78,7 +79,9 @@ def test_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(ImportError, match=r'needs reasoning-gym: pip install "grpo-jax\[reasoning-gym\]"'):
         load_task("reasoning_gym:leg_counting")
-    assert score(load_rewards([RewardConfig(function="reasoning_gym")]), [], [], {"entry": []}).shape == (
+    assert call_rewards(
+        load_rewards([RewardConfig(function="reasoning_gym")]), [], [], {"entry": []}
+    ).shape == (
         0,
         1,
     )
@@ -95,7 +98,7 @@ def test_the_library():
     columns = {"entry": [e.columns["entry"] for e in examples]}
     answers = [e.columns["answer"] for e in examples]
     prompts = [e.prompt for e in examples]
-    assert score(rewards_of(task), prompts, answers, columns)[:, 0].tolist() == [1] * 4
-    assert score(rewards_of(task), prompts, ["-1"] * 4, columns)[:, 0].max() < 0.5
+    assert call_rewards(rewards_of(task), prompts, answers, columns)[:, 0].tolist() == [1] * 4
+    assert call_rewards(rewards_of(task), prompts, ["-1"] * 4, columns)[:, 0].max() < 0.5
     with pytest.raises(ValueError, match=r"data\.task_arguments: leg_counting: TypeError: "):
         load_task("reasoning_gym:leg_counting", {"no_such": 1})

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from grpo_jax.config.run import RewardConfig
-from grpo_jax.rewards.loading import Reward, RewardError, load_rewards, score
+from grpo_jax.rewards.calling import call_rewards
+from grpo_jax.rewards.loading import Reward, RewardError, load_rewards
 
 
 def scored(*functions, texts=("a", "abc"), **columns):
     rewards = [Reward(name=f"f{i}", function=function) for i, function in enumerate(functions)]
-    return score(rewards, ["p"] * len(texts), list(texts), columns).T.tolist()
+    return call_rewards(rewards, ["p"] * len(texts), list(texts), columns).T.tolist()
 
 
 async def length(completions, **columns):
@@ -47,7 +48,7 @@ def test_from_a_file_with_columns_and_none(tmp_path):
         "    return [scale * float(c == a) if a else None for c, a in zip(completions, answer)]\n"
     )
     (reward,) = load_rewards([RewardConfig(function=f"{tmp_path}/mine.py:slow", arguments={"scale": 2})])
-    values = score([reward], ["p"] * 3, ["a", "b", "c"], {"answer": ["a", "c", None]})[:, 0]
+    values = call_rewards([reward], ["p"] * 3, ["a", "b", "c"], {"answer": ["a", "c", None]})[:, 0]
     np.testing.assert_array_equal(values, np.array([2, 0, np.nan], np.float32))
 
 

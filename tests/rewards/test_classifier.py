@@ -9,8 +9,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from grpo_jax.config.run import RewardConfig
-from grpo_jax.rewards.classifier import classify, encode_texts, load_classifier, score_texts
-from grpo_jax.rewards.loading import load_rewards, score
+from grpo_jax.rewards.calling import call_rewards
+from grpo_jax.rewards.classifier import classify, encode_texts, judge_texts, load_classifier
+from grpo_jax.rewards.loading import load_rewards
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 NAMES = ("gpt2", "llama", "qwen2")
@@ -90,15 +91,15 @@ def test_scores_come_back_in_order(classifiers):
     expected = np.concatenate([classify(gpt2, [row], batch_size=2) for row in rows])
     for batch_size in (2, 5):
         for label, index in ((0, 0), ("good", 1), (2, 2)):
-            scores = score_texts(gpt2, prompts, completions, label=label, batch_size=batch_size)
+            scores = judge_texts(gpt2, prompts, completions, label=label, batch_size=batch_size)
             np.testing.assert_allclose(scores, expected[:, index], atol=2e-6)
 
 
 def test_what_does_not_fit_has_no_reward(classifiers):
     texts = ["one and one", "one " * 40, ""]  # 32 positions
-    scores = score_texts(classifiers["gpt2"], [""] * 3, texts)
+    scores = judge_texts(classifiers["gpt2"], [""] * 3, texts)
     assert [value is None for value in scores] == [False, True, True]
-    assert score_texts(classifiers["gpt2"], [""] * 3, texts, max_length=1) == [None] * 3
+    assert judge_texts(classifiers["gpt2"], [""] * 3, texts, max_length=1) == [None] * 3
 
 
 def test_bfloat16(classifiers, tmp_path):
@@ -114,10 +115,10 @@ def test_as_a_reward(tmp_path):
     settings = {"model": name, "label": "good", "batch_size": 2}
     (reward,) = load_rewards([RewardConfig(function="reward_model", arguments=settings)])
     prompts = ["one", [{"role": "user", "content": "one"}], "two"]
-    scores = score([reward], prompts, [" two", "two", " " * 99], {"answer": [1, 2, 3]})[:, 0]
+    scores = call_rewards([reward], prompts, [" two", "two", " " * 99], {"answer": [1, 2, 3]})[:, 0]
     classifier = load_classifier(name)
     said = [" two", [{"role": "assistant", "content": "two"}]]
-    expected = score_texts(classifier, prompts[:2], said, label=1)
+    expected = judge_texts(classifier, prompts[:2], said, label=1)
     np.testing.assert_allclose(scores[:2], expected, atol=2e-6)
     assert np.isnan(scores[2])
 

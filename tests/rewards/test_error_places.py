@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from grpo_jax.config.run import RewardConfig
+from grpo_jax.rewards.calling import call_rewards
 from grpo_jax.rewards.error_places import user_frame
-from grpo_jax.rewards.loading import RewardError, load_rewards, score
+from grpo_jax.rewards.loading import RewardError, load_rewards
 
 INSTALLED = Path(sysconfig.get_path("purelib")) / "some_library" / "exit_hooks.py"
 
@@ -30,7 +31,7 @@ def test_an_exit_through_a_hook_is_in_the_reward(tmp_path, hooked_exit):
     (tmp_path / "exits.py").write_text("import sys\ndef f(completions):\n    sys.exit(0)\n")
     (reward,) = load_rewards([RewardConfig(function=f"{tmp_path}/exits.py:f")])
     with pytest.raises(RewardError, match=r"raised SystemExit\(0\) at exits.py:3 on a batch of 1 rows"):
-        score([reward], ["p"], ["a"], {})
+        call_rewards([reward], ["p"], ["a"], {})
 
 
 @pytest.mark.parametrize("spec", ["exits_when_imported:f", "{tmp_path}/exits_when_imported.py:f"])

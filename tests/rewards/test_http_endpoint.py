@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from grpo_jax.config.run import RewardConfig
-from grpo_jax.rewards.loading import RewardError, check_columns, check_rows, load_rewards, score
+from grpo_jax.rewards.calling import call_rewards
+from grpo_jax.rewards.loading import RewardError, check_columns, check_rows, load_rewards
 from grpo_jax.types import Example
 
 
@@ -85,7 +86,7 @@ def load(url, **arguments):
 
 
 def scored(reward, completions, prompts=None, **columns):
-    return score([reward], prompts or ["p"] * len(completions), completions, columns)[:, 0].tolist()
+    return call_rewards([reward], prompts or ["p"] * len(completions), completions, columns)[:, 0].tolist()
 
 
 def test_a_batch_in_order_with_its_columns(endpoint):

@@ -58,7 +58,7 @@ def test_judge_of_missing_rewards():
 
 
 def test_a_verdict_names_silences_and_counts_what_was_lost():
-    pool = SimpleNamespace(score=lambda *_: [0.0, np.nan, 1.0], last_lost={1: "it ran over 1.0 s"})
+    pool = SimpleNamespace(judge=lambda *_: [0.0, np.nan, 1.0], last_lost={1: "it ran over 1.0 s"})
     rewards = (
         Reward(name="slow", function=len, pool=pool),
         Reward(name="never", function=lambda completions: [None] * len(completions)),

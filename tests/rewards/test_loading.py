@@ -8,7 +8,8 @@ import pytest
 
 import grpo_jax
 from grpo_jax.config.run import RewardConfig
-from grpo_jax.rewards.loading import REWARDS, Reward, RewardError, check_columns, load_rewards, score
+from grpo_jax.rewards.calling import call_rewards
+from grpo_jax.rewards.loading import REWARDS, Reward, RewardError, check_columns, load_rewards
 
 
 def load(function, weight=1.0, **arguments):
@@ -21,7 +22,7 @@ def give(*values):
 
 
 def scored(reward, completions, prompts=None, **columns):
-    return score([reward], prompts or ["p"] * len(completions), completions, columns)[:, 0].tolist()
+    return call_rewards([reward], prompts or ["p"] * len(completions), completions, columns)[:, 0].tolist()
 
 
 def messages(text):
@@ -368,7 +369,7 @@ def test_functions_get_only_what_they_name():
         return [0] * 2
 
     rewards = [Reward(name=f.__name__, function=f) for f in (everything, completions_only)]
-    score(rewards, ["p", "q"], ["a", "b"], {"answer": [1, 2]})
+    call_rewards(rewards, ["p", "q"], ["a", "b"], {"answer": [1, 2]})
     assert seen["few"] == ["a", "b"]
     assert seen["all"] == {"prompts": ["p", "q"], "completions": [], "answer": [1, 2]}
 
@@ -388,7 +389,7 @@ def test_conversational_prompts_hand_over_messages():
         seen.extend(completions)
         return [0] * len(completions)
 
-    score([Reward(name="f", function=f)], ["text", [{"role": "user", "content": "q"}]], ["a", "b"], {})
+    call_rewards([Reward(name="f", function=f)], ["text", [{"role": "user", "content": "q"}]], ["a", "b"], {})
     assert seen == ["a", messages("b")]
 
 
@@ -397,7 +398,7 @@ def test_conversational_prompts_hand_over_messages():
 
 def test_scores_are_float32_with_nan_for_none():
     rewards = [give(1, None, 0.1), give(True, np.bool_(False), np.float32(0.5))]
-    scores = score(rewards, ["p"] * 3, ["a"] * 3, {})
+    scores = call_rewards(rewards, ["p"] * 3, ["a"] * 3, {})
     assert scores.dtype == np.float32 and scores.shape == (3, 2)
     np.testing.assert_array_equal(scores, np.array([[1, 1], [np.nan, 0], [0.1, 0.5]], np.float32))
 
@@ -470,9 +471,9 @@ def test_a_built_in_names_the_row_of_a_bad_answer():
 
 def test_lengths_must_agree():
     with pytest.raises(ValueError, match="2 prompts, but `answer` has 1"):
-        score([give(1, 1)], ["p", "q"], ["a", "b"], {"answer": [1]})
+        call_rewards([give(1, 1)], ["p", "q"], ["a", "b"], {"answer": [1]})
     with pytest.raises(ValueError, match="2 prompts, but `completions` has 1"):
-        score([give(1)], ["p", "q"], ["a"], {})
+        call_rewards([give(1)], ["p", "q"], ["a"], {})
 
 
 def test_rewards_need_numpy_alone():

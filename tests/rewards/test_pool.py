@@ -13,7 +13,8 @@ import pytest
 
 import grpo_jax
 from grpo_jax.config.run import RewardConfig
-from grpo_jax.rewards.loading import RewardError, close_rewards, load_rewards, score
+from grpo_jax.rewards.calling import call_rewards
+from grpo_jax.rewards.loading import RewardError, close_rewards, load_rewards
 
 FILE = """\
 import asyncio, os, signal, subprocess, sys, time
@@ -102,7 +103,7 @@ def load(tmp_path):
 
 
 def scored(reward, completions, **columns):
-    return score([reward], ["p"] * len(completions), completions, columns)[:, 0].tolist()
+    return call_rewards([reward], ["p"] * len(completions), completions, columns)[:, 0].tolist()
 
 
 def alive(pid: int) -> bool:
@@ -161,7 +162,7 @@ def test_none_stays_none_and_messages_stay_messages(load):
     assert np.isnan(scored(load("half"), ["none", "a"], answer=[1, 2])).tolist() == [True, False]
     reward = load("length")
     chat = [[{"role": "user", "content": "q"}]] * 2
-    assert score([reward], chat, ["abc", "d"], {})[:, 0].tolist() == [1, 1]  # lists of one message
+    assert call_rewards([reward], chat, ["abc", "d"], {})[:, 0].tolist() == [1, 1]  # lists of one message
 
 
 def test_a_built_in_and_arguments():
@@ -346,17 +347,18 @@ from pathlib import Path
 worker._stand_in_for_package(Path(sys.argv[1]))  # a start without JAX
 
 from types import SimpleNamespace
-from grpo_jax.rewards.loading import load_rewards, score
+from grpo_jax.rewards.calling import call_rewards
+from grpo_jax.rewards.loading import load_rewards
 settings = dict(weight=1.0, arguments={}, timeout=500.0, workers=1, rows_per_call=None)
 (reward,) = load_rewards([SimpleNamespace(function=sys.argv[2] + ":command", **settings)])
 how, pids = sys.argv[3:]
 if how in ("exit", "exception"):
-    score([reward], ["p"], ["a"], {"pids": [pids]})
+    call_rewards([reward], ["p"], ["a"], {"pids": [pids]})
     print(reward.pool._workers[0].process.pid, flush=True)
     if how == "exception":
         raise RuntimeError("no")
 else:
-    score([reward], ["p"], ["sleep"], {"pids": [pids]})
+    call_rewards([reward], ["p"], ["sleep"], {"pids": [pids]})
 """
 
 

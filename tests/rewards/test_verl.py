@@ -3,7 +3,8 @@
 import pytest
 
 from grpo_jax.config.run import RewardConfig
-from grpo_jax.rewards.loading import RewardError, check_columns, check_rows, load_rewards, score
+from grpo_jax.rewards.calling import call_rewards
+from grpo_jax.rewards.loading import RewardError, check_columns, check_rows, load_rewards
 from grpo_jax.rewards.verl import adapt_compute_score
 from grpo_jax.types import Example
 
@@ -55,7 +56,7 @@ def load(tmp_path):
 
 
 def scored(reward, completions, **columns):
-    return score([reward], ["p"] * len(completions), completions, columns)[:, 0].tolist()
+    return call_rewards([reward], ["p"] * len(completions), completions, columns)[:, 0].tolist()
 
 
 def calls_with(**columns):

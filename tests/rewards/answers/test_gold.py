@@ -11,7 +11,8 @@ from grpo_jax.config.run import RewardConfig
 from grpo_jax.data.loading import load_data
 from grpo_jax.rewards.answers.gold import MissingAnswerError, accepted_answers, whole_number, whole_numbers
 from grpo_jax.rewards.builtin import answer_match, countdown, exact_match, numeric_answer
-from grpo_jax.rewards.loading import check_rows, load_rewards, score
+from grpo_jax.rewards.calling import call_rewards
+from grpo_jax.rewards.loading import check_rows, load_rewards
 from grpo_jax.types import Example
 
 
@@ -241,5 +242,5 @@ def test_the_cells_of_a_csv_file_are_read(tmp_path):
     [(index, reason)] = check_rows(rewards, rows)
     assert index == 1 and "list written as text, as in a cell of a CSV file" in reason
     columns = {name: [row.columns[name] for row in rows[:1]] for name in ("numbers", "target", "answer")}
-    assert score(rewards, ["p"], ["12 + 34"], columns).tolist() == [[1, 0]]
-    assert score(rewards, ["p"], ["46"], columns).tolist() == [[0, 1]]
+    assert call_rewards(rewards, ["p"], ["12 + 34"], columns).tolist() == [[1, 0]]
+    assert call_rewards(rewards, ["p"], ["46"], columns).tolist() == [[0, 1]]

@@ -1,4 +1,4 @@
-"""Calls one reward function on a batch, and checks what it returns.
+"""Calls reward functions on a batch, and checks what they return.
 
 A reward function has the signature that users of TRL know, ``f(prompts, completions, **columns) ->
 list[float | None]``. Everything is passed by keyword as a list with one entry per completion. The function
@@ -18,7 +18,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,58 +25,62 @@ from typing import Any
 import numpy as np
 
 from grpo_jax.rewards.awaiting import end_fork, is_async, start
-from grpo_jax.rewards.builtin import REWARDS, Completion, completion_text
+from grpo_jax.rewards.completions import Completion, completion_text
 from grpo_jax.rewards.error_places import user_frame
 from grpo_jax.rewards.http_endpoint import EndpointError
-from grpo_jax.rewards.pool import RewardPool, WorkerError
+from grpo_jax.rewards.pool import WorkerError
+from grpo_jax.rewards.reward import Reward, RewardError, named, takes
 
 Prompt = str | list[dict[str, Any]]
 Batch = Mapping[str, Sequence[Any]]  # prompts, completions and columns by their keywords
 _IMMUTABLE = frozenset((str, int, float, bool, type(None)))  # the types that need no copy
 
 
-class RewardError(ValueError):
-    """A reward function failed or returned no valid rewards. The message names function and row."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reward:
-    """One reward function of a run.
+def call_rewards(
+    rewards: Sequence[Reward],
+    prompts: Sequence[Prompt],
+    completions: Sequence[Completion],
+    columns: Mapping[str, Sequence[Any]],
+) -> np.ndarray:
+    """Calls every reward function on a batch.
 
     Args:
-        name: name that is unique in the run. Metrics are called `rewards/<name>/...`.
-        function: f(prompts, completions, **columns) -> list of B numbers or None.
-        weight: factor in the sum.
-        arguments: fixed keyword arguments of the function.
-        source: where the function comes from, for messages.
-        pool: processes that call the function with a timeout. None calls it in this process.
-        one_of: columns of which the data must have at least one.
-        check_row: raises ValueError with a reason if the function cannot use the columns of a row. None means
-            that every row is fine.
+        rewards: R reward functions.
+        prompts: B strings or lists of messages.
+        completions: B completions. A string under a prompt of messages is passed as a message.
+        columns: the data's other columns, each with B entries.
+
+    Returns:
+        [B, R] float32, NaN where a function returned None.
+
+    Raises:
+        RewardError: a function raised, or returned a wrong length or type, or a value that is not finite.
+        ValueError: prompts, completions and columns differ in length.
     """
+    size = len(prompts)
+    for name, values in {"completions": completions, **columns}.items():
+        if len(values) != size:
+            raise ValueError(f"{size} prompts, but `{name}` has {len(values)} entries")
+    completions = [
+        [{"role": "assistant", "content": completion}]
+        if isinstance(completion, str) and not isinstance(prompt, str)
+        else completion
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    batch = {**columns, "prompts": prompts, "completions": completions}
+    scores = np.full((size, len(rewards)), np.nan, np.float32)
+    begun = [_begin_call(reward, batch) for reward in rewards]
+    try:
+        for r in sorted(range(len(rewards)), key=lambda r: begun[r] is not None):  # async ones wait meanwhile
+            scores[:, r] = _finish_call(rewards[r], batch, begun[r])
+    finally:  # after an error, the other calls are not needed
+        for call in filter(None, begun):
+            call.cancel()
+    return scores
 
-    name: str
-    function: Callable[..., Any]
-    weight: float = 1.0
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    source: str = "built in"
-    pool: RewardPool | None = None
-    one_of: tuple[str, ...] = ()
-    check_row: Callable[[Mapping[str, Any]], None] | None = None
 
-
-def named(reward: Reward) -> str:
-    return f"reward `{reward.name}` ({reward.source})"
-
-
-def parameters_of(reward: Reward) -> tuple[dict[str, inspect.Parameter], bool]:
-    """Returns (parameters by name, whether it takes any keyword)."""
-    parameters = inspect.signature(reward.function).parameters.values()
-    keywords = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return (
-        {p.name: p for p in parameters if p.kind in keywords},
-        any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters),
-    )
+# The name until version 0.2.
+score = call_rewards
 
 
 class _Failed(Exception):
@@ -88,7 +91,7 @@ class _Failed(Exception):
         self.error = error
 
 
-def begin_call(reward: Reward, batch: Batch) -> Future | None:
+def _begin_call(reward: Reward, batch: Batch) -> Future | None:
     """Starts the call of an async function, so that several of them wait at the same time.
 
     Args:
@@ -96,26 +99,26 @@ def begin_call(reward: Reward, batch: Batch) -> Future | None:
         batch: `prompts`, `completions` and the data's columns, each with B entries.
 
     Returns:
-        a future for `finish_call`, or None for a function that is not async or has its own process.
+        a future for `_finish_call`, or None for a function that is not async or has its own process.
     """
     if reward.pool is not None or not is_async(reward.function):
         return None
     return start(partial(_call, reward, batch))
 
 
-def finish_call(reward: Reward, batch: Batch, begun: Future | None) -> list[float]:
+def _finish_call(reward: Reward, batch: Batch, begun: Future | None) -> list[float]:
     """Calls one reward function on a batch, or waits for the call that has begun.
 
     Args:
         reward: the reward function.
         batch: `prompts`, `completions` and the data's columns, each with B entries.
-        begun: what `begin_call` returned.
+        begun: what `_begin_call` returned.
 
     Returns:
         B floats, NaN where the function returned None.
 
     Raises:
-        RewardError: as in `score` of `grpo_jax.rewards.loading`.
+        RewardError: as in `call_rewards`.
     """
     try:
         if reward.pool is not None:
@@ -123,7 +126,7 @@ def finish_call(reward: Reward, batch: Batch, begun: Future | None) -> list[floa
                 name: values for name, values in batch.items() if name not in ("prompts", "completions")
             }
             wanted = {name: values for name, values in columns.items() if takes(reward, name)}
-            return reward.pool.score(batch["prompts"], batch["completions"], wanted)
+            return reward.pool.judge(batch["prompts"], batch["completions"], wanted)
         values = _finish(begun or partial(_call, reward, batch))
     except WorkerError as error:  # the worker has explained it
         raise RewardError(str(error)) from None
@@ -192,15 +195,6 @@ def _noting(handler: Callable[..., Any], signals: list[int]) -> Callable[..., An
         return handler(signum, frame)
 
     return note
-
-
-def takes(reward: Reward, name: str) -> bool:
-    """Says whether a function is called with a column. Keyword-only parameters of built-ins never are."""
-    parameters, takes_any = parameters_of(reward)
-    if name not in parameters:
-        return takes_any
-    is_argument = parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
-    return not (is_argument and reward.function in REWARDS.values())
 
 
 def _call(reward: Reward, batch: Batch) -> Any:

@@ -11,9 +11,9 @@ import pytest
 import small_run
 
 from grpo_jax.config.run import RewardConfig
+from grpo_jax.rewards.calling import call_rewards, own_copy
 from grpo_jax.rewards.judging import judge
-from grpo_jax.rewards.loading import Reward, RewardError, close_rewards, load_rewards, score
-from grpo_jax.rewards.scoring import own_copy
+from grpo_jax.rewards.loading import Reward, RewardError, close_rewards, load_rewards
 from grpo_jax.train import train
 from grpo_jax.types import Example
 
@@ -124,7 +124,7 @@ def test_what_is_nested_and_what_is_an_argument(load, settings):
     assert judge([load("nested", **settings)], repeated(example, 2), ["a", "b"])[:, 0].tolist() == [2, 2]
     assert example.columns == {"info": {"numbers": {"left": [1, 2]}}}
     reward = load("arguments", arguments={"words": ["once"]}, **settings)
-    assert [score([reward], ["p"], ["a"], {})[0, 0] for _ in range(2)] == [1, 1]
+    assert [call_rewards([reward], ["p"], ["a"], {})[0, 0] for _ in range(2)] == [1, 1]
 
 
 def test_the_search_for_a_row_that_fails_changes_nothing(load):
@@ -204,7 +204,7 @@ def test_a_reward_that_exits_is_named(tmp_path, line):
     (reward,) = load_rewards([RewardConfig(function=f"{tmp_path}/exits.py:f")])
     match = r"`f` \(.*exits.py:3\) raised .* at exits.py:5 on a batch of 3 rows; row 1 \(completion 'bad'\)"
     with pytest.raises(RewardError, match=match):
-        score([reward], ["p"] * 3, ["a", "bad", "b"], {"answer": [1] * 3})
+        call_rewards([reward], ["p"] * 3, ["a", "bad", "b"], {"answer": [1] * 3})
 
 
 def test_an_exit_after_some_batches_ends_a_run_with_an_error(tmp_path):
@@ -235,7 +235,7 @@ def test_ctrl_c_inside_a_reward_goes_through(signum):
     handler = signal.signal(signum, interrupt)
     try:
         with pytest.raises(KeyboardInterrupt):
-            score([Reward(name="f", function=f)], ["p"], ["a"], {})
+            call_rewards([Reward(name="f", function=f)], ["p"], ["a"], {})
         assert signal.getsignal(signum) is interrupt
     finally:
         signal.signal(signum, handler)
@@ -251,7 +251,7 @@ def test_a_handler_that_a_reward_sets_stays(monkeypatch):
         return [0.0]
 
     try:
-        score([Reward(name="f", function=f)], ["p"], ["a"], {})
+        call_rewards([Reward(name="f", function=f)], ["p"], ["a"], {})
         assert signal.getsignal(signal.SIGINT) is own
     finally:
         signal.signal(signal.SIGINT, handler)
@@ -263,7 +263,7 @@ def test_in_another_thread():
 
     def call():
         with pytest.raises(RewardError, match="KeyboardInterrupt"):
-            score([Reward(name="f", function=f)], ["p"], ["a"], {})
+            call_rewards([Reward(name="f", function=f)], ["p"], ["a"], {})
         done.append(True)
 
     done = []
@@ -280,7 +280,7 @@ def test_a_fork_does_not_come_back_twice(tmp_path):
         os.fork()
         return [0.0]
 
-    score([Reward(name="f", function=f)], ["p"], ["a"], {})
+    call_rewards([Reward(name="f", function=f)], ["p"], ["a"], {})
     with notes.open("a") as file:  # the child would write as well
         file.write(f"{os.getpid()}\n")
     os.wait()
@@ -292,3 +292,9 @@ def test_an_exit_at_the_import_of_a_module(tmp_path, monkeypatch):
     (tmp_path / "exits_at_import.py").write_text("import sys\nsys.exit(0)\n")
     with pytest.raises(ValueError, match=r"exits_at_import.py:2: importing it raised SystemExit\(0\)"):
         load_rewards([RewardConfig(function="exits_at_import:f")])
+
+
+def test_the_old_name_of_call_rewards_still_works():
+    from grpo_jax import rewards
+
+    assert rewards.score is call_rewards
