@@ -40,8 +40,8 @@ def prompt_limit(model: Model, max_prompt_length: int | None, max_new_tokens: in
     limit = max_prompt_length
     if model.max_positions is None:
         return limit
-    room = model.max_positions - max_new_tokens
-    if room < (limit or 1):
+    available = model.max_positions - max_new_tokens
+    if available < (limit or 1):
         prompt = "a prompt of 1 token"
         advice = "lower sampling.max_new_tokens"
         if limit is not None:
@@ -51,7 +51,7 @@ def prompt_limit(model: Model, max_prompt_length: int | None, max_new_tokens: in
             f"{prompt} + sampling.max_new_tokens {max_new_tokens} exceed the {model.max_positions} positions "
             f"of {model.source}; {advice}"
         )
-    return room if limit is None else limit
+    return available if limit is None else limit
 
 
 def fit_prompts(
@@ -93,32 +93,33 @@ def fit_prompts(
     if over_length == "drop":
         kept = encoded.chosen(np.flatnonzero(lengths <= limit))
         return Fitted(kept, frozenset(kept.lengths.tolist()), num_dropped=len(over), note=note)
-    cut = list(encoded)
+    fitted = list(encoded)
     for i in over:
-        prompt = cut[i].prompt
-        shorter = (
-            _cut_text(model, prompt, limit) if isinstance(prompt, str) else _cut_chat(model, prompt, limit)
-        )
+        prompt = fitted[i].prompt
+        truncate = _truncate_text if isinstance(prompt, str) else _truncate_chat
+        shorter = truncate(model, prompt, limit)
         if shorter is None:
             raise ValueError(
-                f"{cut[i].place or f'{what} prompt {i}'} has {lengths[i]} tokens and cannot be truncated at "
-                f"the left to {limit}: the chat template alone is longer than that; raise "
+                f"{fitted[i].place or f'{what} prompt {i}'} has {lengths[i]} tokens and cannot be truncated "
+                f"at the left to {limit}: the chat template alone is longer than that; raise "
                 "data.max_prompt_length or set data.over_length: drop"
             )
-        cut[i] = replace(cut[i], prompt=shorter, tokens=tuple(encode(model, [shorter])[0]))
-    return Fitted(cut, frozenset(len(example.tokens) for example in cut), num_truncated=len(over), note=note)
+        fitted[i] = replace(fitted[i], prompt=shorter, tokens=tuple(encode(model, [shorter])[0]))
+    return Fitted(
+        fitted, frozenset(len(example.tokens) for example in fitted), num_truncated=len(over), note=note
+    )
 
 
 def _length(model: Model, prompt: str | list[dict[str, str]]) -> int:
     return len(encode(model, [prompt])[0])
 
 
-def _cut_text(model: Model, text: str, limit: int) -> str | None:
+def _truncate_text(model: Model, text: str, limit: int) -> str | None:
     """Returns the longest end of a text that fits and begins with a whole token, or None."""
     return _first_fitting(model, (text[start:] for start in _token_starts(model, text)[-limit:]), limit)
 
 
-def _cut_chat(model: Model, messages: list[dict[str, str]], limit: int) -> list[dict[str, str]] | None:
+def _truncate_chat(model: Model, messages: list[dict[str, str]], limit: int) -> list[dict[str, str]] | None:
     """Removes the oldest turns before a turn of the user. If needed, the last message loses its beginning.
 
     A leading system message is kept.
@@ -134,8 +135,8 @@ def _cut_chat(model: Model, messages: list[dict[str, str]], limit: int) -> list[
     last = rest[starts[-1] :] if starts else rest
     *before, final = last
     content = final["content"]
-    cuts = (content[start:] for start in _token_starts(model, content)[-limit:])
-    return _first_fitting(model, ([*head, *before, {**final, "content": cut}] for cut in cuts), limit)
+    truncated = (content[start:] for start in _token_starts(model, content)[-limit:])
+    return _first_fitting(model, ([*head, *before, {**final, "content": text}] for text in truncated), limit)
 
 
 def _token_starts(model: Model, text: str) -> list[int]:

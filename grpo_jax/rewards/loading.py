@@ -162,7 +162,7 @@ def check_columns(rewards: Sequence[Reward], columns: Iterable[str]) -> None:
         ValueError: the message names the function, the missing column and the columns of the data.
     """
     columns = list(columns)
-    there = ", ".join(f"`{column}`" for column in columns) or "none"
+    available = ", ".join(f"`{column}`" for column in columns) or "none"
     for name in ("prompts", "completions"):
         if name in columns:
             raise ValueError(f"the data has a column `{name}`, which is what reward functions get; rename it")
@@ -170,10 +170,12 @@ def check_columns(rewards: Sequence[Reward], columns: Iterable[str]) -> None:
         parameters, takes_any = parameters_of(reward)
         if reward.one_of and not set(reward.one_of) & {*columns}:
             wanted = ", ".join(f"`{column}`" for column in reward.one_of)
-            raise ValueError(f"{named(reward)} needs one of the columns {wanted}; columns: {there}")
+            raise ValueError(f"{named(reward)} needs one of the columns {wanted}; columns: {available}")
         for name in _named_columns(reward):
             if name not in columns:
-                raise ValueError(f"{named(reward)}: its argument `columns` names `{name}`; columns: {there}")
+                raise ValueError(
+                    f"{named(reward)}: its argument `columns` names `{name}`; columns: {available}"
+                )
         for name, parameter in parameters.items():
             given = name in ("prompts", "completions") or name in columns or name in reward.arguments
             required = parameter.default is inspect.Parameter.empty and not given
@@ -185,7 +187,7 @@ def check_columns(rewards: Sequence[Reward], columns: Iterable[str]) -> None:
             if required:
                 raise ValueError(
                     f"{named(reward)} needs `{name}`, which is neither a column of the data nor in its "
-                    f"arguments; columns: {there}"
+                    f"arguments; columns: {available}"
                 )
         for name in reward.arguments:
             if name in columns and (name in parameters or takes_any):

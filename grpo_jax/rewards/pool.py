@@ -148,9 +148,9 @@ class RewardPool:
         while len(self._workers) < min(self.workers, len(calls)):
             self._workers.append(self._start())
         while unfinished:
-            for place, worker in enumerate(self._workers):
+            for index, worker in enumerate(self._workers):
                 # If there is a call for each worker, it gets the same rows of every batch.
-                call = place if len(calls) <= len(self._workers) else next(iter(waiting), None)
+                call = index if len(calls) <= len(self._workers) else next(iter(waiting), None)
                 if worker.busy or call not in waiting:
                     continue
                 waiting.remove(call)
@@ -160,9 +160,9 @@ class RewardPool:
                 if not self._sent(worker.connection, calls[worker.call]):
                     unfinished -= 1
                     self._lost_calls[worker.call] = _DEAD
-                    self._replace(place)
-            for place in self._finished():
-                worker = self._workers[place]
+                    self._replace(index)
+            for index in self._finished():
+                worker = self._workers[index]
                 answer = _received(worker.connection)
                 starting = worker.call is None
                 if answer is not None and "error" in answer:
@@ -177,7 +177,7 @@ class RewardPool:
                     late = worker.deadline <= time.monotonic()
                     reason = f"the call ran over its timeout of {self.timeout:g} s" if late else _DEAD
                     self._lost_calls[worker.call] = reason
-                    self._replace(place)
+                    self._replace(index)
                     continue
                 if not starting:
                     answers[worker.call] = answer["rewards"]
@@ -192,8 +192,8 @@ class RewardPool:
         ready = wait([worker.connection for worker in busy], max(0.0, soonest - time.monotonic()))
         now = time.monotonic()
         return [
-            place
-            for place, worker in enumerate(self._workers)
+            index
+            for index, worker in enumerate(self._workers)
             if worker.busy and (worker.connection in ready or worker.deadline <= now)
         ]
 
@@ -207,25 +207,25 @@ class RewardPool:
             raise WorkerError(f"{self.who}: a column cannot go to a worker process: {error!r}") from None
         return True
 
-    def _replace(self, place: int) -> None:
-        self._workers[place].end()
-        self._workers[place] = self._start()
+    def _replace(self, index: int) -> None:
+        self._workers[index].end()
+        self._workers[index] = self._start()
 
     def _start(self) -> _Worker:
-        here, there = Pipe()
-        with there:
+        ours, theirs = Pipe()
+        with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-P", str(_PROGRAM), str(there.fileno()), str(os.getpid())],
+                [sys.executable, "-P", str(_PROGRAM), str(theirs.fileno()), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
-                pass_fds=[there.fileno()],
+                pass_fds=[theirs.fileno()],
                 cwd=self._directory,
                 env={**os.environ, **_ENVIRONMENT},
                 # Ctrl-C then goes to the run alone, which saves first, and there is one group to kill.
                 start_new_session=True,
             )
-        worker = _Worker(process, here, deadline=time.monotonic() + _START_SECONDS)
+        worker = _Worker(process, ours, deadline=time.monotonic() + _START_SECONDS)
         with contextlib.suppress(OSError):  # it has ended already, which is noticed at its first call
-            here.send_bytes(self._setup)
+            ours.send_bytes(self._setup)
         return worker
 
 

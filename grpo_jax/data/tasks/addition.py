@@ -21,13 +21,13 @@ def _pairs(digits: int) -> list[tuple[int, int]]:
     if size * (size + 1) // 2 <= MAX_PAIRS:
         pairs = [(a, b) for a in range(low, high) for b in range(a, high)]
         return sorted(pairs, key=lambda pair: _number(f"{pair[0]}+{pair[1]}"))
-    drawn: dict[tuple[int, int], None] = {}
+    sampled: dict[tuple[int, int], None] = {}
     index = 0
-    while len(drawn) < MAX_PAIRS:
+    while len(sampled) < MAX_PAIRS:
         a, b = (low + _number(f"{digits} digits, pair {index}, {side}") % size for side in "ab")
-        drawn[min(a, b), max(a, b)] = None
+        sampled[min(a, b), max(a, b)] = None
         index += 1
-    return list(drawn)
+    return list(sampled)
 
 
 def split_problems(digits: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:

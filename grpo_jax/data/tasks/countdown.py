@@ -25,7 +25,7 @@ class Problem:
         return f"{sorted(self.numbers)} -> {self.target}"
 
 
-def _draw(rng: random.Random, num_numbers: int, max_number: int) -> Problem | None:
+def _make_problem(rng: random.Random, num_numbers: int, max_number: int) -> Problem | None:
     """Combines random numbers by random operations. Returns None if a step is not a positive whole number."""
 
     def below(n: int) -> int:
@@ -44,7 +44,7 @@ def _draw(rng: random.Random, num_numbers: int, max_number: int) -> Problem | No
     return Problem(tuple(numbers), int(value), solution[1:-1])
 
 
-def draw_problems(*, count: int, num_numbers: int, max_number: int, max_target: int) -> list[Problem]:
+def generate_problems(*, count: int, num_numbers: int, max_number: int, max_target: int) -> list[Problem]:
     """Generates different problems, the same ones in every run, in a fixed pseudo-random order.
 
     Raises:
@@ -53,7 +53,7 @@ def draw_problems(*, count: int, num_numbers: int, max_number: int, max_target: 
     rng = random.Random(0)
     problems: dict[str, Problem] = {}
     for _ in range(_ATTEMPTS * count):
-        problem = _draw(rng, num_numbers, max_number)
+        problem = _make_problem(rng, num_numbers, max_number)
         if problem and problem.target <= max_target and problem.target not in problem.numbers:
             problems.setdefault(problem.key, problem)
             if len(problems) == count:
@@ -86,7 +86,7 @@ def make_countdown(
     for name, value in (("max_number", max_number), ("max_target", max_target), ("size", size)):
         require(value >= 1, f"{name}: {value}; at least 1")
     require(held_out >= 0, f"held_out: {held_out}; 0 or more")
-    problems = draw_problems(
+    problems = generate_problems(
         count=size + held_out, num_numbers=num_numbers, max_number=max_number, max_target=max_target
     )
     examples = [_example(problem) for problem in problems]
