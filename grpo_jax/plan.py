@@ -6,6 +6,7 @@ python -m grpo_jax.plan --config configs/grpo_config.yaml
 import sys
 
 from grpo_jax.cli import run_command
+from grpo_jax.config.default import or_default
 from grpo_jax.config.parsing import parse_record
 from grpo_jax.config.run import Config
 from grpo_jax.run.best_model import check_best_metric
@@ -17,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command."""
     config = parse_record(
         Config,
-        argv,
+        or_default(argv),
         command="python -m grpo_jax.plan",
         description="Show what a config will do, without doing it.",
     )

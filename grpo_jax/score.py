@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from grpo_jax.cli import enable_compilation_cache, json_alone, run_command
+from grpo_jax.config.default import or_default
 from grpo_jax.config.parsing import parse_record
 from grpo_jax.config.run import Config
 from grpo_jax.evaluation.verdicts import Correct
@@ -78,9 +79,10 @@ def _print(figures: dict[str, Any], samples: list[dict[str, Any]], lines: list[s
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command."""
+    own = {f.name for f in fields(ScoreArguments)} - {f.name for f in fields(Config)}
     arguments = parse_record(
         ScoreArguments,
-        argv,
+        or_default(argv, own=own),
         command="python -m grpo_jax.score",
         description="Rehearse a run: sample from the base model and call the rewards, without training.",
     )

@@ -12,6 +12,7 @@ import jax
 
 from grpo_jax.checkpoints.manager import Checkpoints
 from grpo_jax.cli import enable_compilation_cache, run_command
+from grpo_jax.config.default import or_default
 from grpo_jax.config.parsing import parse_record
 from grpo_jax.config.run import Config
 from grpo_jax.models.loading import save_model
@@ -118,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command."""
     config = parse_record(
         Config,
-        argv,
+        or_default(argv),
         command="python -m grpo_jax.train",
         description="Train a causal language model with GRPO.",
     )

@@ -4,6 +4,7 @@ import dataclasses
 import re
 from pathlib import Path
 
+from grpo_jax.config.default import DEFAULT
 from grpo_jax.config.run import AlgorithmConfig
 from grpo_jax.objective.advantages import ADVANTAGES
 from grpo_jax.objective.kl import KL_ESTIMATORS
@@ -27,6 +28,11 @@ def test_files_it_names_exist():
     names = set(re.findall(r"(?:configs|benchmarks|scripts|notebooks|\.ci|grpo_jax)/[\w./]+\w", README))
     assert names
     assert [name for name in sorted(names) if not (ROOT / name).exists()] == []
+
+
+def test_the_packaged_config_is_that_of_the_main_job():
+    shown = ROOT / "configs" / "grpo_config.yaml"
+    assert DEFAULT.read_text() == shown.read_text(), f"copy {shown} to {DEFAULT}"
 
 
 def cells(heading: str) -> list[list[str]]:

@@ -11,6 +11,7 @@ import pytest
 import small_run
 import test_rooms
 
+import grpo_jax
 from grpo_jax import __main__, env
 from grpo_jax.version import __version__
 
@@ -31,7 +32,8 @@ def test_the_list_is_that_of_the_rooms():
 
 
 @pytest.mark.parametrize("name", __main__.COMMANDS)
-def test_help_says_what_the_list_says(name, capsys):
+def test_help_says_what_the_list_says(name, capsys, monkeypatch):
+    monkeypatch.setattr(grpo_jax, "generate", grpo_jax.generate)  # the command's module takes its place
     with pytest.raises(SystemExit, match=r"^0$"):
         importlib.import_module(f"grpo_jax.{name}").main(["--help"])
     assert __main__.COMMANDS[name] in " ".join(capsys.readouterr().out.split())
@@ -60,6 +62,24 @@ def test_a_command_gets_its_arguments_and_gives_its_exit_code(capsys):
     with pytest.raises(SystemExit, match=r"^0$"):
         __main__.main(["env", "--json"])
     assert json.loads(capsys.readouterr().out)["grpo_jax"]["version"] == __version__
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["plan"], ("packaged:arithmetic", "300 updates")),
+        (["score", "--num_prompts=2", "--num_samples=2"], ("2 training prompts × 2 completions",)),
+    ],
+    ids=["plan", "score"],
+)
+def test_a_command_that_is_told_nothing_takes_the_main_job(command, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # no configs/ here
+    with pytest.raises(SystemExit, match=r"^0$"):
+        __main__.main(command)
+    out, err = capsys.readouterr()
+    assert all(word in out for word in words), out
+    assert "packaged/default.yaml" in err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_as_a_user_types_it():
