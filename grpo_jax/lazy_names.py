@@ -1,4 +1,4 @@
-"""Names that a room gives to those who import it, each loaded when it is asked for (PEP 562)."""
+"""Lets a folder export names whose modules are loaded when they are first used (PEP 562)."""
 
 import importlib
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ def lazy_names(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str]
 
     Args:
         package: `__name__` of the package.
-        modules: Names that it gives, each with the module of the package that defines it.
+        modules: exported names, each with the module of the package that defines it.
 
     >>> get, names = lazy_names("grpo_jax.objective", {"kl_k3": "kl"})
     >>> get("kl_k3").__name__, names

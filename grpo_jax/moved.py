@@ -1,7 +1,7 @@
-"""Old names of modules: until version 0.2, `grpo_jax.losses` still finds `grpo_jax.objective.losses`.
+"""Lets imports by old names work until version 0.2: `grpo_jax.losses` finds `grpo_jax.objective.losses`.
 
-The modules lay side by side before they were given rooms. Scripts and notebooks of that time go on working,
-with a DeprecationWarning that names the new place. Python asks this finder last, so it never hides a module.
+All modules were in one folder before. Scripts and notebooks of that time still work, with a
+DeprecationWarning that names the new module. Python asks this finder last, so it never hides a module.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""The name that a misspelled one was probably meant to be."""
+"""Finds the name that was probably meant by a misspelled one."""
 
 import difflib
 from collections.abc import Iterable
@@ -8,12 +8,12 @@ def nearest(word: str, known: Iterable[str], *, likeness: float = 0.6) -> str | 
     """Returns the known name that is most like a word, for `did you mean ...?`.
 
     Args:
-        word: what the user wrote.
-        known: the names there are.
-        likeness: least ratio of `difflib`, 0 to 1, at which a name counts.
+        word: the word that the user wrote.
+        known: all names that exist.
+        likeness: smallest similarity ratio of `difflib` at which a name counts, 0 to 1.
 
     Returns:
-        the name; `None` if none is like it.
+        the name, or `None` if no name is similar enough.
 
     >>> nearest("adition", ["addition", "countdown"])
     'addition'

@@ -64,7 +64,7 @@ def _check_characters(text: str, name: str) -> None:
     if found := _SURROGATE.search(text):
         raise ValueError(
             f"`{name}` holds half a character ({found[0]!r}, a lone surrogate, at position {found.start()}): "
-            "the text was cut inside it; cut it elsewhere, or take that half out"
+            "the text was truncated inside it; truncate it elsewhere, or remove that half"
         )
 
 

@@ -92,10 +92,10 @@ def _name_of_source(data: DataConfig) -> str:
 
 def _plain(name: str) -> RowTask:
     """Returns the task of a file whose rows are examples already."""
-    return RowTask(name=name, make_rows=_as_it_stands, rewards=(), hub=None, eval_fraction=0.0)
+    return RowTask(name=name, make_rows=_unchanged, rewards=(), hub=None, eval_fraction=0.0)
 
 
-def _as_it_stands(row: dict[str, Any]) -> list[dict[str, Any]]:
+def _unchanged(row: dict[str, Any]) -> list[dict[str, Any]]:
     return [row]
 
 
@@ -157,8 +157,8 @@ def _examples(
     if not num_rows or not (made or bad):
         raise ValueError(
             f"{first_source}: the file has no examples; each row is one, with a `prompt` or what makes it"
-            if task.make_rows is _as_it_stands
-            else f"{first_source}: there is no row of which {task.name} makes a prompt"
+            if task.make_rows is _unchanged
+            else f"{first_source}: the task {task.name} makes a prompt of none of its rows"
         )
     bad |= _odd_columns(made, short_places=len(sources) == 1)
     note = settle(

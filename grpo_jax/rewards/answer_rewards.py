@@ -26,7 +26,7 @@ _LIST_AT_END = re.compile(r"[0-9], (?:and )?[-+$]{0,2}[0-9][0-9.,]*\W*$")
 
 
 def exact_match(completions: Sequence[Completion], answer: Sequence[Any]) -> list[float]:
-    """Rewards 1 if the completion equals the answer, apart from white space around them, else 0.
+    """Rewards 1 if the completion equals the answer, apart from white space around them, and 0 otherwise.
 
     Args:
         completions: B completions.
@@ -44,7 +44,7 @@ def exact_match(completions: Sequence[Completion], answer: Sequence[Any]) -> lis
 
 
 def _accepted(value: Any) -> tuple[str, ...]:
-    """Returns the accepted answers of a row. They are none if the row has no answer."""
+    """Returns the accepted answers of a row. The tuple is empty if the row has no answer."""
     try:
         return accepted_answers(value)
     except MissingAnswerError:
@@ -67,10 +67,10 @@ def numeric_answer(
     which: Literal["last", "first"] = "last",
     tolerance: float = 1e-6,
 ) -> list[float]:
-    r"""Rewards 1 if the completion's number equals the answer's, else 0 (also without a number).
+    r"""Rewards 1 if the completion's number equals the answer's, and 0 otherwise.
 
-    What a ``\boxed{}`` or ``####`` marks must be one number, with or without a unit. Without a mark, the last
-    or first number of the text counts. Whole numbers are compared exactly, and others by
+    If a ``\boxed{}`` or ``####`` marks the answer, it must be one number, with or without a unit. Without a
+    mark, the last or first number of the text counts. Whole numbers are compared exactly, and others by
     |a - b| <= tolerance * |b|. The unit is not compared, but answer_match compares it.
 
     Args:
@@ -114,8 +114,8 @@ def _check_place(where: str | None) -> None:
 def _expected_answer(text: str, *, where: Where | None, tag: str = "answer") -> str:
     """Returns the answer in a gold text.
 
-    It is the text behind GSM8K's `####`, else the text in the tag or box, else what a solution states at its
-    end, else the whole text.
+    The first of these that the text has counts: the text after GSM8K's `####`, the content of the tag or box,
+    what a solution states at its end, and the whole text.
     """
     if where == "text":
         return text
@@ -134,7 +134,7 @@ def answer_match(
     tag: str = "answer",
     tolerance: float = 1e-6,
 ) -> list[float]:
-    r"""Rewards 1 if the answer is in the right place and equals the expected one, else 0.
+    r"""Rewards 1 if the answer is in the right place and equals the expected one, and 0 otherwise.
 
     Formatting does not count (``\text{}``, ``$``, ``**``, thin spaces). Numbers are compared as numbers, and
     units only if both answers have one. It understands lists, intervals, simple expressions and words.
@@ -144,7 +144,7 @@ def answer_match(
         completions: B completions.
         answer: column of texts, numbers, or lists of these, of which any is right. A text may mark its answer
             by ``####`` (GSM8K), by a box, or by the tag. A row without an answer gives 0.
-        where: place of the answer: `boxed` (the last complete ``\boxed{}``), `hashes` (the line behind the
+        where: place of the answer: `boxed` (the last complete ``\boxed{}``), `hashes` (the line after the
             last ``####``), `tag` (the last complete ``<answer>...</answer>``), `last_number`, `first_number`,
             or `text` (the whole completion).
         tag: name of the tag that `where: tag` looks for.
@@ -185,10 +185,10 @@ def math_answer(
     where: Where | None = None,
     tag: str = "answer",
 ) -> list[float | None]:
-    r"""Rewards 1 if the completion's answer equals the expected one as mathematics, else 0.
+    r"""Rewards 1 if the completion's answer equals the expected one as mathematics, and 0 otherwise.
 
-    The rules of answer_match decide first. If they leave a pair open, such as `(x^2-1)/(x+1)` against `x-1`,
-    math-verify decides (extra `math`). That sometimes takes seconds, so give the reward a `timeout`.
+    The rules of answer_match decide first. If they cannot decide, as for `(x^2-1)/(x+1)` and `x-1`,
+    math-verify does (extra `math`). That sometimes takes seconds, so give the reward a `timeout`.
 
     Args:
         completions: B completions.
@@ -217,7 +217,7 @@ def math_answer(
 
 
 def _same_mathematics(text: str, found: str | None, target: str) -> bool | None:
-    """Compares two answers, with math-verify if our own rules do not decide."""
+    """Compares two answers, by math-verify if our own rules cannot decide."""
     if found is None:  # there is no mark, so the whole text counts, or what math-verify finds in it
         if compare_answers(text, target):
             return True
@@ -237,5 +237,5 @@ def _is_hedged(text: str) -> bool:
 
 
 def _best(verdicts: Sequence[bool | None]) -> float | None:
-    """Returns 1 if any verdict is True, else 0 if any is False, else None."""
+    """Returns 1 if any verdict is True, 0 if none is but one is False, and None without a verdict."""
     return max((float(verdict) for verdict in verdicts if verdict is not None), default=None)

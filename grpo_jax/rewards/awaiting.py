@@ -1,4 +1,4 @@
-"""The event loop of all async reward functions of a process, in a thread of its own.
+"""Runs all async reward functions of a process on one event loop, in a thread of its own.
 
 `asyncio.run` is not enough. It refuses to work where a loop is running already, as in Jupyter. It also makes
 a new loop for every batch, but a client that a reward file keeps belongs to the loop that used it first.

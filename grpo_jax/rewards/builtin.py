@@ -1,4 +1,4 @@
-"""The reward functions that come with the package. Columns are positional, and arguments are keyword-only."""
+"""The built-in reward functions. Their columns are positional and their arguments keyword-only."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,7 @@ from grpo_jax.rewards.reasoning_gym import check_entry, judge_entry, read_entry
 
 
 def regex_format(completions: Sequence[Completion], *, pattern: str, search: bool = False) -> list[float]:
-    """Rewards 1 if the completion has the format of a regular expression, else 0.
+    """Rewards 1 if the completion matches a regular expression, and 0 otherwise.
 
     Args:
         completions: B completions.
@@ -39,7 +39,7 @@ def regex_format(completions: Sequence[Completion], *, pattern: str, search: boo
 def think_format(
     completions: Sequence[Completion], *, tags: Sequence[str] = ("think", "answer"), opened: bool = False
 ) -> list[float]:
-    """Rewards 1 for exactly ``<think>...</think><answer>...</answer>``, else 0.
+    """Rewards 1 for exactly ``<think>...</think><answer>...</answer>``, and 0 otherwise.
 
     Every tag must open and close once, in order, and only white space may be outside.
 
@@ -141,10 +141,10 @@ def distinct_words(completions: Sequence[Completion]) -> list[float]:
 def countdown(
     completions: Sequence[Completion], numbers: Sequence[Any], target: Sequence[Any]
 ) -> list[float]:
-    r"""Rewards 1 if the completion's expression equals the target, using each number at most once, else 0.
+    r"""Rewards 1 if the completion's expression equals the target and uses each number at most once.
 
-    The expression is the content of the last ``<answer>...</answer>`` or ``\boxed{}``, else the first line.
-    What follows an equals sign is left out. The expression may have only whole numbers and ``+ - * / ( )``,
+    All others give 0. The expression is the content of the last ``<answer>...</answer>`` or ``\boxed{}``, or
+    without these the first line. An equals sign ends it. It may have only whole numbers and ``+ - * / ( )``,
     and is evaluated exactly.
 
     Args:

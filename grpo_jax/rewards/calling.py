@@ -51,7 +51,7 @@ def call_rewards(
         columns: the data's other columns, each with B entries.
 
     Returns:
-        [B, R] float32, NaN where a function returned None.
+        [B, R] float32. NaN means that a function returned None.
 
     Raises:
         RewardError: a function raised, or returned a wrong length or type, or a value that is not finite.
@@ -115,7 +115,7 @@ def _finish_call(reward: Reward, batch: Batch, begun: Future | None) -> list[flo
         begun: what `_begin_call` returned.
 
     Returns:
-        B floats, NaN where the function returned None.
+        B floats. NaN means that the function returned None.
 
     Raises:
         RewardError: as in `call_rewards`.

@@ -1,4 +1,4 @@
-"""Reward models: a Hugging Face sequence classifier, computed by our decoder.
+"""Computes reward models, which are Hugging Face sequence classifiers, by our decoder.
 
 Such a checkpoint (`LlamaForSequenceClassification`, ...) is a causal language model with a `score` layer
 [num_labels, D] in place of the head. As in PyTorch, its logits are read at the last token of the text that

@@ -1,4 +1,4 @@
-"""The text of a completion, which is a string or a list of chat messages."""
+"""Reads the text of a completion, which is a string or a list of chat messages."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Evaluates arithmetic expressions that a model wrote, exactly and without a call of `eval`."""
+"""Evaluates arithmetic expressions that a model wrote, exactly and without `eval`."""
 
 import ast
 import operator
@@ -19,10 +19,10 @@ def evaluate_expression(text: str) -> tuple[Fraction, list[int]] | None:
     """Evaluates whole numbers joined by ``+ - * /`` and parentheses, exactly.
 
     Args:
-        text: the expression, and nothing else.
+        text: the expression alone.
 
     Returns:
-        (value, the numbers in it), or None for anything else and for a division by zero.
+        (value, the numbers in the expression), or `None` for other texts and for a division by zero.
 
     >>> evaluate_expression("(7 - 1) / 4")
     (Fraction(3, 2), [7, 1, 4])
@@ -51,8 +51,8 @@ def evaluate_expression(text: str) -> tuple[Fraction, list[int]] | None:
 def find_expression(text: str) -> str:
     r"""Returns the part of a completion that should be an expression.
 
-    It is the content of the last ``<answer>...</answer>``, else of the last ``\boxed{...}``, else the first
-    line with text. What follows an equals sign is left out.
+    It is the content of the last ``<answer>...</answer>``, or without one of the last ``\boxed{...}``, or
+    without either the first line with text. An equals sign ends it.
     """
     tagged = tag_answer(text)
     boxed = last_boxed(text)

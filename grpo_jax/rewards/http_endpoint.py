@@ -1,4 +1,4 @@
-"""Rewards from a server: any HTTP endpoint that scores a batch of completions will do.
+"""Gets rewards from a server, which may be any HTTP endpoint that judges a batch of completions.
 
 The request is a POST of one JSON object, in which each key has a list with one entry per completion:
 
@@ -23,15 +23,15 @@ from urllib.parse import urlsplit
 
 _MAX_ANSWER = 64 * 2**20  # bytes
 _LONGEST_PAUSE = 30.0  # seconds
-_PATIENCE = 5.0  # seconds for the answer that only shows that the server is up
+_PATIENCE = 5.0  # seconds to wait for the answer that shows that the server is up
 
 
 class EndpointError(RuntimeError):
-    """The endpoint gave no scores, for a reason that no row of the batch has caused."""
+    """The endpoint gave no scores, and no row of the batch is the reason."""
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the headers, and what is secret in them, to another host."""
+    """Follows no redirect, which would carry the headers and their secrets to another host."""
 
     def redirect_request(self, *_):
         return None
@@ -54,7 +54,7 @@ def http_score(
     columns: Sequence[str] | None = None,
     **data: Sequence[Any],
 ) -> list[float | None]:
-    """Asks an HTTP endpoint for the rewards; `grpo_jax/rewards/http_endpoint.py` has the protocol.
+    """Asks an HTTP endpoint for the rewards. `grpo_jax/rewards/http_endpoint.py` describes the protocol.
 
     Args:
         prompts: B prompts.
@@ -75,7 +75,7 @@ def http_score(
         data: all columns of the data.
 
     Returns:
-        B numbers, None where the endpoint had null.
+        B numbers. None stands for a null of the endpoint.
 
     Raises:
         EndpointError: there is no answer after the retries, it is not a list of scores, or JSON has no form
@@ -86,7 +86,7 @@ def http_score(
     _check_names(columns)
     fixed = {"Content-Type": "application/json", "Accept": "application/json", **_from_environment(headers)}
     if not completions:
-        _check_there(url)
+        _check_reachable(url)
         return []
     everything = {**_sent(data, columns), "prompts": prompts, "completions": completions}
     starts = range(0, len(completions), batch_size)
@@ -126,7 +126,7 @@ def check_sent(columns: Mapping[str, Any], arguments: Mapping[str, Any]) -> None
 
 
 class _NoForm(Exception):
-    """JSON has no form for a value, which the text names."""
+    """JSON has no form for a value. The text names the value."""
 
 
 def _sent(data: Mapping[str, Sequence[Any]], wanted: Sequence[str] | None) -> dict[str, list[Any]]:
@@ -178,8 +178,8 @@ def _check(url, timeout, retries, backoff, max_concurrency, batch_size) -> None:
         )
 
 
-def _check_there(url: str) -> None:
-    """Raises ValueError if the server cannot be reached. Any answer will do. A busy server is up, too."""
+def _check_reachable(url: str) -> None:
+    """Raises ValueError if the server cannot be reached. Any answer shows that it is up, even `busy`."""
     try:
         _OPENER.open(urllib.request.Request(url, method="HEAD"), timeout=_PATIENCE).close()
     except (urllib.error.HTTPError, http.client.HTTPException, TimeoutError):
@@ -195,7 +195,7 @@ def _from_environment(headers: Mapping[str, str] | None) -> dict[str, str]:
         value = os.environ.get(variable)
         if not value:
             raise ValueError(
-                f"headers: {name} is to come from the environment variable {variable!r:.60}, which is not set"
+                f"headers: {name} comes from the environment variable {variable!r:.60}, which is not set"
             )
         values[name] = value
     return values
@@ -236,7 +236,7 @@ def _ask(request: urllib.request.Request, *, timeout: float, retries: int, backo
     try:
         return json.loads(body)
     except ValueError:
-        raise EndpointError(f"{shown} answers with what is not JSON: {body[:60]!r}") from None
+        raise EndpointError(f"{shown} answers, but not with JSON: {body[:60]!r}") from None
 
 
 def _scores(answer: Any, size: int, shown: str) -> list[float | None]:

@@ -1,4 +1,4 @@
-"""Judging completions: what every reward function says of each, and which of them say nothing."""
+"""Judges completions by every reward function, and finds the functions that say nothing."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from grpo_jax.types import Example, Verdict
 
 
 def judge(rewards: Sequence[Reward], examples: Sequence[Example], texts: Sequence[str]) -> np.ndarray:
-    """Scores completions with every reward function.
+    """Judges completions by every reward function.
 
     Args:
         rewards: R reward functions.
@@ -19,10 +19,10 @@ def judge(rewards: Sequence[Reward], examples: Sequence[Example], texts: Sequenc
         texts: B completions.
 
     Returns:
-        scores [B,R] float32, NaN for missing.
+        scores [B,R] float32. NaN means that there is no reward.
 
     Raises:
-        RewardError: a reward function failed, named with its row.
+        RewardError: a reward function failed. The message names the function and the row.
     """
     columns = {name: [example.columns[name] for example in examples] for name in examples[0].columns}
     return call_rewards(rewards, [example.prompt for example in examples], texts, columns)
@@ -31,7 +31,13 @@ def judge(rewards: Sequence[Reward], examples: Sequence[Example], texts: Sequenc
 def reach_verdict(rewards: Sequence[Reward], examples: Sequence[Example], texts: Sequence[str]) -> Verdict:
     """Judges the completions of a rollout and looks for rewards that say nothing about them.
 
-    Args, errors: as those of `judge`.
+    Args:
+        rewards: R reward functions.
+        examples: B examples, one per completion.
+        texts: B completions.
+
+    Raises:
+        RewardError: a reward function failed.
     """
     scores = judge(rewards, examples, texts)
     lost = lost_rows(rewards)

@@ -1,4 +1,4 @@
-"""Reward functions in processes of their own, with a limit on the time of every call.
+"""Runs reward functions in processes of their own, with a time limit for every call.
 
 A call that hangs or dies costs its own rows and nothing else: its worker is killed with all processes that it
 started, and replaced. Neither concurrent.futures (which cannot kill a worker) nor pebble (which can) is used.
@@ -78,7 +78,7 @@ class RewardPool:
         rows_per_call: int | None = None,
     ):
         if os.name != "posix":
-            raise ValueError(f"{who}: worker processes need Linux or macOS; leave its timeout away here")
+            raise ValueError(f"{who}: worker processes need Linux or macOS; remove its timeout here")
         self.who = who
         self.timeout = timeout
         self.workers = workers
@@ -92,7 +92,7 @@ class RewardPool:
         self._workers: list[_Worker] = []
         self._lock = threading.Lock()
         self._lost_calls: dict[int, str] = {}
-        self.last_lost: dict[int, str] = {}  # rows that the last batch lost -> why
+        self.last_lost: dict[int, str] = {}  # row that the last batch lost -> reason
         weakref.finalize(self, _end_all, self._workers, os.getpid())
 
     def judge(
@@ -101,7 +101,7 @@ class RewardPool:
         """Judges a batch, which is split into calls of consecutive rows.
 
         Returns:
-            B numbers, NaN where the function gave None, its call took too long, or its worker died.
+            B numbers. A number is NaN if the function gave None, its call took too long, or its worker died.
 
         Raises:
             WorkerError: as `call_rewards` raises RewardError, in one line.
@@ -122,7 +122,7 @@ class RewardPool:
             try:
                 answers = self._run(calls)
             except BaseException:
-                self.close()  # a late answer to this batch must not be taken for one to the next batch
+                self.close()  # so that a late answer to this batch never counts for the next batch
                 raise
         rewards: list[float] = []
         self.last_lost = {
@@ -141,7 +141,7 @@ class RewardPool:
         _end_all(self._workers, os.getpid())
 
     def _run(self, calls: list[dict[str, Any]]) -> list[list[float] | None]:
-        """Returns the answers to calls in order, None for the lost ones."""
+        """Returns the answers to calls in order, with None for lost calls."""
         answers: list[list[float] | None] = [None] * len(calls)
         waiting = deque(range(len(calls)))
         unfinished = len(calls)

@@ -1,4 +1,4 @@
-"""The scorers of reasoning-gym (an extra): each of its tasks brings its own."""
+"""Judges answers by the scorers of reasoning-gym (an extra). Each of its tasks has its own."""
 
 import functools
 import json
@@ -7,7 +7,7 @@ from typing import Any
 
 from grpo_jax.rewards.answers.extraction import tag_answer
 
-PREFIX = "reasoning_gym:"  # of the names of its tasks
+PREFIX = "reasoning_gym:"  # prefix of the names of its tasks
 
 
 def load_library() -> Any:
@@ -35,7 +35,7 @@ def read_entry(value: Any) -> Mapping[str, Any]:
     """Reads the column `entry` of one row: a problem as reasoning-gym made it, or its JSON text.
 
     Raises:
-        ValueError: it is neither, or it does not say which task it is of.
+        ValueError: it is neither, or it does not name its task.
     """
     entry = value
     if isinstance(value, str):
@@ -47,9 +47,9 @@ def read_entry(value: Any) -> Mapping[str, Any]:
     source = metadata.get("source_dataset") if isinstance(metadata, Mapping) else None
     if not isinstance(source, str):
         shown = repr(value)
+        shown = shown if len(shown) <= 80 else shown[:77] + "..."
         raise ValueError(
-            f"`entry` {shown if len(shown) <= 80 else shown[:77] + '...'} is no problem of reasoning-gym: it "
-            "needs metadata with a source_dataset"
+            f"`entry` {shown} is not a problem of reasoning-gym: it needs metadata with a source_dataset"
         )
     return entry
 
@@ -58,7 +58,7 @@ def check_entry(value: Any) -> None:
     """Checks the column `entry` of one row.
 
     Raises:
-        ValueError: it is no problem of reasoning-gym, or of a task that the library does not have.
+        ValueError: it is not a problem of reasoning-gym, or the library does not have its task.
         ImportError: the library is missing.
     """
     source = read_entry(value)["metadata"]["source_dataset"]

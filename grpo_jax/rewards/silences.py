@@ -1,4 +1,4 @@
-"""Finds rewards that say nothing, and shows a row with what was compared, or why there is no value.
+"""Finds rewards that say nothing, and shows what such a reward compared in one row.
 
 A reward that is 0 or None for every completion may be right. It may also look for a column, a format or a
 type that the data does not have, and a mean of 0 does not show that.

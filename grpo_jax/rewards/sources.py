@@ -55,9 +55,9 @@ def find_function(spec: str, *, built_in: Sequence[str] = ()) -> tuple[str, Call
     line = f"{where}:{lines[name]}" if name in lines else where
     if inspect.isclass(function) or not callable(function):
         kind = "class" if inspect.isclass(function) else type(function).__name__
-        cure = f"; make an object of it in the file, and name that: judge = {name}()"
-        cure = cure if inspect.isclass(function) and "__call__" in vars(function) else ""
-        raise ValueError(f"reward function {spec!r}: `{name}` at {line} is a {kind}, not a function{cure}")
+        advice = f"; make an object of it in the file, and name that: judge = {name}()"
+        advice = advice if inspect.isclass(function) and "__call__" in vars(function) else ""
+        raise ValueError(f"reward function {spec!r}: `{name}` at {line} is a {kind}, not a function{advice}")
     return name, function, line
 
 

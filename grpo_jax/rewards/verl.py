@@ -1,4 +1,4 @@
-"""Reward functions written for verl: compute_score(data_source, solution_str, ground_truth, extra_info).
+"""Adapts reward functions of verl: compute_score(data_source, solution_str, ground_truth, extra_info).
 
 A config names one as `verl:path/file.py:compute_score`. It is called for one completion at a time, with the
 columns of verl's data sets: `data_source`, `extra_info`, and the truth in

@@ -1,4 +1,4 @@
-"""Where metrics go: always to JSONL, and to the console, TensorBoard and Weights & Biases, by one `log`.
+"""Sends metrics by one `log` to JSONL and the console, and to TensorBoard and Weights & Biases if wanted.
 
 The JSONL files are the record of a run (see jsonl.py). The others are views of it. When one of them
 fails, the run says so once and carries on.

@@ -1,4 +1,4 @@
-"""A progress bar on a terminal, plain lines anywhere else, and a table of samples."""
+"""Prints a progress bar on a terminal and plain lines anywhere else, and tables of samples."""
 
 import json
 import math

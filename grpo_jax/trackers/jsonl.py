@@ -1,4 +1,4 @@
-"""metrics.jsonl and completions.jsonl: the record of a run, which a resumed run continues.
+"""Writes metrics.jsonl and completions.jsonl, the record of a run, which a resumed run continues.
 
 Each line is one object, `{"step": n, ...}`. Floats are written so that equal floats give equal text. NaN and
 infinities are null, because JSON has no other way to say them. A run that was killed and continued leaves the

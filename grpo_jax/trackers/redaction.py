@@ -1,4 +1,4 @@
-"""Keep secrets out of what is logged."""
+"""Keeps secrets out of the logs."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Event files for TensorBoard, by tensorboardX (an extra)."""
+"""Writes event files for TensorBoard, by tensorboardX (an extra)."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""Weights & Biases (an extra): online with a key, offline without."""
+"""Logs to Weights & Biases (an extra), online with a key and offline without."""
 
 import configparser
 import json
@@ -38,7 +38,7 @@ def has_wandb_key() -> bool:
 
 
 class WandbTracker:
-    """Logs to Weights & Biases, online with a key, else offline into run_dir/wandb.
+    """Logs to Weights & Biases, online with a key, and otherwise offline into run_dir/wandb.
 
     WANDB_MODE decides if it is set. A run that cannot be opened online is opened offline. On resume the same
     W&B run goes on. Steps that it already has are equal to the repeated ones, which W&B ignores.

@@ -53,7 +53,7 @@ def test_mistakes(tmp_path):
     short = str(tmp_path / "short.txt")
     cases = (
         ({}, r"data\.task: completion needs data\.train_file or data\.dataset"),
-        ({"train_file": short}, r"short\.txt: there is no row of which completion makes a prompt"),
+        ({"train_file": short}, r"short\.txt: the task completion makes a prompt of none of its rows"),
         ({"train_file": short, "task_arguments": {"words": 3}}, r"did you mean 'num_words'\?"),
         ({"train_file": short, "task_arguments": {"num_words": 0}}, r"num_words: 0; at least 1"),
         (

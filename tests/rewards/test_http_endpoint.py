@@ -191,7 +191,7 @@ def test_a_slow_answer(endpoint):
         ({"scores": 1}, 'not {"scores"'),
         ({"rewards": [1, 2]}, 'not {"scores"'),
         ([1, 2], 'not {"scores"'),
-        (b"<html>", "what is not JSON: b'<html>'"),
+        (b"<html>", "but not with JSON: b'<html>'"),
         (b'{"scores": [NaN, 1]}', "nan for row 0"),
         (b'{"scores": [1e999, 1]}', "inf for row 0"),
     ],

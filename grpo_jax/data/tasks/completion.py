@@ -1,4 +1,4 @@
-"""The task of continuing a text. Prompts are cut at word borders from the column `text` of the rows."""
+"""The task of continuing a text. The column `text` of the rows is split at word borders."""
 
 import re
 from typing import Any
@@ -7,7 +7,7 @@ from grpo_jax.data.tasks.task import RowTask, require
 
 
 def make_rows(row: dict[str, Any], *, num_words: int = 16) -> list[dict[str, Any]]:
-    """Cuts a text into blocks of 2 * num_words words: the first half a prompt, the second its continuation.
+    """Splits a text into blocks of 2 * num_words words, each a prompt and its continuation of equal length.
 
     Blocks do not overlap, so no held-out text is part of a training row. A last block is left out if no word
     follows its prompt, and so is a text that is too short.

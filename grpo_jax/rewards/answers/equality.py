@@ -1,7 +1,7 @@
-r"""Decide whether two answers are equal: as quantities, as lists and intervals, as expressions, as words.
+r"""Decides whether two answers are equal: as quantities, lists, intervals, expressions or words.
 
-The rules favour a refused right answer over a paid wrong one. A last number is never taken out of a longer
-answer, and a unit counts wherever both answers have one.
+The rules would rather refuse a right answer than pay a wrong one. They never take the last number out of a
+longer answer, and a unit counts wherever both answers have one.
 """
 
 import re
@@ -27,7 +27,7 @@ _OPENERS = "([{"
 _CLOSERS = ")]}"
 _SEPARATOR = re.compile(r"(?:,|;)?(?:^| )(?:and|or)(?: |$)|,|;|\\cup(?![A-Za-z])")
 _CLOCK = re.compile(r"([0-9]{1,2} ?: ?[0-9]{2})(?: ?([AaPp])\.? ?[Mm]\.?)?", re.ASCII)
-# `1 2` is not 12, `10:30` is no number, `101_2` is not 101, and `2024-01-05` is no difference.
+# `1 2` is not 12, `10:30` is not a number, `101_2` is not 101, and `2024-01-05` is not a subtraction.
 _NO_MATHEMATICS = re.compile(
     r"[0-9] [0-9]|[0-9] ?[:_] ?\{?[0-9]|(?<![0-9])[0-9]{1,4}([-/])[0-9]{1,2}\1[0-9]{1,4}(?![0-9])"
 )
@@ -35,12 +35,12 @@ _CHOICE = re.compile(r"(?:(?:option|choice|answer) )?\(? ?([A-Za-z]) ?[).:]*", r
 
 
 def numbers_equal(a: Fraction, b: Fraction, *, tolerance: float = 1e-6) -> bool:
-    """Compares two numbers: whole numbers exactly, else ``|a - b| <= tolerance * |b|``.
+    """Compares two numbers: whole numbers exactly, and others by ``|a - b| <= tolerance * |b|``.
 
     Args:
-        a: number given.
-        b: number expected.
-        tolerance: relative. It never makes two whole numbers equal; 0 means exactly.
+        a: the number given.
+        b: the number expected.
+        tolerance: relative tolerance. It never makes two whole numbers equal. 0 means exactly equal.
     """
     if a.denominator == 1 and b.denominator == 1:
         return a == b
@@ -53,12 +53,12 @@ def texts_equal(a: str, b: str) -> bool:
 
 
 def answers_equal(given: str, expected: str, *, tolerance: float = 1e-6) -> bool:
-    r"""Compares two answers as people read them: numbers with their units, lists, expressions, words.
+    r"""Compares two answers as people read them: numbers with their units, lists, expressions or words.
 
     Args:
         given: the answer of a completion.
-        expected: the right one.
-        tolerance: tolerance for numbers that are not whole, see `numbers_equal`.
+        expected: the right answer.
+        tolerance: relative tolerance of numbers that are not whole, see `numbers_equal`.
 
     >>> answers_equal(r"\$1,250.0", "1250"), answers_equal("paris", "Paris")
     (True, True)
@@ -69,7 +69,7 @@ def answers_equal(given: str, expected: str, *, tolerance: float = 1e-6) -> bool
 
 
 def compare_answers(given: str, expected: str, *, tolerance: float = 1e-6) -> bool | None:
-    """Compares two answers. None means that mathematics beyond this module has to decide."""
+    """Compares two answers. `None` means that this module knows too little mathematics to decide."""
     if max(len(given), len(expected)) > MAX_CHARACTERS:
         return texts_equal(given, expected)
     a = clean_answer(given)
@@ -114,13 +114,13 @@ def _compare(a: str, b: str, tolerance: float, depth: int) -> bool | None:
             return True
     if any(_NO_MATHEMATICS.search(text) for text in (a, b)):
         return False
-    # A number is no relation and no set of numbers with a property.
+    # A number equals neither a relation nor a set of numbers with a property.
     one_number = (number_a is None) != (number_b is None)
     return False if one_number and any(_RELATION.search(text) or "\\ne" in text for text in (a, b)) else None
 
 
 def _compact(text: str) -> str:
-    """Returns a text without the white space and braces that mean nothing."""
+    """Returns a text without white space and braces that have no meaning."""
     text = re.sub(r"([_^])\{([0-9A-Za-z])\}", r"\1\2", text)
     text = re.sub(
         r"(?<![0-9A-Za-z]) +| +(?![0-9A-Za-z])|(?<=[0-9]) +(?=[A-Za-z])|(?<=[A-Za-z]) +(?=[0-9])", "", text
@@ -131,13 +131,13 @@ def _compact(text: str) -> str:
 
 
 def _without_left_side(text: str) -> tuple[str, str]:
-    # `x = 1, y = 2` is a list, whose items are split later.
+    # `x = 1, y = 2` is a list. Its items are split later.
     return ("", text) if _split(text)[1] else split_equation(text)
 
 
 @dataclass(frozen=True)
 class _Structure:
-    """A list, tuple, interval, set or matrix: its brackets ("" for a bare list) and its items."""
+    """The brackets ("" for a bare list) and the items of a list, tuple, interval, set or matrix."""
 
     brackets: str
     items: tuple[str, ...]
@@ -147,7 +147,7 @@ _NO_STRUCTURE = object()
 
 
 def _structure(text: str) -> _Structure | None:
-    """Reads a text as several items, or returns None if it is one."""
+    """Reads a text as several items. Returns `None` if it is a single item."""
     if (interval := _interval(text)) is not None:
         return interval
     if "\\pm" in text and text.count("\\pm") == 1 and "," not in text:
@@ -171,7 +171,7 @@ def _structure(text: str) -> _Structure | None:
 
 
 def _split(text: str, *, thousands: bool = True) -> tuple[tuple[str, ...], bool]:
-    """Splits a text at the separators outside brackets: (items, whether there are several)."""
+    """Splits a text at the separators outside brackets. Returns (items, whether there are several)."""
     if (
         "," not in text
         and ";" not in text
@@ -201,7 +201,7 @@ def _split(text: str, *, thousands: bool = True) -> tuple[tuple[str, ...], bool]
 
 
 def _interval(text: str) -> _Structure | None:
-    r"""Reads `0 \le x < 1`, `x > 3` or `3 < x` as the interval it is."""
+    r"""Reads `0 \le x < 1`, `x > 3` or `3 < x` as an interval, or returns `None`."""
     if "<" not in text and ">" not in text and "\\le" not in text and "\\ge" not in text:
         return None
     parts = [part.strip() for part in _RELATION.split(text)]
@@ -233,7 +233,7 @@ def _compare_structures(
         return _NO_STRUCTURE
     if a is None or b is None:
         one = a or b
-        # A set of one element, or one of several answers: not equal. A bare list may be a sum of words.
+        # A single value equals neither a set nor several numbers. A bare list may still be words.
         return (
             False if one.brackets != "" or all(read_quantity(item) for item in one.items) else _NO_STRUCTURE
         )
@@ -250,7 +250,7 @@ def _compare_structures(
 
 
 def _match_all(a: tuple[str, ...], b: tuple[str, ...], tolerance: float, depth: int) -> bool | None:
-    """Compares two collections without an order."""
+    """Compares two collections whose order does not matter."""
     left = list(b)
     unclear = False
     for item in a:
@@ -265,7 +265,7 @@ def _match_all(a: tuple[str, ...], b: tuple[str, ...], tolerance: float, depth: 
 
 
 def _compare_words(a: str, b: str) -> bool | None:
-    """Compares answers of which one is words. Returns None if neither is, or if both are expressions."""
+    """Compares answers if one of them consists of words. Otherwise it returns `None`."""
     a, b = (re.sub(r"\\emptyset", "emptyset", text) for text in (a, b))
     choices = [_CHOICE.fullmatch(text) for text in (a, b)]
     if all(choices):

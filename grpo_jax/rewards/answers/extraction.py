@@ -1,8 +1,8 @@
-"""Read an answer out of a text: find its mark, or its numbers.
+"""Finds the answer in a text, by its mark or by its numbers.
 
 Numbers are exact fractions, so that ``0.1``, ``.10`` and ``1/10`` are one value. The texts come from a
-model: every pattern here runs in linear time and no number is large enough to hurt.
-`grpo_jax/rewards/answers/equality.py` compares what was found.
+model, so every pattern here runs in linear time, and numbers are limited in length.
+`grpo_jax/rewards/answers/equality.py` compares the answers.
 """
 
 import math
@@ -14,8 +14,8 @@ from typing import Literal, get_args
 from grpo_jax.rewards.answers.quantities import read_quantity, right_side
 from grpo_jax.rewards.answers.text import clean_answer, without_lead
 
-# A sign belongs to the number only where it cannot be a minus between two terms: "7-5" is 7 and 5,
-# "= -2" is -2. Digits inside a word ("GPT2", "x1") are not numbers; a unit may follow ("5kg", "50%").
+# A sign belongs to the number only where it cannot be a minus between two terms: "7-5" is 7 and 5, but
+# "= -2" is -2. Digits inside a word ("GPT2", "x1") are not numbers. A unit may follow ("5kg", "50%").
 _NUMBER = re.compile(
     r"(?<![A-Za-z0-9_.])"
     r"((?:(?<![)\]])[-+])?)"
@@ -25,7 +25,7 @@ _NUMBER = re.compile(
     re.ASCII,
 )
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([-+]?[0-9]+)\}\{([0-9]+)\}")
-# What separates groups of three digits in LaTeX and in typography, beside the comma.
+# Spaces that separate groups of three digits in LaTeX and in typography, as a comma does.
 _GROUP_SPACE = re.compile(r"(?<=[0-9])(?:\\[, ]|[\u2009\u202f])(?=[0-9]{3}(?![0-9]))")
 _BOX_OR_BRACE = re.compile(
     r"(?P<box>\\(?:boxed|fbox|framebox)\s*\{)"
@@ -34,7 +34,7 @@ _BOX_OR_BRACE = re.compile(
 )
 _FIRST_WORDS = re.compile(r"^\\(?:text|textbf|mathrm)\{([^{}]{1,60}[:=] ?)\}")
 _REST_OF_LINE = re.compile(r"\s*([^\n]*)")
-_MAX_CHARACTERS = 400  # of one number; a longer digit string is noise, and slow to turn into an integer
+_MAX_CHARACTERS = 400  # limit for one number: longer digit strings are noise, and slow to convert
 
 Where = Literal["boxed", "hashes", "tag", "last_number", "first_number", "text"]
 PLACES: tuple[str, ...] = get_args(Where)
@@ -43,9 +43,9 @@ PLACES: tuple[str, ...] = get_args(Where)
 def find_numbers(text: str) -> list[Fraction]:
     """Finds the numbers of a text, in order.
 
-    Understood are signs (also the Unicode minus), thousands commas, decimals, exponents, fractions of two
-    integers (``3/4``, ``\\frac{3}{4}``) and anything glued behind a number (``5kg``; ``50%`` is 50).
-    Digits inside a word and divisions by zero are not numbers.
+    It understands signs (also the Unicode minus), thousands commas, decimals, exponents and fractions of two
+    integers (``3/4``, ``\\frac{3}{4}``). What directly follows a number is left out, so ``5kg`` is 5 and
+    ``50%`` is 50. Digits inside a word and divisions by zero are not numbers.
 
     >>> [float(x) for x in find_numbers("1,250 apples - 2.5 = -3/4")]
     [1250.0, 2.5, -0.75]
@@ -69,10 +69,11 @@ def _value(match: re.Match) -> Fraction | None:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Returns what the last complete ``\boxed{...}`` or ``\fbox{...}`` holds, None without one.
+    r"""Returns the content of the last complete ``\boxed{...}`` or ``\fbox{...}``, or `None` without one.
 
-    Braces are balanced, and escaped ones (``\{``) do not count. Without braces the next word counts, as in
-    ``\boxed 18``. A box that is never closed, such as one cut off at the token limit, is no answer.
+    Braces inside must be balanced, and escaped braces (``\{``) do not count. Without braces, the next word
+    is the content, as in ``\boxed 18``. A box that is never closed, as when the token limit truncates a
+    completion, is not an answer.
 
     >>> last_boxed(r"\boxed{7}, corrected: \boxed {18}. Let me check: \boxed{")
     '18'
@@ -81,11 +82,11 @@ def last_boxed(text: str) -> str | None:
 
 
 def _last_box(text: str) -> tuple[str, int] | None:
-    """Returns (content, end) of the complete box that starts last, in one pass over the text."""
+    """Returns (content, end) of the complete box that starts last. It passes over the text once."""
     start = -1
     content = ""
     end = -1
-    open_braces: list[tuple[int, int]] = []  # (start of its box or -1, start of what is inside)
+    open_braces: list[tuple[int, int]] = []  # (start of its box or -1, start of its content)
     for match in _BOX_OR_BRACE.finditer(text):
         if match["box"] is not None or match[0] == "{":
             open_braces.append((-1 if match[0] == "{" else match.start(), match.end()))
@@ -103,7 +104,7 @@ def _last_box(text: str) -> tuple[str, int] | None:
 
 
 def tag_answer(text: str, tag: str = "answer") -> str | None:
-    """Returns what the last complete ``<tag>...</tag>`` holds, None without one.
+    """Returns the content of the last complete ``<tag>...</tag>``, or `None` without one.
 
     >>> tag_answer("<think>2 or 3?</think><answer> 3 </answer>")
     '3'
@@ -121,7 +122,7 @@ def _last_tag(text: str, tag: str) -> tuple[str, int] | None:
 
 
 def _last_hashes(text: str) -> tuple[str, int] | None:
-    """Returns (content, end) of the line behind the last ``####``, or of the next one if it is empty."""
+    """Returns (content, end) of the line after the last ``####``, or of the next line if that is empty."""
     start = text.rfind("####")
     if start < 0:
         return None
@@ -130,7 +131,7 @@ def _last_hashes(text: str) -> tuple[str, int] | None:
 
 
 def marked_answer(text: str, *, tag: str = "answer") -> str | None:
-    r"""Returns the answer that the last mark of a text gives: a box, a tag or ``####``. None without a mark.
+    r"""Returns the answer at the last mark of a text (a box, a tag or ``####``), or `None` without a mark.
 
     >>> marked_answer(r"<think>\boxed{17}?</think> <answer>18</answer>")
     '18'
@@ -142,28 +143,28 @@ def marked_answer(text: str, *, tag: str = "answer") -> str | None:
 
 
 def has_open_mark(text: str, *, tag: str = "answer") -> bool:
-    r"""Tells whether a text ends inside a tag or a box, as a completion does that was cut off."""
+    r"""Says whether a text ends inside a tag or a box, as a truncated completion does."""
     opened = text.rfind("\\boxed{")
     return text.rfind(f"<{tag}>") > text.rfind(f"</{tag}>") or (opened >= 0 and "}" not in text[opened:])
 
 
 def _inner(answer: str) -> str:
-    """Returns a marked answer without a further box and without words such as `The answer is`."""
+    """Returns a marked answer without a second box around it, and without words such as `The answer is`."""
     boxed = last_boxed(answer)
     answer = (answer if boxed is None else boxed).strip()
     return without_lead(_FIRST_WORDS.sub(r"\1 ", answer))
 
 
 def extract_answer(text: str, *, where: Where, tag: str = "answer") -> str | None:
-    r"""Returns the part of a text that is its answer, None when it is not there.
+    r"""Returns the part of a text that is its answer, or `None` if there is no such part.
 
     Args:
         text: a completion.
-        where: the last complete ``\boxed{}`` (`boxed`), the rest of the line behind the last ``####``
-            (`hashes`), the last complete ``<tag>...</tag>`` (`tag`), the `last_number` or `first_number`, or
-            the whole `text`. A box inside one of these marks is its answer, and words such as
-            `The answer is` are left out of a mark.
-        tag: name of the tag for `tag`.
+        where: place of the answer: the last complete ``\boxed{}`` (`boxed`), the rest of the line after the
+            last ``####`` (`hashes`), the last complete ``<tag>...</tag>`` (`tag`), the `last_number` or
+            `first_number`, or the whole `text`. If a mark contains a box, the content of the box is the
+            answer. Words such as `The answer is` are removed from the content of a mark.
+        tag: name of the tag that `where="tag"` looks for.
 
     >>> extract_answer("so 7. #### 7 ", where="hashes")
     '7'
@@ -183,16 +184,16 @@ def extract_answer(text: str, *, where: Where, tag: str = "answer") -> str | Non
 def extract_number(text: str, *, which: Literal["last", "first"] = "last") -> Fraction | None:
     r"""Extracts the number that a text gives as its answer.
 
-    A marked answer wins: the content of the last complete ``\boxed{...}``, else the line behind the last
-    ``####``. It has to be one number, with a unit or without, so the last number of an expression or of
-    `17 or 18` is none. Without a mark it is the last (or first) number of the whole text.
+    The content of the last complete ``\boxed{...}`` counts first, and then the line after the last ``####``.
+    It must be one number, with or without a unit. An expression or `17 or 18` is not a number. In a text
+    without a mark, the last (or first) number counts.
 
     Args:
         text: a completion.
-        which: which number counts when there is no mark.
+        which: number that counts in a text without a mark, the `last` or the `first`.
 
     Returns:
-        The number, None when there is none.
+        the number, or `None` if there is none.
 
     >>> extract_number("3 + 4 is 7. #### 7"), extract_number(r"\boxed{5\pi}")
     (Fraction(7, 1), None)
@@ -209,7 +210,7 @@ def extract_number(text: str, *, which: Literal["last", "first"] = "last") -> Fr
 
 
 def _single_number(text: str) -> Fraction | None:
-    """Reads a marked answer that is one number: a quantity, `x = 18`, or one among words."""
+    """Reads a marked answer as one number, which is a quantity, as in `x = 18`, or stands among words."""
     cleaned = right_side(clean_answer(text))
     quantity = read_quantity(cleaned)
     if quantity is not None:
@@ -220,13 +221,15 @@ def _single_number(text: str) -> Fraction | None:
 
 
 def as_number(value: object) -> Fraction:
-    """Turns an expected answer, a number or a text with one, into an exact number.
+    """Converts an expected answer to an exact number.
 
-    A text is one number, with a unit or without, in one of the spellings that `read_quantity` knows; or it
-    marks one, by ``####`` or by a box.
+    Args:
+        value: a number, or a text. A text is one number in a spelling that `read_quantity` knows, with or
+            without a unit, or it marks such a number by ``####`` or by a box.
 
     Raises:
-        ValueError: there is no number, or more than one number with a unit; NaN or infinite.
+        ValueError: there is no number, there is more than a number with a unit, or the number is NaN or
+            infinite.
     """
     if isinstance(value, str):
         marked = _last_hashes(value) or _last_box(value)
@@ -241,7 +244,7 @@ def as_number(value: object) -> Fraction:
             "math_answer"
         )
     if isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value):
-        # repr, not the binary value: the answer 0.1 means one tenth
+        # A float is read by its shortest spelling, not its binary value: the answer 0.1 means one tenth.
         exact = isinstance(value, (int, Fraction))
         return Fraction(value) if exact else Fraction(repr(float(value)))
     raise ValueError(f"the expected answer {value!r} is not a finite number")

@@ -1,8 +1,9 @@
-"""The values that a data column may have for a built-in reward: accepted answers, and whole numbers.
+"""Reads the values that a data column may have for a built-in reward: accepted answers and whole numbers.
 
-Files give a value many types: a Parquet file gives `Decimal`, `bytes` or NumPy scalars, pandas turns whole
-numbers with a gap into floats, and a CSV file gives text. Every function here reads what has one meaning and
-raises ValueError for the rest, so that no type is a silent zero.
+A value has many possible types, depending on the file. A Parquet file gives `Decimal`, `bytes` or NumPy
+scalars, a CSV file gives text, and pandas turns a column of whole numbers with a gap into floats. Every
+function here reads the values that have one meaning and raises ValueError for all others, so that no type
+gives a reward of 0 in silence.
 """
 
 import ast
@@ -16,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-_MAX_EXPONENT = 400  # of a Decimal; more digits are no answer, and slow to write out
-_MAX_LIST_CHARACTERS = 10_000  # of a list written as text
+_MAX_EXPONENT = 400  # limit for a Decimal: more digits are not an answer, and slow to write out
+_MAX_LIST_CHARACTERS = 10_000  # limit for a list that is written as text
 _WHOLE_FLOAT = re.compile(r"[-+]?[0-9]+\.0", re.ASCII)
 _NUMBERS = re.compile(r"[-+]?[0-9]+(?:[\s,;]+[-+]?[0-9]+)*", re.ASCII)
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -32,15 +33,16 @@ def accepted_answers(value: Any) -> tuple[str, ...]:
     """Returns the texts that count as the right answer, for one row of a column.
 
     Args:
-        value: a text, a number (also Decimal, Fraction and NumPy scalars), a bool, UTF-8 bytes, or a list of
+        value: a text, a number (also a Decimal, Fraction or NumPy scalar), a bool, UTF-8 bytes, or a list of
             these. Any answer of a list is right.
 
     Returns:
-        One or more texts. A float that is whole is that integer and keeps its other spelling: 46.0 gives
-        `46` and `46.0`. A bool gives `True` and `true`.
+        one or more texts. A float that is whole has two spellings: 46.0 gives `46` and `46.0`. A bool gives
+        `True` and `true`.
 
     Raises:
-        MissingAnswerError: the value is null, NaN, empty, or a list with nothing in it or with such an entry.
+        MissingAnswerError: the value is null, NaN or empty, or it is a list that is empty or has such an
+            entry.
         ValueError: the value has another type, is infinite, holds half a character, or is a list of texts
             that is written as a text.
 
@@ -63,7 +65,7 @@ def accepted_answers(value: Any) -> tuple[str, ...]:
 
 
 def _is_list_of_texts(text: str) -> bool:
-    """Tells whether a text is `["a", "b"]` as JSON or Python write it; `[1, 2]` may well be an interval."""
+    """Says whether a text is a list of texts such as `["a", "b"]`. `[1, 2]` may well be an interval."""
     text = text.strip()
     if not (text[:2] in ('["', "['") and text.endswith("]") and len(text) <= _MAX_LIST_CHARACTERS):
         return False
@@ -75,12 +77,12 @@ def _is_list_of_texts(text: str) -> bool:
 
 
 def _spellings(value: Any) -> tuple[str, ...]:
-    """Returns the texts of one answer that is no list."""
+    """Returns the texts of a single answer."""
     if isinstance(value, bytes):
         try:
             value = value.decode("utf-8")
         except UnicodeDecodeError:
-            raise ValueError(f"the expected answer {_shown(value)} is no UTF-8 text") from None
+            raise ValueError(f"the expected answer {_shown(value)} is not UTF-8 text") from None
     if isinstance(value, str):
         if not value.strip():
             raise MissingAnswerError("the expected answer is an empty text")
@@ -88,7 +90,7 @@ def _spellings(value: Any) -> tuple[str, ...]:
         if found := _SURROGATE.search(text):
             raise ValueError(
                 f"the expected answer {_shown(text)} holds half a character (at position {found.start()}), "
-                "which no completion does: the text was cut inside it"
+                "which no completion does: the text was truncated inside it"
             )
         # A CSV file that pandas wrote has `46.0` where the column had a gap.
         return (text, text.strip()[:-2]) if _WHOLE_FLOAT.fullmatch(text.strip()) else (text,)
@@ -109,7 +111,7 @@ def _spellings(value: Any) -> tuple[str, ...]:
 
 
 def _decimal_spellings(value: float | np.floating | Decimal) -> tuple[str, ...]:
-    # By its shortest decimal spelling: the float32 0.1 means one tenth.
+    # A float is read by its shortest spelling, so that the float32 0.1 means one tenth.
     exact = value if isinstance(value, Decimal) else Decimal(str(value))
     if exact.is_nan():
         raise MissingAnswerError(f"the expected answer is not a number ({value})")
@@ -126,7 +128,7 @@ def whole_number(value: Any) -> int:
     """Reads a whole number: an integer, a float or Decimal that is whole, or a text that is one.
 
     Raises:
-        ValueError: anything else.
+        ValueError: the value is anything else.
 
     >>> whole_number("46"), whole_number(46.0)
     (46, 46)
@@ -151,7 +153,7 @@ def whole_numbers(value: Any) -> list[int]:
     """Reads a list of whole numbers: a list or an array of them, or a text such as `[12, 34]` or `12 34`.
 
     Raises:
-        ValueError: anything else, and an empty list.
+        ValueError: the value is anything else, or an empty list.
 
     >>> whole_numbers("[12, 34]")
     [12, 34]

@@ -1,21 +1,23 @@
-r"""The canonical form of a sum of products: `2\sqrt{3}` equals `\sqrt{12}`, and `b+a` equals `a+b`.
+r"""Brings a sum of products into canonical form, in which `2\sqrt{3}` and `\sqrt{12}` are equal.
 
-It knows rationals, letters, roots of whole numbers, `+ - * /`, whole powers, `\frac` and `\sqrt`, and
-nothing else. A function, a relation or a word makes the form None, and so does anything that grows large.
+It knows rational numbers, letters, roots of whole numbers, `+ - * /`, whole powers, `\frac` and `\sqrt`.
+Expressions with anything else, such as a function, a relation or a word, have no form, and neither have
+expressions that grow too large.
 """
 
 import math
 import re
 from fractions import Fraction
 
-Terms = dict[tuple, Fraction]  # {((symbol, exponent), ...): coefficient}; a root of a prime is (prime, 1/2)
+# {((symbol, exponent), ...): coefficient}. The square root of a prime is (prime, 1/2).
+Terms = dict[tuple, Fraction]
 
 _MAX_CHARACTERS = 200
 _MAX_DEPTH = 20
 _MAX_TERMS = 100
 _MAX_BITS = 2000
 _MAX_POWER = 12
-_MAX_ROOT = 10**6  # of a whole number below a root, which is factored by trial
+_MAX_ROOT = 10**6  # largest whole number below a root, because it is factored by trial division
 _TOKEN = re.compile(
     r" *(?:([0-9]+(?:\.[0-9]+)?|\.[0-9]+)|\\([A-Za-z]+)|([A-Za-z])|([-+*/^_(){}\[\]]))", re.ASCII
 )
@@ -26,19 +28,19 @@ _GREEK = {
 
 
 class _Unknown(ValueError):
-    """The text has something that this module does not know."""
+    """The text contains something that this module does not know."""
 
 
 def canonical_form(text: str) -> Terms | None:
-    r"""Returns the terms of an expression, None if it is none that is understood.
+    r"""Returns the terms of an expression, or `None` if this module does not understand it.
 
     Args:
-        text: as `clean_answer` leaves it.
+        text: a text that `clean_answer` returned.
 
     >>> canonical_form(r"\frac{\sqrt{12}}{4}") == canonical_form(r"\sqrt{3}/2")
     True
     """
-    # `1 2` is no product, and `3\frac{1}{2}` is a mixed number and no product either.
+    # `1 2` is not a product, and neither is the mixed number `3\frac{1}{2}`.
     if len(text) > _MAX_CHARACTERS or re.search(r"[0-9] +[0-9.]|[0-9] *\\frac *[0-9{]", text):
         return None
     if re.search(r"[A-Za-z]{3}", re.sub(r"\\[A-Za-z]+", "", text)):
@@ -52,7 +54,7 @@ def canonical_form(text: str) -> Terms | None:
 
 
 def is_rational(terms: Terms) -> bool:
-    """Tells whether a form is a plain number."""
+    """Says whether a form is a plain number."""
     return not terms or list(terms) == [()]
 
 
@@ -156,7 +158,7 @@ def _atom(tokens: list[str], at: int, depth: int) -> tuple[Terms, int]:
 
 
 def _argument(tokens: list[str], at: int, depth: int) -> tuple[Terms, int]:
-    r"""Reads an argument of LaTeX: a group, or one digit or letter: `\frac34` is 3/4."""
+    r"""Reads an argument of a LaTeX command: a group, or a single digit or letter, as in `\frac34`."""
     if at < len(tokens) and re.fullmatch(r"[0-9]{2,}", tokens[at]):
         tokens[at : at + 1] = [tokens[at][0], tokens[at][1:]]
     if at < len(tokens) and tokens[at] == "-":
@@ -191,7 +193,7 @@ def _multiply(a: Terms, b: Terms) -> Terms:
                 exponents[symbol] = exponents.get(symbol, Fraction(0)) + exponent
             value = x * y
             for symbol, exponent in list(exponents.items()):
-                if isinstance(symbol, int):  # a root of a prime: whole powers of it are a number
+                if isinstance(symbol, int):  # whole powers of the root of a prime are numbers
                     whole = math.floor(exponent)
                     value *= Fraction(symbol) ** whole
                     exponents[symbol] = exponent - whole
@@ -202,7 +204,7 @@ def _multiply(a: Terms, b: Terms) -> Terms:
 
 def _inverse(terms: Terms) -> Terms:
     if len(terms) != 1:
-        raise _Unknown  # a sum below a fraction; zero
+        raise _Unknown  # the denominator is a sum, or zero
     [(key, value)] = terms.items()
     return _multiply(
         {tuple((symbol, -exponent) for symbol, exponent in key): 1 / value}, _constant(Fraction(1))
@@ -220,7 +222,7 @@ def _power(terms: Terms, exponent: Fraction) -> Terms:
 
 
 def _root(value: Fraction, degree: int) -> Terms:
-    """Returns a root of a rational as a coefficient times roots of primes."""
+    """Returns a root of a rational number as a coefficient times roots of primes."""
     if value < 0 or max(value.numerator, value.denominator) > _MAX_ROOT:
         raise _Unknown
     if value == 0:

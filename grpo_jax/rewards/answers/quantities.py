@@ -1,7 +1,7 @@
-r"""Numbers with or without a unit, in the spellings that people and chat models use.
+r"""Reads numbers with or without a unit, in the spellings that people and chat models use.
 
 `1,250`, `1 250`, `3\frac{1}{2}`, `1.5 \times 10^4`, `2^{10}`, `50\%`, `\$18` and `18 square feet` are
-quantities. `2x`, `5\pi`, `9 + 9` and `17 or 18` are not, so their last number is never taken for them.
+quantities. `2x`, `5\pi`, `9 + 9` and `17 or 18` are not, and their last number never stands for them.
 """
 
 import re
@@ -10,7 +10,7 @@ from fractions import Fraction
 
 from grpo_jax.rewards.answers.text import CURRENCY
 
-_MAX_BITS = 4000  # of a power
+_MAX_BITS = 4000  # limit for a power
 _MAX_DIGITS = 400
 
 _NUMBER = (
@@ -38,7 +38,7 @@ _SCALES = {
     "trillion": 10**12,
     "dozen": 12,
 }
-# A canonical unit and its spellings. A plural s is removed before the look-up.
+# Canonical units, each with its other spellings. A plural s is removed before the look-up.
 _SPELLINGS = {
     "%": "percent pct percentage", CURRENCY: "dollar usd buck", "€": "euro eur", "£": "pound-sterling gbp",
     "¢": "cent", "deg": "degree", "m": "meter metre", "cm": "centimeter centimetre",
@@ -53,8 +53,18 @@ _SPELLINGS = {
     "st": "", "nd": "", "rd": "", "th": "",
 }  # fmt: skip
 _UNITS = {spelling: unit for unit, others in _SPELLINGS.items() for spelling in (unit, *others.split())}
-_LETTERS = set("mghsLlNJWVK")  # units of one letter; any other letter is a variable
-_FILLERS = {"per", "a", "an", "each", "of", "the", "in", "total", "every"}  # between the words of a unit
+_LETTERS = set("mghsLlNJWVK")  # units of one letter, because any other letter is a variable
+_FILLERS = {
+    "per",
+    "a",
+    "an",
+    "each",
+    "of",
+    "the",
+    "in",
+    "total",
+    "every",
+}  # words without a meaning in a unit
 _NO_UNIT = {
     "or", "and", "to", "not", "is", "was", "are", "no", "than", "plus", "minus", "times", "over", "mod",
     "modulo", "half", "halve", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth",
@@ -81,7 +91,7 @@ class Quantity:
 
     Args:
         value: the number.
-        unit: canonical words of the unit, such as ("km", "h") for km/h; empty without a unit.
+        unit: canonical words of the unit, such as ("km", "h") for km/h. It is empty without a unit.
     """
 
     value: Fraction
@@ -89,13 +99,13 @@ class Quantity:
 
 
 def read_quantity(text: str) -> Quantity | None:
-    r"""Reads a text that is one number, with a unit or without.
+    r"""Reads a text that is one number, with or without a unit.
 
     Args:
-        text: as `clean_answer` leaves it.
+        text: a text that `clean_answer` returned.
 
     Returns:
-        None for anything else, such as a text with two numbers, an expression or a list.
+        the number and its unit, or `None` for any other text, such as two numbers, an expression or a list.
 
     >>> read_quantity(r"3\frac{1}{2}"), read_quantity("1 2")
     (Quantity(value=Fraction(7, 2), unit=()), None)
@@ -123,7 +133,7 @@ def read_quantity(text: str) -> Quantity | None:
 
 
 def _number(text: str) -> tuple[Fraction, int] | None:
-    """Reads the unsigned number at the start of a text: (value, where it ends)."""
+    """Reads the unsigned number at the start of a text. Returns (value, end), or `None`."""
     if mixed := _MIXED.match(text):
         whole = Fraction(mixed[1].replace(",", ""))
         start = mixed.end(1)
@@ -178,7 +188,15 @@ def _power(base: Fraction, exponent: str) -> Fraction | None:
 
 
 def _unit(text: str, money: str | None = None) -> tuple[int, tuple[str, ...]] | None:
-    """Reads what is behind a number: (scale, canonical words with the money before it), None for no unit."""
+    """Reads the unit that follows a number.
+
+    Args:
+        text: the text after the number.
+        money: the currency before the number, or `None`.
+
+    Returns:
+        (scale, canonical words of the unit, the currency first), or `None` if the text is not a unit.
+    """
     attached = not text.startswith(" ")
     text = (
         re.sub(r" ?\^ ?\{? ?\\circ ?\}? ?", " deg ", text)
@@ -199,7 +217,7 @@ def _unit(text: str, money: str | None = None) -> tuple[int, tuple[str, ...]] | 
     canonical = _canonical(words if money is None or words[:1] == [money] else [money, *words])
     if canonical is None or len(canonical) > 8 or (words and not canonical):
         return None
-    # Without a space between them, `2m` is two times m and `2xyz` is a product; `2kg` is a weight.
+    # Without a space, `2m` is two times m and `2xyz` is a product, but `2kg` is a weight.
     first = canonical[0].split("^")[0] if canonical else ""
     is_variable = attached and first.isalpha() and (len(words[0]) == 1 or first not in _SPELLINGS)
     return None if is_variable else (scale, canonical)
@@ -232,7 +250,7 @@ def _canonical(words: list[str]) -> tuple[str, ...] | None:
 
 
 def _name(word: str) -> str | None:
-    """Returns the canonical name of one word of a unit, None for a word that is none."""
+    """Returns the canonical name of one word of a unit, or `None` if the word is not a unit."""
     if len(word) == 1:
         known = word in _LETTERS or not word.isalpha()
         return _UNITS.get(word) if known else None
@@ -248,13 +266,14 @@ def _name(word: str) -> str | None:
 
 
 def split_equation(text: str) -> tuple[str, str]:
-    """Splits `x = 18` and `9*2 = 18` into (name of the left side, what is right of the last equals sign).
+    """Splits `x = 18` and `9*2 = 18` into a name and the right side of the last equals sign.
 
     Args:
-        text: as `clean_answer` leaves it.
+        text: a text that `clean_answer` returned.
 
     Returns:
-        ("", text) for a text that is no such equation: `2x = 36` and `x + y = 5` are answers of their own.
+        (name, right side), where the name is "" if the left side is a calculation. It is ("", text) for other
+        texts, because equations such as `2x = 36` and `x + y = 5` are answers themselves.
     """
     member = _MEMBER.match(text)
     if member:
@@ -270,12 +289,12 @@ def split_equation(text: str) -> tuple[str, str]:
 
 
 def is_sum_of_variables(text: str) -> bool:
-    """Tells whether a text is such as `m + n`, which the answers of contests ask for."""
+    """Says whether a text is a sum of letters such as `m + n`, which contests ask for."""
     return _VARIABLES.fullmatch(text) is not None
 
 
 def split_unit(text: str) -> tuple[str, tuple[str, ...]]:
-    r"""Splits an expression such as `2\sqrt{5} cm` into (expression, unit); () without a known unit."""
+    r"""Splits an expression such as `2\sqrt{5} cm` into (expression, unit). Other texts have the unit ()."""
     match = _EXPRESSION_UNIT.search(text)
     unit = None if match is None or "\\" not in text[: match.start()] else _unit(match[0])
     if unit is None or unit[0] != 1 or not unit[1] or unit[1][0].split("^")[0] not in _SPELLINGS:
@@ -284,21 +303,21 @@ def split_unit(text: str) -> tuple[str, tuple[str, ...]]:
 
 
 def right_side(text: str) -> str:
-    """Returns what is right of the last equals sign of `x = 18` or `9*2 = 18`, else the text."""
+    """Returns the right side of `x = 18` or `9*2 = 18`, or else the text itself."""
     return split_equation(text)[1]
 
 
 def same_unit(given: tuple[str, ...], expected: tuple[str, ...]) -> bool:
-    """Tells whether two units allow two answers to be equal.
+    """Says whether answers with these units may be equal.
 
-    A unit may be missing on either side. Where both have one, the known units must be the same, in order, and
-    without known units the words of one must be among the words of the other.
+    Either answer may lack a unit. If both have one, their known units must be the same, in order. If no unit
+    is known, the words of one must be among the words of the other.
     """
     if not given or not expected or given == expected:
         return True
     known = [[word for word in unit if word.split("^")[0] in _SPELLINGS] for unit in (given, expected)]
     if any(known):
-        # `$12` and `$12 per hour` may be equal; `5 m` and `5 m/s` are not.
+        # `$12` and `$12 per hour` may be equal, but `5 m` and `5 m/s` are not.
         is_money = known[0][:1] == known[1][:1] == [CURRENCY] and min(map(len, known)) == 1
         return is_money or known[0] == known[1]
     words = set(given), set(expected)

@@ -1,12 +1,12 @@
-r"""Clean the text of an answer: what LaTeX, Markdown and typography put around the same content.
+r"""Removes from an answer what LaTeX, Markdown and typography put around its content.
 
-`\boxed{18\,\text{dollars}}`, `**18 dollars**` and `$18$ dollars` are one answer. Nothing here decides whether
-two answers are equal. Every pattern runs in linear time, because the texts come from a model.
+`\boxed{18\,\text{dollars}}`, `**18 dollars**` and `$18$ dollars` are one answer. `equality.py` decides
+whether two cleaned answers are equal. Every pattern runs in linear time, because the texts come from a model.
 """
 
 import re
 
-MAX_CHARACTERS = 1000  # of an answer that is cleaned; a longer one is compared as it is
+MAX_CHARACTERS = 1000  # limit for cleaning: a longer answer is compared unchanged
 
 _DASHES = dict.fromkeys("\u2212\u2010\u2011\u2012\u2013\u2014\ufe63\uff0d", "-")
 _SPACES = dict.fromkeys(
@@ -27,7 +27,7 @@ _CHARACTERS = str.maketrans(_DASHES | _SPACES | _NOTHING | _WIDE | _SIGNS)
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+")
 
-CURRENCY = "\u00a4"  # the dollar, so that no `$` of LaTeX is taken for it
+CURRENCY = "\u00a4"  # stands for the dollar, because `$` also marks mathematics in LaTeX
 _COMMAND = re.compile(r"\\(?:\\|[A-Za-z]+\*?|.)", re.S)
 _COMMANDS = {
     r"\!": "", r"\,": " ", r"\;": " ", r"\:": " ", r"\>": " ", "\\ ": " ", "\\\n": " ", r"\quad": " ",
@@ -67,10 +67,10 @@ _LAST_WORDS = re.compile(r"\banswer is\s*:?\s*([^\n]{1,100})$", re.I)
 
 
 def clean_answer(text: str) -> str:
-    r"""Returns an answer without what surrounds or only formats its content.
+    r"""Returns an answer without the formatting of its content.
 
-    Removed are the wrappers ``$ $``, ``\( \)``, ``\[ \]``, ``** **``, quotes and backticks, sizes such as
-    ``\left``, a full stop at the end, and ``\text{}`` and its relatives around words. Spaces of every kind
+    It removes the wrappers ``$ $``, ``\( \)``, ``\[ \]``, ``** **``, quotes and backticks, sizes such as
+    ``\left``, a full stop at the end, and commands such as ``\text{}`` around words. Spaces of every kind
     become one plain space, and Unicode signs become their ASCII or LaTeX form. A dollar becomes the sign ¤.
 
     >>> clean_answer(r"$18\,\text{cm}$."), clean_answer("**\u22123**")
@@ -78,10 +78,10 @@ def clean_answer(text: str) -> str:
     """
     if len(text) > MAX_CHARACTERS:
         return text.strip()
-    text = re.sub(r"\\+$", "", text.strip())  # what is left of a space `\ ` at the end
+    text = re.sub(r"\\+$", "", text.strip())  # the rest of a space `\ ` at the end
     text = _RAISED.sub(lambda match: "^{" + match[0].translate(_SUPERSCRIPTS) + "}", text)
     text = text.translate(_CHARACTERS).replace("{,}", ",")
-    for _ in range(4):  # words inside words
+    for _ in range(4):  # commands may be nested
         text, changed = _WORDS.subn(r" \1 ", text)
         if not changed:
             break
@@ -93,12 +93,12 @@ def clean_answer(text: str) -> str:
 
 
 def _matrix(match: re.Match) -> str:
-    # \begin{vmatrix} is a determinant and stays one.
+    # \begin{vmatrix} is a determinant, so it is kept.
     return match[0] if "{v" in match[0] else f"\\{match[1]}{{matrix}}"
 
 
 def _unwrap(text: str) -> str:
-    """Removes wrappers of the whole text, and the punctuation behind it, until there are none."""
+    """Removes wrappers of the whole text, and punctuation at its end, until there are none."""
     for _ in range(8):
         before = text
         text = text.strip().rstrip(".,;:") if not text.endswith("...") else text.strip()
@@ -114,7 +114,7 @@ def _unwrap(text: str) -> str:
 
 
 def _dollars(text: str) -> str:
-    """Tells the dollar of an amount, `$18`, from the `$` of LaTeX, which come in pairs."""
+    """Marks the dollar of an amount such as `$18`, and removes the `$` of LaTeX, which come in pairs."""
     if text.count("$") % 2:
         text = re.sub(r"\$(?= ?[-+]?\.?[0-9])", CURRENCY, text, count=1)
         if CURRENCY not in text:
@@ -133,10 +133,10 @@ def without_lead(text: str) -> str:
 
 
 def stated_answer(text: str) -> str | None:
-    """Returns what a sentence or a solution states as its answer, None where it states none.
+    """Returns the answer that a sentence or a solution states at its end, or `None` if it states none.
 
     Args:
-        text: ends in `... is $18$.` or in `... the answer is 18.`.
+        text: a text that may end in `... is $18$.` or in `... the answer is 18.`.
 
     >>> stated_answer("Then $2x=36$, so the price is $18$.")
     '18'

@@ -66,7 +66,7 @@ def test_no_answer_at_all(value):
         ("['105', '0105']", "is a list written as text"),
         ({"a": 1}, r"\{'a': 1\} is of type dict"),
         ([["a"]], r"\['a'\] is of type list"),
-        (b"\xff", r"b'\\xff' is no UTF-8 text"),
+        (b"\xff", r"b'\\xff' is not UTF-8 text"),
         ("3\ud83d", r"'3\\ud83d' holds half a character \(at position 1\)"),
         (float("inf"), "inf is not a finite number"),
         (Decimal("1e999999"), "not a finite number of ordinary size"),
