@@ -14,7 +14,8 @@ from grpo_jax.models.decoder_layout import layout
 from grpo_jax.models.hf_config import settings_of
 from grpo_jax.models.interface import HFConfig, Problems
 from grpo_jax.models.llama_variants import LLAMA_VARIANTS, MODEL_TYPES, Settings, head_dim_of
-from grpo_jax.policy.decoder import Architecture, make_decoder
+from grpo_jax.policy.architecture import Architecture
+from grpo_jax.policy.decoder import make_decoder
 from grpo_jax.policy.rotary import LinearScaling, Llama3Scaling, Rotary
 from grpo_jax.types import Params, Policy
 

@@ -22,7 +22,7 @@ Four records tell who sees what:
     Segment   rows [B,K] with B = n*g that attend alike: their shape, positions, Visible and Packing
     Packing   the real tokens of a segment, side by side, so that dense layers skip the padding
     Frame     what all layers of one call share: one segment, or the prompts' and the completions' together
-              (in `grpo_jax.policy.decoder`). Dense layers see all tokens of a frame as one array [R,...].
+              (in `grpo_jax.policy.layers`). Dense layers see all tokens of a frame as one array [R,...].
 """
 
 import functools
