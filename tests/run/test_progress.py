@@ -245,14 +245,14 @@ def test_an_exact_kl_to_itself_moves_nothing(argv, tmp_path, capsys):
 
 @pytest.mark.parametrize("rank", [0, 2], ids=["full", "lora"])
 def test_two_programs_that_differ_as_in_bfloat16_move_nothing(rank, argv, tmp_path, monkeypatch):
-    score, calls = actor._score, []
+    score, calls = actor._log_probs, []
 
     def rounding(*arguments):
         calls.append(1)
         log_probs, entropies = score(*arguments)
         return log_probs + 1e-3 * len(calls), entropies
 
-    monkeypatch.setattr(actor, "_score", rounding)
+    monkeypatch.setattr(actor, "_log_probs", rounding)
     changes = {
         "algorithm__kl_estimator": "k3",
         "algorithm__entropy_coef": 0,
