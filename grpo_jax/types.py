@@ -150,17 +150,33 @@ class Rollout:
 
 
 @flax.struct.dataclass(kw_only=True)
+class Totals:
+    """What the rewards of B completions add up to, in whole groups: see `add_up_rewards`.
+
+    A completion that does not train (see `Recipe.mask_truncated`) is still logged. Its group is added up once
+    with it, for the log, and once without it, for the training.
+    """
+
+    rewards: Array  # [B] float32, weighted sums with the overlong penalty; 0 where they are not valid
+    valid: Array  # [B] bool, False where the policy for missing rewards drops the completion
+    penalty: Array  # [B] float32, the overlong penalty alone
+    train_rewards: Array  # [B] float32, as rewards, but of the completions that train
+    train_valid: Array  # [B] bool, as valid, and False where the completion does not train
+    signal: Array  # [B] bool, whether the group of the completion teaches something
+
+
+@flax.struct.dataclass(kw_only=True)
 class Judged:
-    """A rollout of whole groups, scored by the model and by the reward functions."""
+    """A rollout of whole groups, with its log-probs and what the reward functions gave it."""
 
     rollout: Rollout  # B rows
-    old_log_probs: Array | None  # [B,T] float32, under the policy that sampled, as the scorer computes them;
-    # None where the update computes them itself, see Experience
-    entropies: (
-        Array | None
-    )  # [B,T] float32, of the distributions the tokens were drawn from, nats; None likewise
-    ref_log_probs: Array | None  # [B,T] float32, under the reference; None where it is not needed
+    # [B,T] float32, under the policy that sampled. None means that the update computes them, see Experience.
+    old_log_probs: Array | None
+    # [B,T] float32, in nats, of the distributions that the tokens were drawn from. None as above.
+    entropies: Array | None
+    ref_log_probs: Array | None  # [B,T] float32, under the reference. None where they are not needed.
     scores: Array  # [B,R] float32, NaN where a reward function gave none
+    totals: Totals | None = None  # None in a checkpoint: they follow from the scores
 
 
 @flax.struct.dataclass(kw_only=True)

@@ -121,7 +121,7 @@ MUTANTS = {
         ("filled rows train", "jnp.asarray(rollout.mask) & live[:, None]", "jnp.asarray(rollout.mask)"),
         ("filled rows count", "num_sequences=int(live[part].sum())", "num_sequences=None"),
         ("truncated completions train", "return finished if recipe.mask_truncated else", "return"),
-        ("truncated completions shift the baseline", "live & _training_rows(judged.rollout.finished, recipe)", "live"),
+        ("truncated completions shift the baseline", "add_up(np.where(trains[:, None], scores, np.nan))", "add_up(scores)"),
         ("KL in the reward with the wrong sign", "penalty = -np.asarray(recipe.kl_coef", "penalty = np.asarray(recipe.kl_coef"),
         ("dead groups feel the KL", "base if recipe.kl_on_dead_groups else base * signal[part, None]", "base"),
         ("missing rewards of other groups count", "scores.reshape(-1, group_size or len(scores) or 1, len(weights))", "scores.reshape(-1, len(scores) or 1, len(weights))"),

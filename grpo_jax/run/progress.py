@@ -24,6 +24,7 @@ from grpo_jax.run.continuing import (
 )
 from grpo_jax.run.directory import check_same_run, read_config
 from grpo_jax.trackers.jsonl import plain
+from grpo_jax.training.actor import add_up
 from grpo_jax.training.dynamic_sampling import Groups
 from grpo_jax.training.learner import TrainState, policy_params
 from grpo_jax.types import Experience, Judged, Params, Rollout, Silence
@@ -145,7 +146,9 @@ def restore(parts: Parts, sources: list[Path]) -> Progress | None:
         kl_coef = extra["kl_coef"] if config.algorithm.kl_target else parts.recipe.kl_coef
         extra["kl_coef"] = float(kl_coef)
         left = extra.pop("leftover_samples")
-        leftovers = Groups(judged=others["leftovers"], samples=left) if left else None
+        leftovers = None
+        if left:
+            leftovers = Groups(judged=add_up(parts.actor(), others["leftovers"]), samples=left)
         return Progress(
             state=state,
             ref_params=reference,
@@ -178,7 +181,7 @@ def save(parts: Parts, checkpoints: Checkpoints, progress: Progress) -> None:
     inside = progress.step % parts.updates_per_rollout != 0
     others: dict[str, Any] = {"experience": progress.experience} if inside else {}
     if progress.leftovers is not None:
-        others["leftovers"] = progress.leftovers.judged
+        others["leftovers"] = progress.leftovers.judged.replace(totals=None)  # `restore` adds up again
     if parts.config.algorithm.ref_sync_every:
         others["reference"] = progress.ref_params
     extra = {

@@ -16,8 +16,8 @@ from grpo_jax.rewards.judging import judge
 from grpo_jax.rewards.silences import find_silences, lost_rows
 from grpo_jax.run.build import Parts
 from grpo_jax.trackers.console import spread
-from grpo_jax.training.experience import combine, length_penalty, signal_of_scores
-from grpo_jax.types import Example, Silence
+from grpo_jax.training.experience import add_up_rewards
+from grpo_jax.types import Example, Silence, Totals
 
 _BINS = 8  # of a histogram
 # The figures of a distribution that are reported.
@@ -85,22 +85,32 @@ def rehearse(parts: Parts, *, num_prompts: int, num_samples: int) -> Rehearsal:
     repeated = [example for example in examples for _ in range(num_samples)]
     rows = config.num_prompts * config.algorithm.group_size  # of one rollout
     scores, seconds_per_call, lost = _judge(parts, repeated, texts, rows)
-    weights = [reward.weight for reward in parts.rewards]
-    totals, valid = combine(scores, weights, missing=parts.recipe.missing, group_size=num_samples)
-    penalty = length_penalty(lengths, parts.recipe, config.sampling.max_new_tokens)
-    rewards = np.where(valid, totals + penalty, 0).astype(np.float32)
+    totals = _add_up(parts, scores, lengths, finished, group_size=num_samples)
     return Rehearsal(
         examples=examples,
         texts=texts,
         lengths=lengths,
         finished=finished,
         scores=scores,
-        rewards=rewards,
-        valid=valid,
+        rewards=totals.rewards,
+        valid=totals.valid,
         tokens_per_second=float(lengths.sum() / seconds),
         seconds_per_call=seconds_per_call,
         rows_per_call=min(rows, len(texts)),
         silences=tuple(find_silences(parts.rewards, repeated, texts, scores, lost)),
+    )
+
+
+def _add_up(parts: Parts, scores, lengths, finished, *, group_size: int) -> Totals:
+    """Adds up the rewards of groups as training does."""
+    return add_up_rewards(
+        scores,
+        lengths,
+        finished,
+        parts.recipe,
+        reward_weights=[reward.weight for reward in parts.rewards],
+        max_length=parts.config.sampling.max_new_tokens,
+        group_size=group_size,
     )
 
 
@@ -132,21 +142,18 @@ def dead_group_share(parts: Parts, rehearsal: Rehearsal, group_size: int) -> flo
 
     Every group that the samples of a prompt allow counts, or 13,000 random ones if there are more.
     """
-    weights = [reward.weight for reward in parts.rewards]
     count = rehearsal.num_samples
     shares = []
     for start in range(0, len(rehearsal.texts), count):
         rows = start + subsets(count, group_size).reshape(-1)
-        signal = signal_of_scores(
+        totals = _add_up(
+            parts,
             rehearsal.scores[rows],
             rehearsal.lengths[rows],
             rehearsal.finished[rows],
-            parts.recipe,
-            reward_weights=weights,
-            max_length=parts.config.sampling.max_new_tokens,
             group_size=group_size,
         )
-        shares.append(1.0 - signal.mean())
+        shares.append(1.0 - totals.signal.mean())
     return float(np.mean(shares))
 
 

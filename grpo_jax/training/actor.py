@@ -14,7 +14,7 @@ from grpo_jax.policy.decoding import generate, pad_prompts
 from grpo_jax.policy.log_probs import completion_log_probs
 from grpo_jax.policy.shapes import bucket_length, tokens_in_use
 from grpo_jax.training.dynamic_sampling import Groups, fill_batch, join_groups, take_groups, widen_prompts
-from grpo_jax.training.experience import has_signal, make_experience, shaped_rewards
+from grpo_jax.training.experience import add_up_rewards, make_experience
 from grpo_jax.training.metrics import reward_means, reward_metrics, rollout_metrics
 from grpo_jax.training.reference import is_reference
 from grpo_jax.types import Array, Example, Experience, Judged, Params, Policy, Rollout, Silence, Verdict
@@ -126,7 +126,7 @@ def collect(
     everything = join_groups([one.groups for one in rounds]).judged
     num_lost = {name: sum(one.num_lost[name] for one in rounds) for name in rounds[0].num_lost}
     means = reward_means(list(actor.reward_weights), np.asarray(everything.scores), num_lost)
-    measured = {**_measure(actor, everything, rounds), **means}
+    measured = {**_measure(actor, everything), **means}
     jax.block_until_ready(experience)
     times = {name: sum(one.times[name] for one in rounds) for name in rounds[0].times}
     times["time/score"] += time.perf_counter() - started
@@ -155,9 +155,6 @@ def collect(
 @dataclass(frozen=True, kw_only=True)
 class _Round:
     groups: Groups
-    rewards: np.ndarray  # [B] float32, the weighted sum and the overlong penalty
-    valid: np.ndarray  # [B] bool, where rewards count
-    signal: np.ndarray  # [N] bool, the groups that teach something
     times: dict[str, float]
     silences: Sequence[Silence] = ()
     num_lost: Mapping[str, int] = field(default_factory=dict)  # see Verdict
@@ -180,7 +177,8 @@ def _informative_batch(actor, params, ref_params, next_prompts, leftovers, round
     while len(rounds) < actor.max_rounds and (count is None or found < count):
         one = _sample_round(actor, params, ref_params, *next_prompts(len(rounds)))
         rounds.append(one)
-        signal, count = one.signal, len(one.signal)
+        signal = one.groups.judged.totals.signal[:: actor.group_size]
+        count = len(signal)
         if signal.any():
             informative.append(take_groups(one.groups, np.flatnonzero(signal), actor.group_size))
         if not signal.all():
@@ -190,8 +188,21 @@ def _informative_batch(actor, params, ref_params, next_prompts, leftovers, round
     return fill_batch(alive, dead, count=count, group_size=actor.group_size)
 
 
+def add_up(actor: Actor, judged: Judged) -> Judged:
+    """Returns judged completions with the totals of their rewards."""
+    rollout = judged.rollout
+    totals = add_up_rewards(
+        np.asarray(judged.scores),
+        np.asarray(rollout.mask).sum(axis=1),
+        np.asarray(rollout.finished),
+        actor.recipe,
+        **_settings(actor),
+    )
+    return judged.replace(totals=totals)
+
+
 def _settings(actor: Actor) -> dict[str, Any]:
-    """Returns what every function of `experience` wants to know."""
+    """Returns the settings that the functions of `experience` have in common."""
     return {
         "reward_weights": list(actor.reward_weights.values()),
         "max_length": actor.max_new_tokens,
@@ -223,8 +234,8 @@ def _sample_round(actor, params, ref_params, examples: Sequence[Example], key: A
         ref_log_probs=ref_log_probs,
         scores=verdict.scores,
     )
-    rewards, valid = shaped_rewards(judged, actor.recipe, **_settings(actor))
-    samples = _samples(actor.reward_weights, repeated, texts, verdict.scores, rewards, valid)
+    judged = add_up(actor, judged)
+    samples = _samples(actor.reward_weights, repeated, texts, judged)
     jax.block_until_ready(judged)
     times = {
         "time/generate": generated - started,
@@ -233,26 +244,21 @@ def _sample_round(actor, params, ref_params, examples: Sequence[Example], key: A
     }
     return _Round(
         groups=Groups(judged=judged, samples=samples),
-        rewards=rewards,
-        valid=valid,
-        signal=has_signal(judged, actor.recipe, **_settings(actor)),
         times=times,
         silences=verdict.silences,
         num_lost=verdict.num_lost,
     )
 
 
-def _measure(actor: Actor, judged: Judged, rounds: Sequence[_Round]) -> dict[str, Any]:
+def _measure(actor: Actor, judged: Judged) -> dict[str, Any]:
     """Computes the metrics of everything that was sampled."""
+    totals = judged.totals
     groups = (-1, actor.group_size)
-    rewards = np.concatenate([one.rewards for one in rounds])
-    valid = np.concatenate([one.valid for one in rounds])
-    measured = {
-        **reward_metrics(rewards.reshape(groups), valid.reshape(groups)),
+    return {
+        **reward_metrics(totals.rewards.reshape(groups), totals.valid.reshape(groups)),
         **rollout_metrics(judged.rollout, judged.old_log_probs, importance_cap=actor.recipe.importance_cap),
+        "frac_reward_zero_std": 1.0 - totals.signal.mean(),
     }
-    signal = np.concatenate([one.signal for one in rounds])
-    return {**measured, "frac_reward_zero_std": 1.0 - signal.mean()}
 
 
 def _rollout(actor: Actor, params: Params, examples: Sequence[Example], key: Array) -> Rollout:
@@ -288,16 +294,20 @@ def _log_probs(actor: Actor, params: Params, rollout: Rollout) -> tuple[Array, A
     )
 
 
-def _samples(names, examples, texts, scores, totals, valid) -> list[dict[str, Any]]:
+def _samples(names, examples, texts, judged: Judged) -> list[dict[str, Any]]:
+    """Returns what a human reads of every completion."""
+
     def number(value: float) -> float | None:
         return None if np.isnan(value) else float(value)
 
+    totals = judged.totals
+    rows = zip(examples, texts, judged.scores, totals.rewards, totals.valid, strict=True)
     return [
         {
             "prompt": example.prompt,
             "completion": text,
-            "reward": float(total) if ok else None,
-            **{f"rewards/{name}": number(value) for name, value in zip(names, row, strict=True)},
+            "reward": float(reward) if valid else None,
+            **{f"rewards/{name}": number(score) for name, score in zip(names, scores, strict=True)},
         }
-        for example, text, row, total, ok in zip(examples, texts, scores, totals, valid, strict=True)
+        for example, text, scores, reward, valid in rows
     ]

@@ -13,7 +13,7 @@ from grpo_jax.objective.advantages import (
 )
 from grpo_jax.objective.recipes import Recipe
 from grpo_jax.objective.shaping import importance_weights, kl_penalty, overlong_penalty, top_entropy_mask
-from grpo_jax.types import Array, Experience, Judged
+from grpo_jax.types import Array, Experience, Judged, Totals
 
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -45,41 +45,7 @@ def combine(
     return np.clip(total, -_LARGEST, _LARGEST).astype(np.float32), valid.reshape(-1)
 
 
-def shaped_rewards(
-    judged: Judged, recipe: Recipe, *, reward_weights: Sequence[float], max_length: int, group_size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Adds up the rewards of every completion: weighted sum and overlong penalty, without any KL.
-
-    Args:
-        judged: B completions, whole groups.
-        recipe: the objective.
-        reward_weights: [R].
-        max_length: T, the completion limit in tokens.
-        group_size: G.
-
-    Returns:
-        (rewards [B] float32; valid [B] bool, False where the recipe's policy for missing rewards drops it).
-    """
-    rewards, valid = combine(judged.scores, reward_weights, missing=recipe.missing, group_size=group_size)
-    return np.where(valid, rewards + length_penalty(_lengths(judged), recipe, max_length), 0), valid
-
-
-def has_signal(
-    judged: Judged, recipe: Recipe, *, reward_weights: Sequence[float], max_length: int, group_size: int
-) -> np.ndarray:
-    """Says which groups teach something, bool [N]: see `signal_of_scores`."""
-    return signal_of_scores(
-        np.asarray(judged.scores),
-        _lengths(judged),
-        judged.rollout.finished,
-        recipe,
-        reward_weights=reward_weights,
-        max_length=max_length,
-        group_size=group_size,
-    )
-
-
-def signal_of_scores(
+def add_up_rewards(
     scores: np.ndarray,
     lengths: np.ndarray,
     finished: np.ndarray,
@@ -88,34 +54,55 @@ def signal_of_scores(
     reward_weights: Sequence[float],
     max_length: int,
     group_size: int,
-) -> np.ndarray:
-    """Says which groups teach something: those whose rewards differ (KL aside), among the rows that train.
+) -> Totals:
+    """Adds up what the reward functions gave to whole groups, without any KL. Every round is added up once.
 
-    Where each reward function is normalised alone, those in which any function's values differ.
+    A group has a signal if the rewards of its completions that train differ. Where each reward function is
+    normalised alone, it is enough that the values of one function differ.
 
     Args:
         scores: [B,R], NaN where a function gave none.
-        lengths: [B], tokens of the completions.
+        lengths: [B], numbers of completion tokens.
         finished: [B] bool.
         recipe: the objective.
         reward_weights: [R].
         max_length: T, the completion limit in tokens.
         group_size: G.
-
-    Returns:
-        bool [N].
     """
-    # A row that does not train is none at all: what only it was given decides nothing either.
-    scores = np.where(_training_rows(finished, recipe)[:, None], scores, np.nan)
-    rewards, valid = combine(scores, reward_weights, missing=recipe.missing, group_size=group_size)
-    penalty = length_penalty(lengths, recipe, max_length)
-    columns, there = (rewards + penalty)[:, None], valid[:, None]
+    penalty = _length_penalty(lengths, recipe, max_length)
+
+    def add_up(given: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        sums, valid = combine(given, reward_weights, missing=recipe.missing, group_size=group_size)
+        return np.where(valid, sums + penalty, 0), valid
+
+    rewards, valid = add_up(scores)
+    train_rewards, train_valid = rewards, valid
+    if recipe.mask_truncated:
+        # What only a row that does not train was given decides nothing either.
+        trains = _training_rows(finished, recipe)
+        train_rewards, train_valid = add_up(np.where(trains[:, None], scores, np.nan))
+    compared, counts = train_rewards[:, None], train_valid[:, None]
     if recipe.aggregation != "sum_then_normalize":
-        columns = np.column_stack([scores, penalty])
-        counts = np.array([*reward_weights, 1.0]) != 0
-        there = ~np.isnan(columns) & valid[:, None] & counts
-    columns, there = (x.T.reshape(x.shape[1], -1, group_size) for x in (columns, there))
-    return np.asarray(informative_groups(columns, valid=there)).any(axis=0)
+        compared = np.column_stack([scores, penalty])
+        counts = ~np.isnan(compared) & counts & (np.array([*reward_weights, 1.0]) != 0)
+    compared, counts = (x.T.reshape(x.shape[1], -1, group_size) for x in (compared, counts))
+    signal = np.asarray(informative_groups(compared, valid=counts)).any(axis=0)
+    return Totals(
+        rewards=rewards,
+        valid=valid,
+        penalty=penalty,
+        train_rewards=train_rewards,
+        train_valid=train_valid,
+        signal=np.repeat(signal, group_size),
+    )
+
+
+def _length_penalty(lengths: np.ndarray, recipe: Recipe, max_length: int) -> np.ndarray:
+    """Returns the recipe's `overlong_penalty` of completions of lengths [B] tokens: [B], 0 without one."""
+    buffer = recipe.overlong_tokens(max_length)
+    if not buffer:
+        return np.zeros(len(lengths), np.float32)
+    return np.asarray(overlong_penalty(lengths, max_length=max_length, buffer=buffer))
 
 
 def _training_rows(finished: np.ndarray, recipe: Recipe) -> np.ndarray:
@@ -139,7 +126,7 @@ def make_experience(
     """Turns whole groups of judged completions into the Experience of one rollout.
 
     Args:
-        judged: B rows; B is num_minibatches optimizer batches.
+        judged: B rows with their totals, which are num_minibatches optimizer batches.
         recipe: the objective.
         reward_weights: [R].
         group_size: G.
@@ -154,10 +141,7 @@ def make_experience(
     live = np.arange(rows) < (rows if num_live is None else num_live * group_size)
     mask = jnp.asarray(rollout.mask) & live[:, None]
     training = _training_rows(rollout.finished, recipe)
-    settings = {"reward_weights": reward_weights, "max_length": max_length, "group_size": group_size}
-    signal = None  # of each row; only a KL that spares dead groups asks
-    if not recipe.kl_on_dead_groups:
-        signal = np.repeat(has_signal(judged, recipe, **settings), group_size) & live
+    signal = judged.totals.signal & live
     weights, penalty_weights = [], []
     for part in np.split(np.arange(rows), num_minibatches):
         trained = mask[part] & training[part, None]
@@ -175,25 +159,15 @@ def make_experience(
         prompt_mask=jnp.pad(rollout.prompt_mask, padding),
         tokens=jnp.asarray(rollout.tokens),
         mask=mask,
-        advantages=_advantages(judged, recipe, live, signal, **settings),
+        advantages=_advantages(
+            judged, recipe, live, signal, reward_weights=reward_weights, group_size=group_size
+        ),
         weights=jnp.concatenate(weights),
         old_log_probs=None if judged.old_log_probs is None else jnp.asarray(judged.old_log_probs),
         ref_log_probs=None if judged.ref_log_probs is None else jnp.asarray(judged.ref_log_probs),
         penalty_weights=jnp.concatenate(penalty_weights) if recipe.separate_penalty else None,
         sampler_log_probs=jnp.asarray(rollout.log_probs) if judged.old_log_probs is None else None,
     )
-
-
-def _lengths(judged: Judged) -> np.ndarray:
-    return np.asarray(judged.rollout.mask).sum(axis=1)
-
-
-def length_penalty(lengths: np.ndarray, recipe: Recipe, max_length: int) -> np.ndarray:
-    """Returns the recipe's `overlong_penalty` of completions of lengths [B] tokens: [B], 0 without one."""
-    buffer = recipe.overlong_tokens(max_length)
-    if not buffer:
-        return np.zeros(len(lengths), np.float32)
-    return np.asarray(overlong_penalty(lengths, max_length=max_length, buffer=buffer))
 
 
 def _policy_factors(judged: Judged, recipe: Recipe, trained: Array, part: np.ndarray) -> Array:
@@ -208,31 +182,30 @@ def _policy_factors(judged: Judged, recipe: Recipe, trained: Array, part: np.nda
     return factors
 
 
-def _advantages(judged, recipe, live, signal, *, reward_weights, max_length, group_size) -> Array:
-    """Computes the advantages [B]; KL in the reward, where the recipe wants it, enters here."""
-    training = live & _training_rows(judged.rollout.finished, recipe)
-    scores = np.where(training[:, None], judged.scores, np.nan)
-    rewards, valid = combine(scores, reward_weights, missing=recipe.missing, group_size=group_size)
-    rewards = rewards + length_penalty(_lengths(judged), recipe, max_length)
-    penalty = np.zeros(len(rewards), np.float32)
+def _advantages(judged, recipe, live, signal, *, reward_weights, group_size) -> Array:
+    """Computes the advantages [B]. A KL in the reward, where the recipe wants it, enters here."""
+    totals = judged.totals
+    valid = totals.train_valid & live
+    penalty = np.zeros(len(valid), np.float32)
     if recipe.kl_placement == "reward" and judged.ref_log_probs is not None:
         kls = kl_penalty(judged.old_log_probs, judged.ref_log_probs, judged.rollout.mask)
         penalty = -np.asarray(recipe.kl_coef * kls)
         penalty = penalty if recipe.kl_on_dead_groups else penalty * signal
     groups = (-1, group_size)
     if recipe.aggregation == "sum_then_normalize":
-        totals = np.where(valid, rewards + penalty, 0)
-        return recipe.advantage(totals.reshape(groups), valid=valid.reshape(groups)).reshape(-1)
-    there = ~np.isnan(scores) & valid[:, None]
+        rewards = np.where(valid, totals.train_rewards + penalty, 0)
+        return recipe.advantage(rewards.reshape(groups), valid=valid.reshape(groups)).reshape(-1)
+    scores = np.asarray(judged.scores)
+    given = ~np.isnan(scores) & valid[:, None]
     advantages = normalize_then_sum(
-        np.nan_to_num(scores).reshape(*groups, scores.shape[1]),
+        np.where(given, scores, 0).reshape(*groups, scores.shape[1]),
         np.asarray(reward_weights, np.float32),
-        valid=there.reshape(*groups, scores.shape[1]),
+        valid=given.reshape(*groups, scores.shape[1]),
         advantage_fn=recipe.advantage,
         missing=recipe.missing,
     )
     # What is added to the sum of rewards is one more function here, of weight 1 whatever is missing.
-    added = (length_penalty(_lengths(judged), recipe, max_length) + penalty).reshape(groups)
+    added = (totals.penalty + penalty).reshape(groups)
     advantages = advantages + recipe.advantage(added, valid=valid.reshape(groups))
     if recipe.aggregation == "gdpo":
         advantages = scale_by_batch(advantages, valid=valid.reshape(groups))

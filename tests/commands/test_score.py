@@ -21,7 +21,7 @@ from grpo_jax.policy.decoding import generate
 from grpo_jax.run.build import build
 from grpo_jax.run.rehearsal import advice, dead_group_share, rehearse, report, shown_samples
 from grpo_jax.score import ScoreArguments
-from grpo_jax.training.experience import make_experience
+from grpo_jax.training.experience import add_up_rewards, make_experience
 from grpo_jax.types import Judged, Rollout
 
 REWARDS = """
@@ -182,10 +182,13 @@ def test_groups_without_a_signal_are_those_of_training(model, mine):
             mask=np.arange(5) < got.lengths[rows][:, None], log_probs=empty, kept_mass=empty + 1,
             finished=got.finished[rows],
         )  # fmt: skip
-        judged = Judged(
-            rollout=rollout, old_log_probs=empty, entropies=None, ref_log_probs=None, scores=got.scores[rows]
-        )
         settings = {"reward_weights": [1.0, 0.0, 1.0], "group_size": 4, "max_length": 5}
+        scores = got.scores[rows]
+        totals = add_up_rewards(scores, got.lengths[rows], rollout.finished, parts.recipe, **settings)
+        judged = Judged(
+            rollout=rollout, old_log_probs=empty, entropies=None, ref_log_probs=None, scores=scores,
+            totals=totals,
+        )  # fmt: skip
         advantages = make_experience(judged, parts.recipe, prompt_length=1, **settings).advantages
         dead = np.all(advantages.reshape(-1, 4) == 0, axis=1)
         assert dead_group_share(parts, got, 4) == pytest.approx(np.mean(dead)), choices

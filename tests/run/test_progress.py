@@ -169,6 +169,17 @@ def test_leftovers_are_pending_in_the_checkpoints(whole):
     np.testing.assert_array_equal(later.tokens[: 8 * kept[0]], left.judged.rollout.tokens)
 
 
+def test_leftovers_are_stored_as_ever(whole):
+    """Their totals follow from the scores, so checkpoints made before there were totals still resume."""
+    run = whole("moving")
+    stored = Path(run.dir) / "checkpoints" / "1" / "leftovers"
+    found = {str(path.parent.relative_to(stored)) for path in stored.rglob(".zarray")}
+    parts = ("finished", "kept_mass", "log_probs", "mask", "prompt_mask", "prompt_tokens", "tokens")
+    leaves = {*(f"rollout/{part}" for part in parts), "scores", "old_log_probs", "ref_log_probs", "entropies"}
+    assert found == leaves
+    assert run.collected[0].leftovers.judged.totals.signal.all()
+
+
 # What moves between updates
 
 

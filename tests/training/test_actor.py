@@ -17,9 +17,9 @@ from grpo_jax.policy.log_probs import completion_log_probs
 from grpo_jax.rewards.loading import Reward, RewardError
 from grpo_jax.run.build import actor_inputs
 from grpo_jax.training import actor as actor_module
-from grpo_jax.training.actor import Actor, collect
+from grpo_jax.training import experience
+from grpo_jax.training.actor import Actor, add_up, collect
 from grpo_jax.training.dynamic_sampling import Groups
-from grpo_jax.training.experience import has_signal, shaped_rewards
 from grpo_jax.types import Example, Judged, Rollout, Verdict
 
 GROUP, NEW, PROMPT = 4, 5, 10
@@ -416,6 +416,21 @@ def test_without_dynamic_sampling_there_is_one_round(model, collected):
     assert not [name for name in (*got.metrics, *collected.metrics) if name.startswith("dynamic_sampling")]
 
 
+def test_rewards_are_added_up_once_in_every_round(model, monkeypatch):
+    add_up_once, calls = experience.combine, []
+
+    def combine(*args, **settings):
+        calls.append(settings)
+        return add_up_once(*args, **settings)
+
+    monkeypatch.setattr(experience, "combine", combine)
+    recipe = PLAIN.replace(kl_on_dead_groups=False)
+    got, _ = dynamic(model, "dAd ddd dAA", recipe=recipe)
+    assert len(calls) == got.num_rounds == 3
+    collect(make_actor(model, recipe=recipe.replace(dynamic_sampling=False)), model.params, None, draw())
+    assert len(calls) == 4
+
+
 def test_the_overlong_penalty_is_a_signal(model):
     # Equal rewards, but some completions are longer: DAPO's penalty makes the group informative.
     got, _ = dynamic(model, "ddd ddd ddd", recipe=dapo.replace(overlong_buffer=NEW))
@@ -443,13 +458,8 @@ def test_every_informative_group_trains_once(rollouts, max_rounds, model):
         made.extend(name + i for i, alive in enumerate(signal) if alive)
         groups = fake_groups(range(name, name + 3), signal)
         name += 3
-        how = {"reward_weights": [1.0], "max_length": NEW, "group_size": GROUP}
-        rewards, valid = shaped_rewards(groups.judged, actor.recipe, **how)
         return actor_module._Round(
-            groups=groups,
-            rewards=rewards,
-            valid=valid,
-            signal=has_signal(groups.judged, actor.recipe, **how),
+            groups=dataclasses.replace(groups, judged=add_up(actor, groups.judged)),
             times=dict.fromkeys(("time/generate", "time/score"), 0.0),
         )
 

@@ -10,8 +10,8 @@ from grpo_jax.objective.advantages import ADVANTAGES, MISSING
 from grpo_jax.objective.losses import REDUCTIONS, loss_weights
 from grpo_jax.objective.recipes import RECIPES, grpo, make_recipe
 from grpo_jax.objective.shaping import importance_weights, top_entropy_mask
-from grpo_jax.training.experience import combine, has_signal, make_experience, shaped_rewards
-from grpo_jax.types import Judged, Rollout
+from grpo_jax.training.experience import add_up_rewards, combine, make_experience
+from grpo_jax.types import Judged, Rollout, Totals
 
 N, G, S, T = 6, 4, 3, 5
 B = N * G
@@ -88,13 +88,38 @@ def take(tree, rows: slice):
     return jax.tree.map(lambda x: x[rows], tree)
 
 
+def totals_of(judged, recipe, *, reward_weights=WEIGHTS, max_length=T, group_size=G) -> Totals:
+    return add_up_rewards(
+        judged.scores,
+        np.sum(judged.rollout.mask, axis=1),
+        judged.rollout.finished,
+        recipe,
+        reward_weights=reward_weights,
+        max_length=max_length,
+        group_size=group_size,
+    )
+
+
+def rewards_of(judged, recipe, **changes):
+    totals = totals_of(judged, recipe, **changes)
+    return totals.rewards, totals.valid
+
+
 def experience(judged, recipe, **changes):
-    settings = {"reward_weights": WEIGHTS, "group_size": G, "prompt_length": S, "max_length": T}
-    return make_experience(judged, recipe, **settings | changes)
+    """Returns the Experience of completions, whose rewards it adds up before."""
+    settings = {"reward_weights": WEIGHTS, "group_size": G, "prompt_length": S, "max_length": T} | changes
+    names = ("reward_weights", "group_size", "max_length")
+    totals = totals_of(judged, recipe, **{name: settings[name] for name in names})
+    return make_experience(judged.replace(totals=totals), recipe, **settings)
 
 
-def signal_of(judged, recipe, weights=WEIGHTS):
-    return has_signal(judged, recipe, reward_weights=weights, max_length=T, group_size=G)
+def signal_of(judged, recipe, weights=WEIGHTS, group_size=G):
+    """Says which groups teach something, [N]."""
+    signal = totals_of(judged, recipe, reward_weights=weights, group_size=group_size).signal
+    assert signal.dtype == bool and len(signal) == len(judged.scores)
+    groups = signal.reshape(-1, group_size)
+    assert (groups == groups[:, :1]).all()
+    return groups[:, 0]
 
 
 def normalized(rewards, kind):
@@ -168,10 +193,10 @@ def literal_advantages(scores, weights, *, missing, aggregation, kind, added, li
 
 def test_overlong_completions_are_punished_by_their_tokens():
     judged = make_judged()
-    plain, valid = shaped_rewards(judged, grpo, reward_weights=WEIGHTS, max_length=T, group_size=G)
+    plain, valid = rewards_of(judged, grpo)
     np.testing.assert_array_equal(plain, judged.scores @ np.float32(WEIGHTS))
     recipe = grpo.replace(overlong_buffer=4)
-    shaped, still_valid = shaped_rewards(judged, recipe, reward_weights=WEIGHTS, max_length=T, group_size=G)
+    shaped, still_valid = rewards_of(judged, recipe)
     penalty = {1: 0.0, 2: -0.25, 3: -0.5, 4: -0.75, 5: -1.0}
     np.testing.assert_allclose(shaped, plain + [penalty[n] for n in LENGTHS], atol=1e-6)
     assert valid.all() and still_valid.all() and shaped.dtype == np.float32
@@ -180,10 +205,10 @@ def test_overlong_completions_are_punished_by_their_tokens():
 def test_overlong_share_of_dapo():
     judged = make_judged(np.zeros((B, 3)))
     # A fifth of five tokens is one: only a completion that reaches the limit is punished.
-    shaped, _ = shaped_rewards(judged, RECIPES["dapo"], reward_weights=WEIGHTS, max_length=T, group_size=G)
+    shaped, _ = rewards_of(judged, RECIPES["dapo"])
     np.testing.assert_array_equal(shaped, np.where(LENGTHS == 5, -1, 0))
     # Of 20 tokens it is four, and no completion is longer than the 16 before them.
-    shaped, _ = shaped_rewards(judged, RECIPES["dapo"], reward_weights=WEIGHTS, max_length=20, group_size=G)
+    shaped, _ = rewards_of(judged, RECIPES["dapo"], max_length=20)
     np.testing.assert_array_equal(shaped, 0)
 
 
@@ -193,8 +218,7 @@ def test_rewards_of_rows_that_miss_some(missing):
     scores = np.zeros((B, 3), np.float32)
     scores[:4] = [[1, 2, 3], [nan, 2, 3], [1, nan, nan], [nan, nan, nan]]
     recipe = make_recipe("grpo", missing=missing, overlong_buffer=1)
-    settings = {"reward_weights": WEIGHTS, "max_length": T, "group_size": G}
-    rewards, valid = shaped_rewards(make_judged(scores), recipe, **settings)
+    rewards, valid = rewards_of(make_judged(scores), recipe)
     expected = {
         "skip": [1 + 1 - 6, 1 - 6, 1, 0],
         "renormalize": [1 + 1 - 6, (1 - 6) * 3.5 / 2.5, 3.5, 0],
@@ -208,7 +232,7 @@ def test_rewards_of_rows_that_miss_some(missing):
 def test_a_kl_in_the_reward_is_no_signal():
     judged = make_judged(np.ones((B, 3)))
     rloo = RECIPES["rloo"]
-    rewards, _ = shaped_rewards(judged, rloo, reward_weights=WEIGHTS, max_length=T, group_size=G)
+    rewards, _ = rewards_of(judged, rloo)
     np.testing.assert_array_equal(rewards, -0.5)
     assert not signal_of(judged, rloo).any()
     assert np.asarray(experience(judged, rloo).advantages).all()
@@ -342,14 +366,7 @@ def test_rows_that_fill_the_shape_are_masked_and_not_counted(reduction):
     for filled in (e.weights, e.mask, e.advantages):
         assert not np.any(filled[live:])
     # As if the batch had only ever had four groups.
-    alone = make_experience(
-        take(judged, slice(live)),
-        recipe,
-        reward_weights=WEIGHTS,
-        group_size=G,
-        prompt_length=S,
-        max_length=T,
-    )
+    alone = experience(take(judged, slice(live)), recipe)
     chex.assert_trees_all_equal(take(e, slice(live)), alone)
 
 
@@ -411,9 +428,8 @@ def test_a_masked_outlier_kills_no_baseline(name):
     # 1, 1, 1 beside a masked 100: there is nothing to learn.
     recipe = make_recipe(name, mask_truncated=True, overlong_buffer=0, kl_coef=0.0)
     judged = one_group([[100], [1], [1], [1]], [T, 2, 2, 2])
-    settings = {"reward_weights": [1.0], "group_size": 4, "max_length": T}
-    assert not has_signal(judged, recipe, **settings).any()
-    e = make_experience(judged, recipe, prompt_length=S, **settings)
+    assert not signal_of(judged, recipe, [1.0]).any()
+    e = experience(judged, recipe, reward_weights=[1.0])
     np.testing.assert_array_equal(e.advantages, 0)
 
 
@@ -422,11 +438,12 @@ def test_a_masked_outlier_kills_no_baseline(name):
 
 def test_a_missing_reward_has_no_influence_by_default():
     nan = np.nan
-    settings = {"reward_weights": [1.0, 1.0], "group_size": 4, "max_length": T, "prompt_length": S}
+    weights = [1.0, 1.0]
 
     def advantages(scores, **choices):
         judged = one_group(scores, [2, 2, 2, 2])
-        return make_experience(judged, make_recipe("grpo", kl_coef=0.0, **choices), **settings).advantages
+        recipe = make_recipe("grpo", kl_coef=0.0, **choices)
+        return experience(judged, recipe, reward_weights=weights).advantages
 
     # The first lacks what its siblings got, such as a row lost to a timeout: it is out, not punished.
     lost = advantages([[1, nan], [1, 1], [1, 0], [1, 1]])
@@ -442,7 +459,7 @@ def test_a_missing_reward_has_no_influence_by_default():
     masked = one_group([[1, nan], [0, nan], [1, nan], [0, 3]], [2, 2, 2, T])
     recipe = make_recipe("grpo", mask_truncated=True)
     np.testing.assert_array_equal(
-        make_experience(masked, recipe, **settings).advantages[:3] != 0, [True, True, True]
+        experience(masked, recipe, reward_weights=weights).advantages[:3] != 0, [True, True, True]
     )
 
 
