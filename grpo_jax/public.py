@@ -16,7 +16,8 @@ from grpo_jax.objective.recipes import __all__ as _recipes
 from grpo_jax.objective.shaping import importance_weights, kl_penalty, overlong_penalty, top_entropy_mask
 from grpo_jax.objective.surrogates import *
 from grpo_jax.objective.surrogates import __all__ as _surrogates
-from grpo_jax.policy.decoding import fork, generate, prefill
+from grpo_jax.policy.decoding import fork, generate, pad_prompts, prefill
+from grpo_jax.policy.from_apply import policy_from_apply
 from grpo_jax.policy.log_probs import completion_log_probs, token_log_probs
 from grpo_jax.policy.lora import Lora, Target, init_adapters, merge_adapters
 from grpo_jax.policy.sampling import draw, process_logits
@@ -60,6 +61,8 @@ __all__ = [
     "merge_adapters",
     "normalize_then_sum",
     "overlong_penalty",
+    "pad_prompts",
+    "policy_from_apply",
     "prefill",
     "process_logits",
     "reward_weights",
