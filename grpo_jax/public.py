@@ -1,5 +1,6 @@
 """The names that `from grpo_jax import ...` gives: the mathematics, the sampling and the training step."""
 
+from grpo_jax.lazy_names import lazy_names
 from grpo_jax.objective.advantages import (
     effective_weights,
     group_advantages,
@@ -25,7 +26,11 @@ from grpo_jax.training.learner import TrainState, init_train_state, train_step
 from grpo_jax.training.optimizers import make_optimizer, make_schedule
 from grpo_jax.types import Experience, Policy, Prompts, Rollout
 
+# Rooms above give these. Each is loaded when its name is asked for.
+__getattr__, _of_rooms_above = lazy_names("grpo_jax", {"policy_of": "models.flax_objects"})
+
 __all__ = [
+    *_of_rooms_above,
     *_recipes,
     *_surrogates,
     "Experience",

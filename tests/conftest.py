@@ -25,6 +25,7 @@ SLOW = (
     "commands",
     "checkpoints/test_manager_damaged.py",
     "config/test_inert_settings.py",
+    "models/test_any_model.py",
     "models/test_decoder_families.py",
     "models/test_flax_families.py",
     "models/test_flax_objects.py",

@@ -228,7 +228,11 @@ def shapeless(config, **settings):
 
 BAD = {
     "a function": ({"apply_fn": lambda *_, **__: 0}, r"init_train_state\(policy, params"),
-    "linen": ({"apply_fn": Dense().apply}, r"apply is no causal Flax.*init_train_state"),
+    "linen": (
+        {"apply_fn": Dense().apply, "params": Dense().init(jax.random.key(0), jnp.ones((8, 10), int))},
+        r"returns float32 \[8, 3\] for tokens \[8, 10\], and it must return .* logits \[8, 10, V\]",
+    ),
+    "another method": ({"apply_fn": Dense().init}, r"init is no model that grpo_jax knows.*init_train_state"),
     "no head": (
         {"apply_fn": FlaxAutoModel.from_config(CONFIG, _do_init=False).__call__},
         r"__call__ is no causal Flax language model",
