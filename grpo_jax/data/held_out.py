@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 
-from grpo_jax.data.loading import prompt_text
+from grpo_jax.data.prompts import prompt_text
 from grpo_jax.types import Example
 
 

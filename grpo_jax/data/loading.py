@@ -11,8 +11,9 @@ import grain
 from grpo_jax.config.data import DEFAULT_TASK, DataConfig
 from grpo_jax.data.bad_rows import BadRow, settle
 from grpo_jax.data.columns import rename
+from grpo_jax.data.few_shot import note_on_few_shot
 from grpo_jax.data.hub import read_dataset
-from grpo_jax.data.prompts import Prompt, PromptForm, complete_prompt, make_prompt_form, row_prompt
+from grpo_jax.data.prompts import PromptForm, complete_prompt, make_prompt_form, prompt_text, row_prompt
 from grpo_jax.data.rows import Rows, find_files, read_rows, stem
 from grpo_jax.data.tasks import ROW_TASKS, RowTask, Task, check_arguments, check_name, load_task
 from grpo_jax.types import Example
@@ -235,14 +236,6 @@ def _split(examples: Sequence[Example], fraction: float) -> tuple[list[Example],
     return sides
 
 
-def prompt_text(prompt: Prompt) -> str:
-    """Returns a text that is the same for prompts that are equal apart from white space."""
-    parts = (
-        [prompt] if isinstance(prompt, str) else [part for m in prompt for part in (m["role"], m["content"])]
-    )
-    return "\0".join(" ".join(part.split()) for part in parts)
-
-
 def _templated(task: Task, form: PromptForm) -> Task:
     """Applies a template to a task that makes its own problems."""
     if form.template is None:
@@ -263,4 +256,10 @@ def _completed(task: Task, form: PromptForm) -> Task:
     def completed(examples: Iterable[Example]) -> list[Example]:
         return [replace(example, prompt=complete_prompt(form, example.prompt)) for example in examples]
 
-    return replace(task, train=completed(task.train), evaluation=completed(task.evaluation))
+    note = note_on_few_shot(form.shots, task.evaluation)
+    return replace(
+        task,
+        train=completed(task.train),
+        evaluation=completed(task.evaluation),
+        notes=(*task.notes, note) if note else task.notes,
+    )

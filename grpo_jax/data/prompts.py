@@ -83,6 +83,14 @@ def row_prompt(form: PromptForm, row: Mapping[str, Any]) -> Prompt:
     return prompt
 
 
+def prompt_text(prompt: Prompt) -> str:
+    """Returns a text that is the same for prompts that are equal apart from white space."""
+    parts = (
+        [prompt] if isinstance(prompt, str) else [part for m in prompt for part in (m["role"], m["content"])]
+    )
+    return "\0".join(" ".join(part.split()) for part in parts)
+
+
 def _likely_column(row: Mapping[str, Any]) -> str:
     """Returns a hint that names the column that is probably the prompt, or an empty string."""
     names = ("question", "problem", "messages", "conversations", "instruction", "query", "input")
