@@ -144,14 +144,35 @@ def _as_meant(argv: list[str], keys: list[str], lists: Mapping[str, type], confi
 
 
 def _checked_file(path: str, keys: list[str], lists: Mapping[str, type], load: Callable[[str], Any]) -> str:
-    """Returns the name of a config file, or its contents where names became records."""
+    """Returns the name of a config file, or its contents if the parser must read them differently."""
     document = read_document(path, load)
     if not isinstance(document, dict):
         return path
     if unknown := unknown_keys(document, keys, lists):
         raise ValueError(_about_unknown(unknown, keys))
-    meant = with_records(document, list(lists))
+    meant = _with_stop_lists(with_records(document, list(lists)), load)
     return path if meant == document else yaml.safe_dump(meant, sort_keys=False)
+
+
+def _with_stop_lists(document: dict[str, Any], load: Callable[[str], Any]) -> dict[str, Any]:
+    """Puts a single stop string such as `"[END]"` into a list, so that the parser does not read it as one."""
+
+    def is_misread(stop: Any) -> bool:
+        if not isinstance(stop, str) or not stop.strip():
+            return False
+        try:
+            content = load(stop)
+        except yaml.YAMLError:
+            return False
+        return content is None or isinstance(content, list)
+
+    def in_list(section: dict[str, Any]) -> dict[str, Any]:
+        return {**section, "stop": [section["stop"]]} if is_misread(section.get("stop")) else section
+
+    sampling = document.get("sampling")
+    if isinstance(sampling, dict):
+        document = {**document, "sampling": in_list(sampling)}
+    return in_list(document)
 
 
 def _checked_value(key: str, value: str, lists: Mapping[str, type], load: Callable[[str], Any]) -> str:
