@@ -26,7 +26,7 @@ def __getattr__(name: str) -> Any:
     public = importlib.import_module(f"{__name__}.public")
     if name in globals():  # a room, which has just been loaded
         return globals()[name]
-    return getattr(public, name)
+    return getattr(public, moved.new_name(name))
 
 
 def __dir__() -> list[str]:

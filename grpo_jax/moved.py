@@ -70,6 +70,21 @@ MOVED = {
 }
 
 
+# old name of a public function -> its new name
+RENAMED = {"draw": "sample_token"}
+
+
+def new_name(name: str) -> str:
+    """Returns the name that a public function has now, with a warning if it has another one.
+
+    It is for the `__getattr__` of a module, whose caller gets the warning.
+    """
+    if name not in RENAMED:
+        return name
+    warnings.warn(f"grpo_jax.{name} is grpo_jax.{RENAMED[name]} now", DeprecationWarning, stacklevel=3)
+    return RENAMED[name]
+
+
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds a module by its old name and gives the module itself, not a copy of it."""
 

@@ -21,7 +21,7 @@ from grpo_jax.policy.decoding import fork, generate, pad_prompts, prefill
 from grpo_jax.policy.from_apply import policy_from_apply
 from grpo_jax.policy.log_probs import completion_log_probs, token_log_probs
 from grpo_jax.policy.lora import Lora, Target, init_adapters, merge_adapters
-from grpo_jax.policy.sampling import draw, process_logits
+from grpo_jax.policy.sampling import process_logits, sample_token
 from grpo_jax.training.learner import TrainState, init_train_state, train_step
 from grpo_jax.training.optimizers import make_optimizer, make_schedule
 from grpo_jax.types import Experience, Policy, Prompts, Rollout
@@ -43,7 +43,6 @@ __all__ = [
     "TrainState",
     "adapt_kl_coef",
     "completion_log_probs",
-    "draw",
     "effective_weights",
     "fork",
     "generate",
@@ -71,6 +70,7 @@ __all__ = [
     "prefill",
     "process_logits",
     "reward_weights",
+    "sample_token",
     "scale_by_batch",
     "token_log_probs",
     "top_entropy_mask",

@@ -137,7 +137,7 @@ MUTANTS = {
     "policy/log_probs.py": [
         ("scored one token late", "return hidden[:, prompt_length - 1 :]", "return jnp.roll(hidden, -1, axis=1)[:, prompt_length - 1 :]"),
         ("sign of the entropy", "entropies = log_total - jnp.sum(", "entropies = log_total + jnp.sum("),
-        ("gradient of the drawn token's logit", "(drawn - probs)", "-probs"),
+        ("gradient of the sampled token's logit", "(onehot - probs)", "-probs"),
         ("gradient of the entropy", "by_entropy * probs * surprise", "by_entropy * probs"),
         ("gradient into the reference's parameters", "    ref_params, ref_hidden = jax.lax.stop_gradient((ref_params, ref_hidden))\n", ""),
     ],

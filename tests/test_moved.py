@@ -36,6 +36,14 @@ def test_new_names_give_no_warning():
         importlib.import_module("grpo_jax.objective.losses")
 
 
+@pytest.mark.parametrize(("old", "new"), moved.RENAMED.items())
+def test_the_old_name_of_a_function_warns_whoever_uses_it(old, new):
+    with pytest.warns(DeprecationWarning, match=f"grpo_jax.{old} is grpo_jax.{new} now") as warned:
+        found = getattr(grpo_jax, old)
+    assert found is getattr(grpo_jax, new)
+    assert warned[0].filename == __file__
+
+
 def test_the_old_name_of_a_function_is_the_function():
     assert grpo_jax.reward_weights is grpo_jax.effective_weights
 

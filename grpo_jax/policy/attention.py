@@ -20,7 +20,7 @@ Four records tell who sees what:
 
     Visible   bool masks that broadcast to the scores, one pair (prefix, own) for each attention window
     Segment   rows [B,K] with B = n*g that attend alike: their shape, positions, Visible and Packing
-    Packing   the real tokens of a segment, side by side, so that dense layers skip the padding
+    Packing   where the real tokens of a segment are, so that dense layers can skip the padding
     Frame     what all layers of one call share: one segment, or the prompts' and the completions' together
               (in `grpo_jax.policy.layers`). Dense layers see all tokens of a frame as one array [R,...].
 """
@@ -80,38 +80,43 @@ def make_segment(
     prefix_length: int = 0,
     num_tokens: int | None = None,
 ) -> Segment:
-    """Makes the segment of the tokens at `positions`: what each of them may see.
+    """Makes the segment of the tokens at `positions`, which says what each of them may see.
 
     Args:
         windows: Attention window of each layer. A query sees the keys at most window - 1 positions back.
             None means that it sees all keys before it.
-        mask: [B,s+t] bool, True at real tokens and at slots that may be filled. The rows of a group agree on
-            the first s.
-        positions: [B,K] int32, positions of the queries. They count real tokens, so padding moves nothing.
-        num_prompts: n, a divisor of B.
-        prefix_length: s.
+        mask: Mask [B,s+t] bool, True at real tokens and at slots that may be filled. The rows of a group
+            agree on the first s.
+        positions: Positions [B,K] int32 of the queries. They count real tokens, so padding moves nothing.
+        num_prompts: Number n of prompts, a divisor of B.
+        prefix_length: Number s of slots of a prompt.
         num_tokens: Upper bound on the number of real tokens among the B*K. If it is given, and if the keys
             belong to the same tokens, the tokens are packed. None means no bound.
 
     Returns:
         the segment.
     """
-    (rows, length), queries = mask.shape, positions.shape[1]
-    group_size, slots = rows // num_prompts, length - prefix_length
-    keys = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
-    query = positions.reshape(num_prompts, 1, group_size, 1, queries, 1)
+    rows, length = mask.shape
+    queries = positions.shape[1]
+    group_size = rows // num_prompts
+    slots = length - prefix_length
+    key_positions = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
+    query_positions = positions.reshape(num_prompts, 1, group_size, 1, queries, 1)
 
     def split(x, group_size):
         return x.reshape(num_prompts, 1, group_size, 1, 1, -1)
 
-    prompt_real, prompt_keys = (split(x[::group_size, :prefix_length], 1) for x in (mask, keys))
-    own_real, own_keys = (split(x[:, prefix_length:], group_size) for x in (mask, keys))
-    prefix, own = {}, {}
+    # The rows of a group agree on the prompt, so that part of the mask exists once for the group.
+    prompt_real, prompt_keys = (split(x[::group_size, :prefix_length], 1) for x in (mask, key_positions))
+    own_real, own_keys = (split(x[:, prefix_length:], group_size) for x in (mask, key_positions))
+    prefix = {}
+    own = {}
     for window in dict.fromkeys(windows):
-        prefix[window], own[window] = prompt_real, own_real & (own_keys <= query)
+        prefix[window] = prompt_real  # a prompt lies before every query
+        own[window] = own_real & (own_keys <= query_positions)
         if window is not None:
-            prefix[window] = prompt_real & (query - prompt_keys < window)
-            own[window] &= query - own_keys < window
+            prefix[window] &= query_positions - prompt_keys < window
+            own[window] &= query_positions - own_keys < window
     packing = None
     if slots == queries and num_tokens is not None and num_tokens < rows * queries:
         packing = make_packing(mask[:, prefix_length:], num_tokens)
@@ -141,9 +146,9 @@ def attend(
     """Mixes values by one softmax of the scores over own and shared keys. It computes in float32.
 
     Args:
-        query: [n,k,g,r,K,d].
-        own: keys and values, each [n,k,g,t,d].
-        prefix: keys and values, each [n,k,s,d]. None means that there is no shared prompt.
+        query: Queries [n,k,g,r,K,d].
+        own: Keys and values of each row, each [n,k,g,t,d].
+        prefix: Keys and values of each prompt, each [n,k,s,d]. None means that there is no shared prompt.
         visible: Masks of the segment.
         window: Attention window of the layer, a key of the masks.
         scale: Factor of the scores.
@@ -157,11 +162,12 @@ def attend(
         raw = jnp.einsum(spec, query, keys, preferred_element_type=jnp.float32) * scale
         return jnp.where(seen, softcap(raw, cap), _MASKED)
 
+    # One softmax over both parts: they share the maximum and the sum, but are never put side by side.
     parts = [scores("nkgrqd,nkgtd->nkgrqt", own[0], visible.own[window])]
     if prefix is not None:
         parts.append(scores("nkgrqd,nksd->nkgrqs", prefix[0], visible.prefix[window]))
     largest = functools.reduce(jnp.maximum, (jnp.max(x, axis=-1, keepdims=True) for x in parts))
-    largest = jax.lax.stop_gradient(largest)
+    largest = jax.lax.stop_gradient(largest)  # the softmax does not depend on it
     parts = [jnp.exp(x - largest) for x in parts]
     total = functools.reduce(jnp.add, (jnp.sum(x, axis=-1, keepdims=True) for x in parts))
 
@@ -171,6 +177,7 @@ def attend(
     mixed = mix("nkgrqt,nkgtd->nkgrqd", parts[0], own[1])
     if prefix is not None:
         mixed = mixed + mix("nkgrqs,nksd->nkgrqd", parts[1], prefix[1])
+    # The division comes last, so that it is of [.., d] and not of the scores.
     return (mixed / total).astype(query.dtype)
 
 

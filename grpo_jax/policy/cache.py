@@ -77,7 +77,8 @@ def sharing(cache: DecoderCache | None, tokens: Array, mask: Array) -> tuple[int
         ValueError: the mask does not fit the cache.
     """
     rows, slots = tokens.shape
-    num_prompts, prefix_length = rows, 0
+    num_prompts = rows
+    prefix_length = 0
     if cache is not None:
         slots = cache.own[0][0].shape[3]
         if cache.prefix is not None:

@@ -1,4 +1,4 @@
-"""Generation: prefill each prompt once, fork its cache to the group, decode until every row is done."""
+"""Generates completions. Each prompt is prefilled once, and its cache is forked to the rows of its group."""
 
 import functools
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.policy.sampling import draw, process_logits, scale_logits
+from grpo_jax.policy.sampling import process_logits, sample_token, scale_logits
 from grpo_jax.policy.shapes import decode_stages
 from grpo_jax.types import Array, Cache, Params, Policy, Prompts, Rollout
 
@@ -102,14 +102,15 @@ class _Decode:
     finished: Array  # [B] bool, kept here because a row that leaves `rows` may be unfinished
 
 
-def _draw_and_record(policy, params, carry: _Decode, hidden, eos_ids, stop_table, sampling) -> _Decode:
+def _sample_and_record(policy, params, carry: _Decode, hidden, eos_ids, stop_table, sampling) -> _Decode:
     """Samples token `carry.step` of every running row from hidden [b,D] and writes it into the carry."""
     logits = policy.unembed(params, hidden)
-    rows, t = carry.rows, carry.step
+    rows = carry.rows
+    t = carry.step
     live = ~rows.done
     uniforms = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, t)))(rows.key)
     processed = process_logits(logits, **sampling)
-    tokens = jnp.where(live, draw(processed, uniforms), 0)
+    tokens = jnp.where(live, sample_token(processed, uniforms), 0)
     scaled = scale_logits(logits, sampling["temperature"])
     log_normalizer = jax.nn.logsumexp(scaled, axis=-1)
     log_probs = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0] - log_normalizer
@@ -207,15 +208,13 @@ def generate(
     stages = decode_stages(batch, max_new_tokens)
     params = decoding_params(policy, params, stages)
     sample = functools.partial(
-        _draw_and_record, policy, params, eos_ids=eos_ids, stop_table=stop_table, sampling=sampling
+        _sample_and_record, policy, params, eos_ids=eos_ids, stop_table=stop_table, sampling=sampling
     )
 
     def step(carry: _Decode, slots: int) -> _Decode:
         rows = carry.rows
-        positions, mask = (
-            (rows.prompt_size + carry.step - 1)[:, None],
-            rows.cache_mask[:, : prompt_length + slots],
-        )
+        positions = (rows.prompt_size + carry.step - 1)[:, None]
+        mask = rows.cache_mask[:, : prompt_length + slots]
         hidden, cache = policy.forward(params, rows.last[:, None], mask, positions, rows.cache)
         return sample(carry.replace(rows=rows.replace(cache=cache)), hidden[:, -1])
 

@@ -44,7 +44,8 @@ def completion_hidden(
     """
     prompt_length = rollout.prompt_tokens.shape[1]
     # The last completion token predicts nothing we need.
-    tokens, mask = rollout.tokens[:, :-1], rollout.mask[:, :-1]
+    tokens = rollout.tokens[:, :-1]
+    mask = rollout.mask[:, :-1]
     whole_mask = jnp.concatenate([rollout.prompt_mask, mask], axis=1)
     positions = positions_from_mask(whole_mask)
     promise = {} if num_tokens is None else {"num_tokens": num_tokens}  # a simple policy takes no bound
@@ -151,8 +152,8 @@ def _chunk_backward(unembed, residuals, gradients):
     log_probs = logits - log_normalizer[:, None]
     probs = jnp.exp(log_probs)
     surprise = jnp.where(probs > 0, log_probs, 0) + entropies[:, None]
-    drawn = jnp.arange(logits.shape[1]) == tokens[:, None]
-    by_params, by_hidden = pull_back(by_log_prob * (drawn - probs) - by_entropy * probs * surprise)
+    onehot = jnp.arange(logits.shape[1]) == tokens[:, None]
+    by_params, by_hidden = pull_back(by_log_prob * (onehot - probs) - by_entropy * probs * surprise)
     return by_params, by_hidden, None, jnp.zeros_like(temperature)
 
 
@@ -203,11 +204,11 @@ def _of_logits(logits: Array, tokens: Array) -> tuple[Array, Array, Array]:
     """Returns (log-probs of tokens, entropies, log-normalizers), each [C], of logits [C,V]."""
     largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     shifted = logits - largest
-    weights = jnp.exp(shifted)
-    total = jnp.sum(weights, axis=-1)
+    exps = jnp.exp(shifted)
+    total = jnp.sum(exps, axis=-1)
     log_total = jnp.log(total)
     # Select the zero before the product, so that the derivative of 0 * -inf is never taken.
-    surprise = weights * jnp.where(weights > 0, shifted, 0)
+    surprise = exps * jnp.where(exps > 0, shifted, 0)
     entropies = log_total - jnp.sum(surprise, axis=-1) / total
     picked = jnp.take_along_axis(shifted, tokens[:, None], axis=-1)[:, 0]
     return picked - log_total, entropies, largest[:, 0] + log_total
@@ -231,11 +232,11 @@ def _over_chunks(
     num_chunks = -(-count // chunk_size)
     padding = num_chunks * chunk_size - count
 
-    def cut(x):
+    def into_chunks(x):
         x = jnp.pad(x, ((0, padding), *((0, 0),) * (x.ndim - 1)))
         return x.reshape(num_chunks, chunk_size, *x.shape[1:])
 
-    chunks = tuple(cut(x) for x in arrays)
+    chunks = tuple(into_chunks(x) for x in arrays)
     if num_chunks == 1:
         results = one_chunk(params, *(x[0] for x in chunks))
     else:

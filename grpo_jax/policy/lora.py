@@ -152,7 +152,8 @@ def merge_adapters(lora: Lora, base: Params, adapters: Params, *, dropout_key: A
     Raises:
         KeyError: base or adapters lack a target.
     """
-    flat, pairs = flatten_dict(base), flatten_dict(adapters)
+    flat = flatten_dict(base)
+    pairs = flatten_dict(adapters)
     kernels = [flat[target.path] for target in lora.targets]
     factors = [(pairs[(*target.path, "a")], pairs[(*target.path, "b")]) for target in lora.targets]
     if dropout_key is not None and lora.dropout > 0:

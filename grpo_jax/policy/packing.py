@@ -1,4 +1,4 @@
-"""Packing: the real tokens of a padded batch, side by side, so that work is done on them alone.
+"""Packs the real tokens of a padded batch side by side, so that work is done on them alone.
 
 Completions are shorter than their limit, so [B,K] arrays are mostly padding. Layers that treat every token
 alike (embeddings, dense layers, norms, the unembedding) can run on [P] packed tokens. Attention needs rows.
@@ -13,9 +13,9 @@ from grpo_jax.types import Array
 
 @flax.struct.dataclass
 class Packing:
-    """The positions of the real tokens of a [B,K] mask, in row-major order, at most P of them."""
+    """The indices of the real tokens of a [B,K] mask, in row-major order, at most P of them."""
 
-    places: Array  # [P] int32, flat index in [B*K] of each packed token, or B*K where there is none
+    indices: Array  # [P] int32, flat index in [B*K] of each packed token, or B*K where there is none
     order: Array  # [B,K] int32, index of each real token among the packed ones, or P at padding
 
     def pack(self, x: Array) -> Array:
@@ -23,11 +23,11 @@ class Packing:
 
         The gradient is the value of `unpack`.
         """
-        return _move(x.reshape(self.order.size, *x.shape[2:]), self.places, self.order.reshape(-1))
+        return _move(x.reshape(self.order.size, *x.shape[2:]), self.indices, self.order.reshape(-1))
 
     def unpack(self, x: Array) -> Array:
         """Spreads [P,...] over [B,K,...], with 0 at padding. The gradient is the value of `pack`."""
-        flat = _move(x, self.order.reshape(-1), self.places)
+        flat = _move(x, self.order.reshape(-1), self.indices)
         return flat.reshape(*self.order.shape, *x.shape[1:])
 
 
@@ -35,22 +35,24 @@ def make_packing(mask: Array, num_tokens: int) -> Packing:
     """Finds the real tokens of a batch.
 
     Args:
-        mask: [B,K] bool.
-        num_tokens: P. Real tokens beyond it, in row-major order, are lost. The caller sees that there are
-            none.
+        mask: Mask [B,K] bool, True at real tokens.
+        num_tokens: Number P of packed tokens. Real tokens beyond it, in row-major order, are lost. The
+            caller has to see that there are none.
     """
     flat = mask.reshape(-1)
     order = jnp.where(flat, jnp.cumsum(flat, dtype=jnp.int32) - 1, num_tokens)
-    (places,) = jnp.nonzero(flat, size=num_tokens, fill_value=flat.size)
-    return Packing(places=places.astype(jnp.int32), order=jnp.minimum(order, num_tokens).reshape(mask.shape))
+    (indices,) = jnp.nonzero(flat, size=num_tokens, fill_value=flat.size)
+    return Packing(
+        indices=indices.astype(jnp.int32), order=jnp.minimum(order, num_tokens).reshape(mask.shape)
+    )
 
 
 @jax.custom_vjp
 def _move(x: Array, source: Array, target: Array) -> Array:
-    """Returns x[source], 0 where source is out of range. `target` is the same relation, read backwards.
+    """Returns x[source], 0 where source is out of range. `target` is the inverse of `source`.
 
-    The gradient of a gather is a scatter, which is slow and, on a CPU, serial. Here every element has one
-    place, so the gradient is the gather by `target`.
+    The gradient of a gather is a scatter, which is slow and, on a CPU, serial. Here every element goes to one
+    index, so the gradient is the gather by `target`.
     """
     return _take(x, source)
 

@@ -34,8 +34,8 @@ class Llama3Scaling:
     def scale(self, frequencies: Array) -> Array:
         """Returns the frequencies [head_dim/2] for longer sequences."""
         turns = self.original_max_positions * frequencies / (2 * math.pi)
-        low, high = self.low_freq_factor, self.high_freq_factor
-        kept = jnp.clip((turns - low) / (high - low), 0, 1)
+        low = self.low_freq_factor
+        kept = jnp.clip((turns - low) / (self.high_freq_factor - low), 0, 1)
         return (1 - kept) * frequencies / self.factor + kept * frequencies
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from grpo_jax.types import Array
 
-_BLOCK = 128  # width of the second level of `draw`
+_BLOCK = 128  # width of the second level of `sample_token`
 
 
 def scale_logits(logits: Array, temperature: float | Array) -> Array:
@@ -72,7 +72,7 @@ def process_logits(
     min_p: float | Array = 0.0,
 ) -> Array:
     """Applies temperature, then top-k, top-p (https://arxiv.org/abs/1904.09751) and min-p
-    (https://arxiv.org/abs/2407.01082), each on what the one before has left.
+    (https://arxiv.org/abs/2407.01082), each to what the one before has left.
 
     All settings may be traced, so that changing them causes no recompilation. A filter that is off costs
     nothing. One that is on costs 32 passes over V instead of a sort.
@@ -87,8 +87,10 @@ def process_logits(
     Returns:
         float32 [..., V], -inf for dropped tokens. At least one token is kept.
     """
-    temperature, top_k = jnp.asarray(temperature, jnp.float32), jnp.asarray(top_k, jnp.int32)
-    top_p, min_p = jnp.asarray(top_p, jnp.float32), jnp.asarray(min_p, jnp.float32)
+    temperature = jnp.asarray(temperature, jnp.float32)
+    top_k = jnp.asarray(top_k, jnp.int32)
+    top_p = jnp.asarray(top_p, jnp.float32)
+    min_p = jnp.asarray(min_p, jnp.float32)
     chex.assert_rank([temperature, top_k, top_p, min_p], 0)
     scaled = scale_logits(logits, temperature)
 
@@ -123,7 +125,7 @@ def _pick(weights: Array, targets: Array) -> tuple[Array, Array]:
     return index, before
 
 
-def draw(logits: Array, uniforms: Array) -> Array:
+def sample_token(logits: Array, uniforms: Array) -> Array:
     """Samples one token per row by inverting the cumulative distribution, in two levels.
 
     It needs one uniform number per row instead of V Gumbel noises. That number chooses a block of 128 tokens
@@ -147,3 +149,6 @@ def draw(logits: Array, uniforms: Array) -> Array:
     inside = jnp.take_along_axis(probs, block[..., None, None], axis=-2)[..., 0, :]
     token, _ = _pick(inside, targets - before)
     return (block * _BLOCK + token).astype(jnp.int32)
+
+
+draw = sample_token  # its name until version 0.2

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_jax.policy.sampling import draw, process_logits, scale_logits
+from grpo_jax.policy.sampling import process_logits, sample_token, scale_logits
 
 V = 37
 LAST_UNIFORM = np.float32(1 - 2**-24)  # the largest float32 below 1
 OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 JITTED = jax.jit(process_logits)
-DRAW = jax.jit(draw)
-DRAW_ALL = jax.jit(jax.vmap(draw, in_axes=(None, 1), out_axes=1))  # many uniforms for the same rows
+SAMPLE = jax.jit(sample_token)
+SAMPLE_ALL = jax.jit(jax.vmap(sample_token, in_axes=(None, 1), out_axes=1))  # many uniforms for the same rows
 
 
 def processed(logits, **changed):
@@ -113,7 +113,7 @@ def test_greedy_ignores_the_filters():
         assert np.isfinite(result).sum() == 5
         for uniform in (0.0, 0.5, LAST_UNIFORM):
             np.testing.assert_array_equal(
-                DRAW(result, np.full(5, uniform, np.float32)), np.argmax(logits, -1)
+                SAMPLE(result, np.full(5, uniform, np.float32)), np.argmax(logits, -1)
             )
 
 
@@ -139,7 +139,7 @@ def test_extreme_logits(logits):
         result = processed(logits, **changed)
         assert not np.isnan(result).any() and int(np.argmax(logits)) in kept(result)
         for uniform in (np.float32(0), LAST_UNIFORM):
-            assert int(DRAW(result, uniform)) in kept(result)
+            assert int(SAMPLE(result, uniform)) in kept(result)
 
 
 def test_rows_are_independent_whatever_their_shape():
@@ -197,12 +197,12 @@ def test_scale_logits():
     assert scale_logits(jnp.ones(3, jnp.bfloat16), 1.0).dtype == jnp.float32
 
 
-# -------------------------------------------------------------------------------------------------- draw
+# ------------------------------------------------------------------------------------------ sample_token
 SIZES = (1, 5, 127, 128, 129, 1000, 50257)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_draw_inverts_the_cumulative_distribution(size):
+def test_sample_token_inverts_the_cumulative_distribution(size):
     rng = np.random.default_rng(size)
     rows = 64
     logits = (3 * rng.standard_normal(size)).astype(np.float32)
@@ -210,7 +210,7 @@ def test_draw_inverts_the_cumulative_distribution(size):
     logits[size // 2] = 1.0
     uniforms = rng.random(rows).astype(np.float32)
     uniforms[:2] = 0.0, LAST_UNIFORM
-    tokens = DRAW(np.broadcast_to(logits, (rows, size)), uniforms)
+    tokens = SAMPLE(np.broadcast_to(logits, (rows, size)), uniforms)
     chex.assert_shape(tokens, (rows,))
     assert tokens.dtype == jnp.int32
     edges_missed = 0
@@ -224,14 +224,14 @@ def test_draw_inverts_the_cumulative_distribution(size):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_draw_never_picks_what_cannot_be(size):
+def test_sample_token_never_picks_what_cannot_be(size):
     rng = np.random.default_rng(size)
     uniforms = np.float32([0, 1e-30, 2**-24, 0.5, 1 - 2**-23, LAST_UNIFORM])
     for alive in ([0], [size - 1], [size // 2], sorted({0, size - 1}), sorted(set(rng.integers(0, size, 3)))):
         for spread in (0.0, 60.0):  # 60 nats down: a probability that float32 sums do not see
             logits = np.full(size, -np.inf, np.float32)
             logits[alive] = -spread * np.arange(len(alive))
-            tokens = np.asarray(DRAW(np.broadcast_to(logits, (len(uniforms), size)), uniforms))
+            tokens = np.asarray(SAMPLE(np.broadcast_to(logits, (len(uniforms), size)), uniforms))
             assert set(tokens) <= set(alive)
             assert tokens[0] == alive[0]  # uniform 0 is the first token that can be drawn
             if spread == 0:
@@ -254,11 +254,11 @@ def test_rounding_at_the_edges_never_picks_a_dead_neighbour(alive):
     edges = np.cumsum(probs, axis=1, dtype=np.float32)[:, : blocks + 1]
     for shift in (-2, -1, 0, 1, 2):
         uniforms = np.clip(edges + np.float32(shift * 2**-24), 0, LAST_UNIFORM)
-        tokens = np.asarray(DRAW_ALL(logits, uniforms))
+        tokens = np.asarray(SAMPLE_ALL(logits, uniforms))
         assert np.take_along_axis(possible, tokens, axis=1).all()
 
 
-def test_draw_frequencies():
+def test_sample_token_frequencies():
     probs = np.array([0.5, 0.25, 0.125, 0.0, 0.0625, 0.0625])
     for start in (0, 125):  # the second one straddles two blocks
         logits = np.full(start + 6, -np.inf, np.float32)
@@ -266,7 +266,7 @@ def test_draw_frequencies():
             logits[start:] = np.log(probs)
         rows = 20_000
         uniforms = jax.random.uniform(jax.random.key(0), (rows,))
-        tokens = DRAW(np.broadcast_to(logits, (rows, start + 6)), uniforms)
+        tokens = SAMPLE(np.broadcast_to(logits, (rows, start + 6)), uniforms)
         counts = np.bincount(np.asarray(tokens), minlength=start + 6)[start:]
         assert counts[3] == 0 and counts.sum() == rows
         live = probs > 0
@@ -274,20 +274,20 @@ def test_draw_frequencies():
         assert chi_square < 18.5  # 4 degrees of freedom, one in a thousand
 
 
-def test_draw_is_exact_on_a_grid():
+def test_sample_token_is_exact_on_a_grid():
     # Equal probabilities of 2^-k are exact in float32, so every edge is where it belongs.
     size = 1024
     uniforms = (np.arange(size) / size).astype(np.float32)
-    tokens = DRAW(np.zeros((size, size), np.float32), uniforms)
+    tokens = SAMPLE(np.zeros((size, size), np.float32), uniforms)
     np.testing.assert_array_equal(tokens, np.arange(size))
 
 
-def test_draw_shapes():
+def test_sample_token_shapes():
     logits = random_logits(6, shape=(2, 3, V))
     uniforms = jax.random.uniform(jax.random.key(1), (2, 3))
-    eager, jitted = draw(jnp.asarray(logits), uniforms), DRAW(logits, uniforms)
+    eager, jitted = sample_token(jnp.asarray(logits), uniforms), SAMPLE(logits, uniforms)
     chex.assert_shape([eager, jitted], (2, 3))
     chex.assert_trees_all_equal(eager, jitted)
     for i in range(2):
         for j in range(3):
-            assert int(DRAW(logits[i, j], uniforms[i, j])) == int(jitted[i, j])
+            assert int(SAMPLE(logits[i, j], uniforms[i, j])) == int(jitted[i, j])
