@@ -38,7 +38,7 @@ from grpo_jax.config.run import Config
 from grpo_jax.cpu_tuning import use_huge_pages
 from grpo_jax.models.loading import DTYPES, Model, load_model
 from grpo_jax.run import loop as run_loop
-from grpo_jax.run.build import Parts, build
+from grpo_jax.run.build import Run, build
 from grpo_jax.run.planning import make_plan
 from grpo_jax.run.progress import Progress
 from grpo_jax.run.progress import start as start_progress
@@ -122,14 +122,14 @@ def make_config(
     return parse_record(Config, argv + overrides, command="step.py", description="")
 
 
-def start(config: Config, mean: float | None) -> tuple[Parts, Progress]:
+def start(config: Config, mean: float | None) -> tuple[Run, Progress]:
     """Builds what `grpo_jax.train.train` builds before its loop; nothing else keeps the parameters."""
     model = load_model(config.model.hf_model_name, dtype=config.model.dtype)
     model = replace(model, eos_ids=(), eos_origins=()) if mean is None else end_with_hazard(model, mean)
-    parts = build(config, model=model)
-    progress = start_progress(parts)
+    run = build(config, model=model)
+    progress = start_progress(run)
     shapes = jax.eval_shape(lambda params: params, model.params)
-    return replace(parts, model=replace(model, params=shapes)), progress
+    return replace(run, model=replace(model, params=shapes)), progress
 
 
 # Measuring.
@@ -193,16 +193,16 @@ def block_parameters(params: Any) -> int:
     return sum(leaf.size for path, leaf in names if path[-1] == "kernel" and path[0] != "lm_head")
 
 
-def flops_of(work: Work, parts: Parts, lengths: list[int]) -> Flops:
+def flops_of(work: Work, run: Run, lengths: list[int]) -> Flops:
     """Counts the FLOPs of a step whose completions had these lengths."""
-    config = parts.model.config
+    config = run.model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return step_flops(
         lengths,
-        reference=parts.needs_reference,
+        reference=run.needs_reference,
         prompt=work.prompt,
         prompts=work.prompts,
-        block=block_parameters(parts.model.params),
+        block=block_parameters(run.model.params),
         head=config.vocab_size * config.hidden_size,
         attention=config.num_hidden_layers * config.num_attention_heads * head_dim,
     )
@@ -222,11 +222,11 @@ def phase_seconds(metrics: dict[str, float]) -> dict[str, float]:
     return seconds | {"host": step - sum(seconds.values()), "step": step}
 
 
-def one_step(parts: Parts, actor, progress: Progress, key, compilations: Compilations) -> dict[str, Any]:
+def one_step(run: Run, actor, progress: Progress, key, compilations: Compilations) -> dict[str, Any]:
     """Makes one step; returns seconds by phase, lengths of the completions, CPU seconds, compilations."""
     compilations.clear()
     cpu = time.process_time()
-    metrics = run_loop.one_step(parts, actor, progress, key)
+    metrics = run_loop.one_step(run, actor, progress, key)
     cpu = time.process_time() - cpu
     return {
         "seconds": phase_seconds(metrics),
@@ -236,15 +236,13 @@ def one_step(parts: Parts, actor, progress: Progress, key, compilations: Compila
     }
 
 
-def summarize(
-    work: Work, parts: Parts, steps: list[dict[str, Any]], peak: float
-) -> dict[str, dict[str, float]]:
+def summarize(work: Work, run: Run, steps: list[dict[str, Any]], peak: float) -> dict[str, dict[str, float]]:
     """Returns medians, rates and shares of each phase over steps.
 
     Steps that compiled something are left out, unless all did.
     """
     steps = [step for step in steps if not step["compilations"]] or steps
-    counts = [flops_of(work, parts, step["lengths"]) for step in steps]
+    counts = [flops_of(work, run, step["lengths"]) for step in steps]
     tokens = statistics.median(sum(step["lengths"]) for step in steps)
     phases = {}
     for name in PHASES:
@@ -278,12 +276,12 @@ def measure(
     mean, before, compilations = parse_lengths(lengths), peak_rss(), Compilations()
     with tempfile.TemporaryDirectory() as directory:
         config = make_config(work, Path(directory), dtype=dtype, num_rollouts=steps + 1, overrides=overrides)
-        parts, progress = start(config, mean)
-    plan, actor, key = make_plan(parts), parts.actor(), jax.random.key(config.training.seed)
+        run, progress = start(config, mean)
+    plan, actor, key = make_plan(run), run.actor(), jax.random.key(config.training.seed)
     peaks = [matmul_peak(matmul_size, DTYPES[dtype])]
-    first = one_step(parts, actor, progress, key, compilations)
+    first = one_step(run, actor, progress, key, compilations)
     first |= {"cache": dict(compilations.cache), "programs": compilations.programs()}
-    later = [one_step(parts, actor, progress, key, compilations) for _ in range(steps)]
+    later = [one_step(run, actor, progress, key, compilations) for _ in range(steps)]
     peaks.append(matmul_peak(matmul_size, DTYPES[dtype]))
     device = jax.devices()[0]
     device_memory = device.memory_stats() or {}
@@ -299,7 +297,7 @@ def measure(
         "cpu_count": os.cpu_count(),
         "load": os.getloadavg()[0],
         "peak_flops": {"before": peaks[0], "after": peaks[1], "matmul_size": matmul_size},
-        "phases": summarize(work, parts, later, max(peaks)),
+        "phases": summarize(work, run, later, max(peaks)),
         "mean_length": float(np.mean([n for step in later for n in step["lengths"]])),
         "first": first,
         "steps": later,

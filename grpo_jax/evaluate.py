@@ -14,9 +14,9 @@ from grpo_jax.cli import enable_compilation_cache, json_alone, run_command
 from grpo_jax.config.parsing import parse_record
 from grpo_jax.config.run import Config
 from grpo_jax.evaluation.outcomes import compare
-from grpo_jax.run.build import Parts, build
+from grpo_jax.run.build import Run, build
 from grpo_jax.run.directory import load_model_or_run, read_config, run_of
-from grpo_jax.run.evaluation import evaluate_parts, observe_parts, remarks_parts, summarize_parts
+from grpo_jax.run.evaluation import evaluate_run, observe_run, remarks_on_run, summarize_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ def _resolve(arguments: EvaluateArguments) -> Config:
     return config
 
 
-def _parts_of(name: str, config: Config) -> Parts:
+def _build_run(name: str, config: Config) -> Run:
     named = config.model
     model = load_model_or_run(
         name,
@@ -79,16 +79,16 @@ def _parts_of(name: str, config: Config) -> Parts:
         chat_template_date=named.chat_template_date,
         **config.sampling.endings,
     )
-    parts = build(config, model=model)
-    if not parts.task.evaluation:
+    run = build(config, model=model)
+    if not run.task.evaluation:
         raise ValueError("there are no held-out prompts: give data.eval_file, and num_prompts above 0")
-    return parts
+    return run
 
 
-def _print_results(arguments: EvaluateArguments, parts: Parts, show: Callable[[Any], None]) -> None:
+def _print_results(arguments: EvaluateArguments, run: Run, show: Callable[[Any], None]) -> None:
     notes: list[str] = []
-    results = evaluate_parts(parts, parts.model.params, notes.append)
-    count = len(parts.task.evaluation)
+    results = evaluate_run(run, run.model.params, notes.append)
+    count = len(run.task.evaluation)
     if arguments.json:
         found = {"notes": notes} if notes else {}
         show({"model": arguments.model, "num_prompts": count, **results, **found})
@@ -101,18 +101,18 @@ def _print_results(arguments: EvaluateArguments, parts: Parts, show: Callable[[A
 
 
 def _print_comparison(
-    arguments: EvaluateArguments, parts: Parts, others: Parts, show: Callable[[Any], None]
+    arguments: EvaluateArguments, run: Run, others: Run, show: Callable[[Any], None]
 ) -> None:
-    if others.task.evaluation != parts.task.evaluation:
+    if others.task.evaluation != run.task.evaluation:
         raise ValueError(
             f"{arguments.model} and {arguments.baseline} drop different prompts as too long, so they "
             "cannot be compared; set data.max_prompt_length to what both take"
         )
-    outcome, baseline = (observe_parts(each, each.model.params) for each in (parts, others))
-    mine, theirs = summarize_parts(parts, outcome), summarize_parts(others, baseline)
-    told = zip((arguments.model, arguments.baseline), (parts, others), (outcome, baseline), strict=True)
-    notes = [f"{name}: {line}" for name, each, seen in told for line in remarks_parts(each, seen)]
-    differences, count = compare(outcome, baseline, seed=parts.config.training.seed), len(outcome.greedy)
+    outcome, baseline = (observe_run(each, each.model.params) for each in (run, others))
+    mine, theirs = summarize_run(run, outcome), summarize_run(others, baseline)
+    told = zip((arguments.model, arguments.baseline), (run, others), (outcome, baseline), strict=True)
+    notes = [f"{name}: {line}" for name, each, seen in told for line in remarks_on_run(each, seen)]
+    differences, count = compare(outcome, baseline, seed=run.config.training.seed), len(outcome.greedy)
     if arguments.json:
         keys = ("value", "low", "high")
         document = {
@@ -149,11 +149,11 @@ def main(argv: list[str] | None = None) -> int:
     enable_compilation_cache()
     config = _resolve(arguments)
     with json_alone(arguments.json) as show:
-        parts = _parts_of(arguments.model, config)
+        run = _build_run(arguments.model, config)
         if arguments.baseline is None:
-            _print_results(arguments, parts, show)
+            _print_results(arguments, run, show)
         else:
-            _print_comparison(arguments, parts, _parts_of(arguments.baseline, config), show)
+            _print_comparison(arguments, run, _build_run(arguments.baseline, config), show)
     return 0
 
 

@@ -22,9 +22,9 @@ def main(argv: list[str] | None = None) -> int:
         command="python -m grpo_jax.plan",
         description="Show what a config will do, without doing it.",
     )
-    parts = build(config)
-    check_best_metric(parts)
-    print(make_plan(parts).text())
+    run = build(config)
+    check_best_metric(run)
+    print(make_plan(run).text())
     return 0
 
 

@@ -89,12 +89,12 @@ def main(argv: list[str] | None = None) -> int:
     enable_compilation_cache()
     config = arguments.config()
     with json_alone(arguments.json) as show:
-        parts = build(config)
-        rehearsal = rehearse(parts, num_prompts=arguments.num_prompts, num_samples=arguments.num_samples)
-        figures = report(parts, rehearsal)
+        run = build(config)
+        rehearsal = rehearse(run, num_prompts=arguments.num_prompts, num_samples=arguments.num_samples)
+        figures = report(run, rehearsal)
         lines = advice(figures, group_size=config.algorithm.group_size, silences=rehearsal.silences)
-        lines = [*parts.notes, *lines]
-        samples = shown_samples(parts, rehearsal, arguments.num_shown)
+        lines = [*run.notes, *lines]
+        samples = shown_samples(run, rehearsal, arguments.num_shown)
         if arguments.json:
             show({**figures, "advice": lines, "samples": samples})
         else:

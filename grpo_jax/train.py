@@ -1,4 +1,4 @@
-"""The training command: it parses the config, builds the parts and runs the loop.
+"""The training command: it parses the config, builds the run and starts the loop.
 
 python -m grpo_jax.train --config configs/grpo_config.yaml --algorithm.kl_coef 0.05
 """
@@ -19,13 +19,13 @@ from grpo_jax.models.loading import save_model
 from grpo_jax.models.peft import save_adapters
 from grpo_jax.rewards.loading import close_rewards
 from grpo_jax.run.best_model import check_best_metric, forget_best, outdate_best
-from grpo_jax.run.build import Parts, build, resolve_adapter
+from grpo_jax.run.build import Run, build, resolve_adapter
 from grpo_jax.run.continuing import describe_start, same_evaluation
 from grpo_jax.run.directory import config_dict, keep_first_date, read_config, write_config
 from grpo_jax.run.loop import Interrupts, evaluate_and_keep_best, run_loop
 from grpo_jax.run.model_card import write_card
 from grpo_jax.run.planning import make_plan
-from grpo_jax.run.progress import Progress, restore, resume_sources, start
+from grpo_jax.run.progress import Progress, restore, resume_candidates, start
 from grpo_jax.trackers import make_trackers
 
 
@@ -36,16 +36,16 @@ def _measures_as_before(config: Config, progress: Progress) -> bool:
     return progress.comparable and same_evaluation(config, read_config(config.run_dir))
 
 
-def _export(parts: Parts, progress: Progress) -> None:
+def _export(run: Run, progress: Progress) -> None:
     """Writes the trained model, and its adapters if it has any, as other libraries read them."""
-    config = parts.config
+    config = run.config
     target = Path(config.run_dir) / "hf"
-    save_model(parts.model, progress.policy_params, target)
+    save_model(run.model, progress.policy_params, target)
     write_card(config, target, step=progress.step)
     print(f"saved {target}, a directory that transformers opens", flush=True)
-    if parts.lora is not None:
+    if run.lora is not None:
         target = Path(config.run_dir) / "adapter"
-        save_adapters(parts.model, parts.lora, progress.state.params, target)
+        save_adapters(run.model, run.lora, progress.state.params, target)
         print(f"saved {target}, a directory that peft opens", flush=True)
 
 
@@ -60,17 +60,17 @@ def train(config: Config) -> int:
         RewardError: a reward function failed. RuntimeError: training broke down.
     """
     config = resolve_adapter(config)
-    sources = resume_sources(config)
-    config = keep_first_date(config, [source.parent for source in sources])
-    parts = build(config)
-    config = parts.config
-    check_best_metric(parts)
+    candidates = resume_candidates(config)
+    config = keep_first_date(config, [candidate.parent for candidate in candidates])
+    run = build(config)
+    config = run.config
+    check_best_metric(run)
     directory = Path(config.run_dir) / "checkpoints"
-    progress = restore(parts, sources)
+    progress = restore(run, candidates)
     if progress is not None and not _measures_as_before(config, progress):
         outdate_best(config.run_dir)
     write_config(config)
-    print(make_plan(parts).text(), flush=True)
+    print(make_plan(run).text(), flush=True)
 
     if progress is None:
         # A run cut before its first checkpoint starts anew, from a model that may have changed since.
@@ -79,39 +79,39 @@ def train(config: Config) -> int:
     checkpoints = Checkpoints(directory, keep=config.checkpoints.keep)
     resume_step = None
     if progress is None:
-        progress = start(parts)
+        progress = start(run)
     else:
         resume_step = progress.step
-        print(describe_start(resume_step, parts.num_steps), flush=True)
+        print(describe_start(resume_step, run.num_steps), flush=True)
         for remark in progress.remarks:
             print(f"note: {remark}", flush=True)
     # A reference that moves is in every checkpoint, the base of LoRA in its own directory.
-    stays = progress.ref_params is not None and not (config.algorithm.ref_sync_every or parts.lora)
+    stays = progress.ref_params is not None and not (config.algorithm.ref_sync_every or run.lora)
     if stays and not checkpoints.has_reference():
         checkpoints.save_reference(progress.ref_params)
     # From here on parameters live in the state and in the reference or base alone; the model keeps shapes.
-    shapes = jax.eval_shape(lambda params: params, parts.model.params)
-    parts = replace(parts, model=replace(parts.model, params=shapes))
+    shapes = jax.eval_shape(lambda params: params, run.model.params)
+    run = replace(run, model=replace(run.model, params=shapes))
 
     trackers = make_trackers(
         config.tracking,
         run_dir=config.run_dir,
         config=config_dict(config),
-        total_steps=parts.num_steps,
+        total_steps=run.num_steps,
         resume_step=resume_step,
     )
     try:
         with trackers, Interrupts() as interrupts:
             if progress.step == 0:
-                evaluate_and_keep_best(parts, progress, trackers, first=True)
-            run_loop(parts, progress, checkpoints, trackers, interrupts)
+                evaluate_and_keep_best(run, progress, trackers, first=True)
+            run_loop(run, progress, checkpoints, trackers, interrupts)
     finally:
         checkpoints.close()
-        close_rewards([*parts.rewards, *parts.eval_rewards])
-    if interrupts.signum is not None and progress.step < parts.num_steps:
+        close_rewards([*run.rewards, *run.eval_rewards])
+    if interrupts.signum is not None and progress.step < run.num_steps:
         print(f"interrupted after step {progress.step}, saved; the same command continues it", flush=True)
         return 128 + interrupts.signum
-    _export(parts, progress)
+    _export(run, progress)
     return 0
 
 

@@ -11,7 +11,7 @@ from grpo_jax.objective.surrogates import reinforce_surrogate
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class Facts:
     """The facts that decide whether a setting has an effect.
 
     Args:
@@ -28,36 +28,36 @@ class Run:
 class _Setting(NamedTuple):
     section: str
     key: str
-    works: Callable[[Run], bool]
+    works: Callable[[Facts], bool]
     needs: str  # the setting has no effect without this
 
 
-def _has_kl(run: Run) -> bool:
-    return run.recipe.kl_coef > 0
+def _has_kl(facts: Facts) -> bool:
+    return facts.recipe.kl_coef > 0
 
 
-def _has_penalty(run: Run) -> bool:
-    return _has_kl(run) or bool(run.recipe.entropy_coef)
+def _has_penalty(facts: Facts) -> bool:
+    return _has_kl(facts) or bool(facts.recipe.entropy_coef)
 
 
-def _has_several_rewards(run: Run) -> bool:
-    return run.num_rewards > 1
+def _has_several_rewards(facts: Facts) -> bool:
+    return facts.num_rewards > 1
 
 
-def _has_several_terms(run: Run) -> bool:
+def _has_several_terms(facts: Facts) -> bool:
     # A penalty is one more term of the sum, and gdpo divides even a single term by the batch's deviation.
-    recipe = run.recipe
-    penalty = recipe.overlong_tokens(run.config.sampling.max_new_tokens) or recipe.kl_placement == "reward"
-    return _has_several_rewards(run) or bool(penalty) or recipe.aggregation == "gdpo"
+    recipe = facts.recipe
+    penalty = recipe.overlong_tokens(facts.config.sampling.max_new_tokens) or recipe.kl_placement == "reward"
+    return _has_several_rewards(facts) or bool(penalty) or recipe.aggregation == "gdpo"
 
 
 _KL = "a KL term: set algorithm.kl_coef above 0"
 _REFUSED = (
-    _Setting("algorithm", "kl_adaptation", lambda r: r.config.algorithm.kl_target is not None,
+    _Setting("algorithm", "kl_adaptation", lambda facts: facts.config.algorithm.kl_target is not None,
              "algorithm.kl_target"),
-    _Setting("algorithm", "ref_mixup_alpha", lambda r: r.config.algorithm.ref_sync_every > 0,
+    _Setting("algorithm", "ref_mixup_alpha", lambda facts: facts.config.algorithm.ref_sync_every > 0,
              "algorithm.ref_sync_every"),
-    _Setting("algorithm", "max_sampling_rounds", lambda r: r.recipe.dynamic_sampling,
+    _Setting("algorithm", "max_sampling_rounds", lambda facts: facts.recipe.dynamic_sampling,
              "algorithm.dynamic_sampling"),
     _Setting("algorithm", "kl_estimator", _has_kl, _KL),
     _Setting("algorithm", "kl_placement", _has_kl, _KL),
@@ -65,10 +65,10 @@ _REFUSED = (
     _Setting("algorithm", "missing", _has_several_rewards, "a second reward"),
     _Setting("algorithm", "aggregation", _has_several_terms, "a second reward"),
     _Setting("data", "few_shot_separator", lambda r: bool(r.config.data.few_shot), "data.few_shot"),
-    _Setting("checkpoints", "best_mode", lambda r: r.config.checkpoints.best_metric is not None,
+    _Setting("checkpoints", "best_mode", lambda facts: facts.config.checkpoints.best_metric is not None,
              "checkpoints.best_metric"),
-    _Setting("tracking", "wandb_project", lambda r: r.config.tracking.wandb, "tracking.wandb"),
-    _Setting("tracking", "wandb_name", lambda r: r.config.tracking.wandb, "tracking.wandb"),
+    _Setting("tracking", "wandb_project", lambda facts: facts.config.tracking.wandb, "tracking.wandb"),
+    _Setting("tracking", "wandb_name", lambda facts: facts.config.tracking.wandb, "tracking.wandb"),
 )  # fmt: skip
 
 
@@ -83,23 +83,23 @@ def check_settings(config: Config, recipe: Recipe, *, num_rewards: int) -> None:
     Raises:
         ValueError: the message names the setting, its value and what it needs to have an effect.
     """
-    run = Run(config=config, recipe=recipe, num_rewards=num_rewards)
+    facts = Facts(config=config, recipe=recipe, num_rewards=num_rewards)
     for section, key, works, needs in _REFUSED:
         value = getattr(getattr(config, section), key)
-        if _is_given(run, section, key) and not works(run):
+        if _is_given(facts, section, key) and not works(facts):
             raise ValueError(f"{section}.{key}: {value} does nothing without {needs}; or leave it out")
 
 
-def _is_given(run: Run, section: str, key: str) -> bool:
+def _is_given(facts: Facts, section: str, key: str) -> bool:
     """Says whether a setting differs from what it would be if it were left out."""
-    record = getattr(run.config, section)
+    record = getattr(facts.config, section)
     default = next(field.default for field in fields(record) if field.name == key)
     if default is not None or section != "algorithm":
         return getattr(record, key) != default
     # If it is left out, the recipe's own value counts. Repeating that value is not a mistake.
-    own = RECIPES[run.config.algorithm.name]
+    own = RECIPES[facts.config.algorithm.name]
     names = ("kl_estimator", "kl_ratio_corrected") if key == "kl_estimator" else (key,)
-    return any(getattr(run.recipe, name) != getattr(own, name) for name in names)
+    return any(getattr(facts.recipe, name) != getattr(own, name) for name in names)
 
 
 def setting_notes(config: Config, recipe: Recipe, *, num_held_out: int, num_steps: int) -> list[str]:

@@ -1,1 +1,1 @@
-"""One run: its parts, its directory, its progress."""
+"""One run: what it is made of, its directory, its progress."""

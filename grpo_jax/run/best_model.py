@@ -17,38 +17,38 @@ import numpy as np
 
 from grpo_jax.evaluation.outcomes import Outcome
 from grpo_jax.models.loading import save_model
-from grpo_jax.run.build import Parts
-from grpo_jax.run.evaluation import summarize_parts
+from grpo_jax.run.build import Run
+from grpo_jax.run.evaluation import summarize_run
 from grpo_jax.types import Params
 
 _SLOTS = ("best.0", "best.1")
 
 
-def evaluation_names(parts: Parts) -> list[str]:
+def evaluation_names(run: Run) -> list[str]:
     """Returns the names of what every evaluation of a run gives; [] if it has no held-out prompts."""
-    prompts, k = len(parts.task.evaluation), parts.config.evaluation.num_samples
+    prompts, k = len(run.task.evaluation), run.config.evaluation.num_samples
     if not prompts:
         return []
     nothing = Outcome(
         greedy=np.zeros(prompts, bool),
         correct=np.zeros((prompts, k), bool),
-        scores=np.zeros((prompts * k, len(parts.rewards) + len(parts.eval_rewards)), np.float32),
+        scores=np.zeros((prompts * k, len(run.rewards) + len(run.eval_rewards)), np.float32),
         totals=np.zeros((prompts, k), np.float32),
         valid=np.zeros((prompts, k), bool),
         lengths=np.zeros(prompts * k),
         finished=np.zeros(prompts * k, bool),
     )
-    return list(summarize_parts(parts, nothing))
+    return list(summarize_run(run, nothing))
 
 
-def check_best_metric(parts: Parts) -> None:
+def check_best_metric(run: Run) -> None:
     """Checks that evaluation will give the metric by which the best model is chosen.
 
     Raises:
         ValueError: it will not; the message lists the names that it gives.
     """
-    metric = parts.config.checkpoints.best_metric
-    if metric is None or metric in (names := evaluation_names(parts)):
+    metric = run.config.checkpoints.best_metric
+    if metric is None or metric in (names := evaluation_names(run)):
         return
     if not names:
         raise ValueError(
@@ -83,7 +83,7 @@ def read_best(run_dir: str | Path) -> dict[str, Any] | None:
         raise ValueError(f"{path} is damaged; remove {path.parent} to choose a best model anew") from None
 
 
-def keep_best(parts: Parts, step: int, metrics: Mapping[str, float], params: Params) -> str | None:
+def keep_best(run: Run, step: int, metrics: Mapping[str, float], params: Params) -> str | None:
     """Exports the model to run_dir/best if its evaluation is better than that of the one there.
 
     A value that is missing or not finite is no improvement. An equal one is none either, unless the metric
@@ -92,7 +92,7 @@ def keep_best(parts: Parts, step: int, metrics: Mapping[str, float], params: Par
     metric or mode, or before a change of what is measured.
 
     Args:
-        parts: the run.
+        run: the run.
         step: optimizer steps done.
         metrics: the evaluation at this step.
         params: parameters that were evaluated.
@@ -100,7 +100,7 @@ def keep_best(parts: Parts, step: int, metrics: Mapping[str, float], params: Par
     Returns:
         a line that says so, None if nothing was exported.
     """
-    checkpoints, run_dir = parts.config.checkpoints, Path(parts.config.run_dir)
+    checkpoints, run_dir = run.config.checkpoints, Path(run.config.run_dir)
     metric, mode = checkpoints.best_metric, checkpoints.best_mode
     value = None if metric is None else metrics.get(metric)
     if value is None or not math.isfinite(value):
@@ -111,28 +111,28 @@ def keep_best(parts: Parts, step: int, metrics: Mapping[str, float], params: Par
     target = run_dir / "best"
     same = best is not None and (best["metric"], best["mode"], best["comparable"]) == (metric, mode, True)
     if not same:
-        _export(parts, params, entry)
+        _export(run, params, entry)
         return f"step {step}: {metric} {value:.4g} is the first; the model is in {target}"
     if value == best["value"] and not best["moved"]:
-        _export(parts, params, entry)
+        _export(run, params, entry)
         return (
             f"step {step}: {metric} is still {value:.4g} and tells no model from another; the newest one is "
             f"in {target}"
         )
     if value > best["value"] if mode == "max" else value < best["value"]:
-        _export(parts, params, entry | {"moved": True})
+        _export(run, params, entry | {"moved": True})
         return f"step {step}: {metric} {value:.4g} is the best so far; the model is in {target}"
     if not best["moved"]:
         _write_entry(target, best | {"moved": best["value"] != value})
     return None
 
 
-def _export(parts: Parts, params: Params, entry: dict[str, Any]) -> None:
-    best = Path(parts.config.run_dir) / "best"
+def _export(run: Run, params: Params, entry: dict[str, Any]) -> None:
+    best = Path(run.config.run_dir) / "best"
     used = os.readlink(best) if best.is_symlink() else None
     slot, other = (best.with_name(name) for name in (_SLOTS if used != _SLOTS[0] else _SLOTS[::-1]))
     shutil.rmtree(slot, ignore_errors=True)
-    save_model(parts.model, params, slot)
+    save_model(run.model, params, slot)
     _write_entry(slot, entry)
     link = best.with_name("best.unfinished")
     link.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The parts of a run: everything a config names, built and checked before anything compiles."""
+"""A run: everything that its config names, built and checked before anything compiles."""
 
 import functools
 import math
@@ -35,8 +35,8 @@ from grpo_jax.types import Example, Params
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
-    """Everything a run is made of, built from its config and checked."""
+class Run:
+    """Everything that a run is made of, built from its config and checked."""
 
     config: Config
     model: Model
@@ -65,16 +65,6 @@ class Parts:
         return max(self.prompt_lengths)
 
     @property
-    def num_prompts(self) -> int:
-        """N, prompts per rollout (and per round of one)."""
-        return self.config.num_prompts
-
-    @property
-    def updates_per_rollout(self) -> int:
-        """Optimizer steps made from one rollout."""
-        return self.config.updates_per_rollout
-
-    @property
     def sampling(self) -> dict[str, float]:
         """The traced sampling settings of `generate`."""
         s = self.config.sampling
@@ -95,7 +85,7 @@ class Parts:
         """Whether the policy scores its own rollouts before the update: for more than one update from each,
         or for what the recipe makes of those scores before it.
         """
-        return self.updates_per_rollout > 1 or self.recipe.needs_old_log_probs
+        return self.config.updates_per_rollout > 1 or self.recipe.needs_old_log_probs
 
     def actor(self) -> Actor:
         """Makes the actor of this run."""
@@ -135,7 +125,7 @@ def actor_inputs(model: Model, rewards: Sequence[Reward]) -> dict[str, Any]:
     }
 
 
-def build(config: Config, *, model: Model | None = None) -> Parts:
+def build(config: Config, *, model: Model | None = None) -> Run:
     """Loads and checks everything a config names. Compiles nothing.
 
     Args:
@@ -202,7 +192,7 @@ def build(config: Config, *, model: Model | None = None) -> Parts:
         warmup_steps=training.warmup_steps,
         num_steps=num_steps,
     )
-    return Parts(
+    return Run(
         config=config,
         model=model,
         lora=lora,

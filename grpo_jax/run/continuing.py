@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax.config.run import Config
-from grpo_jax.run.build import Parts
+from grpo_jax.run.build import Run
 from grpo_jax.run.digests import digest_examples, digest_reward, same_code
 from grpo_jax.training.learner import TrainState
 
@@ -19,15 +19,15 @@ Record = dict[str, dict[str, Any]]
 DATA, HELD_OUT, REWARD, EVAL_REWARD = "training data", "held-out data", "reward ", "reward of evaluation "
 
 
-def record_inputs(parts: Parts) -> Record:
+def record_inputs(run: Run) -> Record:
     """Returns the digests of a run's examples and of the source of its own reward functions."""
-    record = {DATA: digest_examples(parts.task.train)}
-    if parts.held_out:
-        record[HELD_OUT] = digest_examples(parts.held_out)
-    config = parts.config
+    record = {DATA: digest_examples(run.task.train)}
+    if run.held_out:
+        record[HELD_OUT] = digest_examples(run.held_out)
+    config = run.config
     for prefix, specs, rewards in (
-        (REWARD, config.rewards, parts.rewards),
-        (EVAL_REWARD, config.evaluation.rewards, parts.eval_rewards),
+        (REWARD, config.rewards, run.rewards),
+        (EVAL_REWARD, config.evaluation.rewards, run.eval_rewards),
     ):
         for spec, reward in zip(specs, rewards, strict=False):  # a task's own rewards have no spec
             if (files := digest_reward(spec.function)) is not None:
@@ -36,12 +36,12 @@ def record_inputs(parts: Parts) -> Record:
 
 
 def compare_inputs(
-    parts: Parts, before: Record, now: Record, *, checkpoint: str, refuse: bool
+    run: Run, before: Record, now: Record, *, checkpoint: str, refuse: bool
 ) -> tuple[list[str], bool]:
     """Compares what a checkpoint was made from with what the run would continue with.
 
     Args:
-        parts: the run.
+        run: the run.
         before: the record of the checkpoint; empty for a run of an earlier version.
         now: the record of the run.
         checkpoint: the checkpoint, for messages, such as `step 4 in runs/a/checkpoints`.
@@ -55,13 +55,13 @@ def compare_inputs(
     """
     lines, comparable = [], True
     for name in (name for name in now if name in before):
-        change = _change(parts, name, before[name], now[name])
+        change = _change(run, name, before[name], now[name])
         if change is None:
             continue
         subject, facts = change
         line = f"the {subject} is not that of the checkpoint of {checkpoint}: {facts}"
         key = _key_that_allows(name)
-        if refuse and key is not None and key not in parts.config.checkpoints.allow_changes:
+        if refuse and key is not None and key not in run.config.checkpoints.allow_changes:
             raise ValueError(
                 f"{line}. Continue with what it was made with; or start anew in another run_dir; or allow "
                 f"the change with --checkpoints.allow_changes '[{key}]'"
@@ -78,9 +78,7 @@ def _key_that_allows(name: str) -> str | None:
     return "rewards" if name.startswith(REWARD) and not name.startswith(EVAL_REWARD) else None
 
 
-def _change(
-    parts: Parts, name: str, before: Mapping[str, Any], now: Mapping[str, Any]
-) -> tuple[str, str] | None:
+def _change(run: Run, name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, str] | None:
     """Returns (what differs, how), None if nothing does."""
     if name not in (DATA, HELD_OUT):
         return _change_of_files(name, before.get("files", {}), now["files"])
@@ -88,7 +86,7 @@ def _change(
         return None
     there, here = before["rows"], now["rows"]
     facts = f"{there:,} prompts (digest {before['digest'][:8]}) there, {here:,} ({now['digest'][:8]}) here"
-    examples = parts.task.train if name == DATA else parts.held_out
+    examples = run.task.train if name == DATA else run.held_out
     if there == here and before["unordered"] == now["unordered"]:
         how = "the same prompts in another order"
     elif here > there and digest_examples(examples[:there])["digest"] == before["digest"]:
@@ -111,13 +109,13 @@ def _change_of_files(name: str, before: Mapping[str, Any], now: Mapping[str, Any
     return (f"code of the {name}", ", ".join(facts)) if facts else None
 
 
-def record_schedule(parts: Parts, state: TrainState, step: int) -> dict[str, Any]:
+def record_schedule(run: Run, state: TrainState, step: int) -> dict[str, Any]:
     """Returns what the learning rate was in the last update, and would be in the next one."""
     moved = _moved(state, step)
     return {
-        "num_steps": parts.num_steps,
-        "last": float(parts.schedule(max(moved - 1, 0))),
-        "next": float(parts.schedule(moved)),
+        "num_steps": run.num_steps,
+        "last": float(run.schedule(max(moved - 1, 0))),
+        "next": float(run.schedule(moved)),
     }
 
 
@@ -126,25 +124,25 @@ def _moved(state: TrainState, step: int) -> int:
     return step - int(state.skipped) - int(state.idle)
 
 
-def compare_schedules(parts: Parts, before: Mapping[str, Any], state: TrainState, step: int) -> str | None:
+def compare_schedules(run: Run, before: Mapping[str, Any], state: TrainState, step: int) -> str | None:
     """Returns a line where the learning rate leaves the course that it was on; None where it does not.
 
     Args:
-        parts: the run.
+        run: the run.
         before: what `record_schedule` said at the checkpoint; empty for a run of an earlier version.
         state: the state of the checkpoint.
         step: optimizer steps done.
     """
-    if not before or step >= parts.num_steps:
+    if not before or step >= run.num_steps:
         return None
-    rate = float(parts.schedule(_moved(state, step)))
+    rate = float(run.schedule(_moved(state, step)))
     if abs(rate - before["next"]) <= 1e-5 * max(rate, before["next"]):
         return None
-    training, ended = parts.config.training, before["num_steps"]
-    if ended == parts.num_steps or training.lr_schedule == "constant":
+    training, ended = run.config.training, before["num_steps"]
+    if ended == run.num_steps or training.lr_schedule == "constant":
         why = "its settings are others now"
     else:
-        why = f"the {training.lr_schedule} schedule now ends at step {parts.num_steps:,}, not {ended:,}"
+        why = f"the {training.lr_schedule} schedule now ends at step {run.num_steps:,}, not {ended:,}"
     return (
         f"the learning rate jumps: it was {before['last']:.4g} in step {step:,} and is {rate:.4g} in step "
         f"{step + 1:,}, where it would have been {before['next']:.4g}: {why}"

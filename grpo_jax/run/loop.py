@@ -14,9 +14,9 @@ from grpo_jax.policy.decoding import generate
 from grpo_jax.policy.log_probs import completion_log_probs
 from grpo_jax.policy.shapes import tokens_in_use
 from grpo_jax.run.best_model import keep_best
-from grpo_jax.run.build import Parts
+from grpo_jax.run.build import Run
 from grpo_jax.run.diagnostics import Notices
-from grpo_jax.run.evaluation import evaluate_parts
+from grpo_jax.run.evaluation import evaluate_run
 from grpo_jax.run.progress import Progress, save
 from grpo_jax.trackers import Trackers
 from grpo_jax.trackers.console import spread
@@ -48,19 +48,19 @@ class Interrupts:
         self.signum = signum
 
 
-def _new_rollout(parts: Parts, actor: Actor, progress: Progress, key: jax.Array) -> None:
+def _new_rollout(run: Run, actor: Actor, progress: Progress, key: jax.Array) -> None:
     """Makes the rollout that the next updates use. Its index in data order and noise is num_rounds."""
-    config = parts.config
+    config = run.config
     actor = replace(actor, recipe=actor.recipe.replace(kl_coef=progress.kl_coef))
 
     def next_prompts(round_: int):
         index = progress.num_rounds + round_
         examples = batch(
-            parts.task.train, seed=config.training.seed, step=index, num_prompts=parts.num_prompts
+            run.task.train, seed=config.training.seed, step=index, num_prompts=run.config.num_prompts
         )
         return examples, jax.random.fold_in(key, index)
 
-    ref_params = progress.ref_params if parts.needs_ref_log_probs else None
+    ref_params = progress.ref_params if run.needs_ref_log_probs else None
     collected = collect(actor, progress.policy_params, ref_params, next_prompts, progress.leftovers)
     progress.experience, progress.leftovers = collected.experience, collected.leftovers
     progress.rollout_metrics, progress.silences = collected.metrics, collected.silences
@@ -69,27 +69,27 @@ def _new_rollout(parts: Parts, actor: Actor, progress: Progress, key: jax.Array)
     progress.num_rounds += collected.num_rounds
 
 
-def dropout_key(parts: Parts, step: int) -> jax.Array | None:
+def dropout_key(run: Run, step: int) -> jax.Array | None:
     """Returns the key of an update's dropout, a function of (seed, step), or None without dropout."""
-    if not parts.config.lora.dropout:
+    if not run.config.lora.dropout:
         return None
-    key = jax.random.key(parts.config.training.seed)
+    key = jax.random.key(run.config.training.seed)
     return jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(b"lora.dropout")), step)
 
 
-def _at_reference(parts: Parts, progress: Progress) -> bool | jax.Array:
+def _at_reference(run: Run, progress: Progress) -> bool | jax.Array:
     """Says whether the policy is still, or again, its reference, and False if it has none.
 
     With an exact KL, `train_step` has the reference's parameters and compares them itself.
     """
-    if progress.ref_params is None or parts.recipe.exact_kl:
+    if progress.ref_params is None or run.recipe.exact_kl:
         return False
     return is_reference(progress.state.params, progress.ref_params, progress.frozen)
 
 
-def _update(parts: Parts, progress: Progress, minibatch: int) -> dict[str, float]:
+def _update(run: Run, progress: Progress, minibatch: int) -> dict[str, float]:
     """Makes one optimizer update from one mini-batch of the rollout in use and returns its metrics."""
-    config = parts.config
+    config = run.config
     experience = progress.experience
     size = config.training.batch_size
     if config.algorithm.num_minibatches > 1:
@@ -98,11 +98,11 @@ def _update(parts: Parts, progress: Progress, minibatch: int) -> dict[str, float
     progress.state, updated = train_step(
         progress.state,
         experience,
-        recipe=parts.recipe.replace(kl_coef=progress.kl_coef),
+        recipe=run.recipe.replace(kl_coef=progress.kl_coef),
         frozen=progress.frozen,
-        ref_params=progress.ref_params if parts.recipe.exact_kl else None,
-        at_reference=_at_reference(parts, progress),
-        dropout_key=dropout_key(parts, progress.step),
+        ref_params=progress.ref_params if run.recipe.exact_kl else None,
+        at_reference=_at_reference(run, progress),
+        dropout_key=dropout_key(run, progress.step),
         group_size=config.algorithm.group_size,
         num_microbatches=config.training.num_microbatches,
         num_tokens=tokens_in_use(experience.mask, config.training.num_microbatches),
@@ -111,9 +111,9 @@ def _update(parts: Parts, progress: Progress, minibatch: int) -> dict[str, float
     return {name: float(value) for name, value in jax.device_get(updated).items()}
 
 
-def _after_update(parts: Parts, progress: Progress, updated: dict[str, float]) -> None:
+def _after_update(run: Run, progress: Progress, updated: dict[str, float]) -> None:
     """Adapts the KL coefficient and mixes the reference, where the config asks for it."""
-    algorithm = parts.config.algorithm
+    algorithm = run.config.algorithm
     # An update without a gradient may have had no token to measure a KL on.
     if algorithm.kl_target is not None and updated["grad_norm"] > 0:
         moved = adapt_kl_coef(
@@ -129,23 +129,23 @@ def _after_update(parts: Parts, progress: Progress, updated: dict[str, float]) -
         )
 
 
-def one_step(parts: Parts, actor: Actor, progress: Progress, key: jax.Array) -> dict[str, float]:
+def one_step(run: Run, actor: Actor, progress: Progress, key: jax.Array) -> dict[str, float]:
     """Makes one optimizer step, after a new rollout if the last one is used up, and returns its metrics."""
     started = time.perf_counter()
-    index = progress.step % parts.updates_per_rollout
+    index = progress.step % run.config.updates_per_rollout
     if index == 0:
-        _new_rollout(parts, actor, progress, key)
+        _new_rollout(run, actor, progress, key)
     # The schedule counts the updates that moved something.
     moved = progress.step - int(progress.state.skipped) - int(progress.state.idle)
     update_started = time.perf_counter()
     kl_coef = progress.kl_coef
-    updated = _update(parts, progress, index % parts.config.algorithm.num_minibatches)
+    updated = _update(run, progress, index % run.config.algorithm.num_minibatches)
     now = time.perf_counter()
     metrics = {
         **progress.rollout_metrics,
         **updated,
         "kl_coef": kl_coef,
-        "learning_rate": float(parts.schedule(moved)),
+        "learning_rate": float(run.schedule(moved)),
         "num_tokens": progress.num_tokens,
         "time/update": now - update_started,
         "step_time": now - started,
@@ -153,7 +153,7 @@ def one_step(parts: Parts, actor: Actor, progress: Progress, key: jax.Array) -> 
     if index:  # those phases belong to the step that made the rollout
         metrics |= {"time/generate": 0.0, "time/reward": 0.0, "time/score": 0.0}
     progress.step += 1
-    _after_update(parts, progress, updated)
+    _after_update(run, progress, updated)
     return metrics
 
 
@@ -162,35 +162,35 @@ def _num_programs() -> int:
     return sum(function._cache_size() for function in _JIT_BOUNDARIES)
 
 
-def evaluate_and_keep_best(parts: Parts, progress: Progress, trackers: Trackers, *, first: bool) -> None:
+def evaluate_and_keep_best(run: Run, progress: Progress, trackers: Trackers, *, first: bool) -> None:
     """Evaluates and logs, and exports the model if it is the best so far.
 
     The first evaluation of a process says what its figures cannot tell.
     """
     params = progress.policy_params
-    metrics = evaluate_parts(parts, params, trackers.message if first else None)
+    metrics = evaluate_run(run, params, trackers.message if first else None)
     trackers.log(progress.step, metrics)
-    if text := keep_best(parts, progress.step, metrics, params):
+    if text := keep_best(run, progress.step, metrics, params):
         trackers.message(text)
 
 
 def run_loop(
-    parts: Parts, progress: Progress, checkpoints: Checkpoints, trackers: Trackers, interrupts: Interrupts
+    run: Run, progress: Progress, checkpoints: Checkpoints, trackers: Trackers, interrupts: Interrupts
 ) -> None:
     """Runs until the last step or an interrupt. What is logged for a step precedes its checkpoint."""
-    config = parts.config
-    actor = parts.actor()
+    config = run.config
+    actor = run.actor()
     notices = Notices()
     key = jax.random.key(config.training.seed)
     every = config.evaluation.every
     saved = progress.step
     evaluated = saved == 0  # by this process
     num_programs = _num_programs()
-    while progress.step < parts.num_steps and interrupts.signum is None:
-        metrics = one_step(parts, actor, progress, key)
+    while progress.step < run.num_steps and interrupts.signum is None:
+        metrics = one_step(run, actor, progress, key)
         metrics["compilations"] = _num_programs() - num_programs
         step = progress.step
-        last = step == parts.num_steps
+        last = step == run.num_steps
         trackers.log(step, metrics)
         for text in notices.about(step, metrics, progress.silences):
             trackers.message(text)
@@ -203,10 +203,10 @@ def run_loop(
                 f"with checkpoints.resume: {config.run_dir}"
             )
         if last or (every and step % every == 0):
-            evaluate_and_keep_best(parts, progress, trackers, first=not evaluated)
+            evaluate_and_keep_best(run, progress, trackers, first=not evaluated)
             evaluated = True
         if last or step % config.checkpoints.every == 0:
-            save(parts, checkpoints, progress)
+            save(run, checkpoints, progress)
             saved = step
     if progress.step > saved:
-        save(parts, checkpoints, progress)
+        save(run, checkpoints, progress)

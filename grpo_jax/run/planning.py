@@ -11,7 +11,7 @@ from grpo_jax.models.endings import describe_endings
 from grpo_jax.policy.decoding import decoding_params
 from grpo_jax.policy.log_probs import CHUNK_SIZE, completion_hidden
 from grpo_jax.policy.shapes import NUM_BUCKETS, PACKED_FROM, bucket_length, decode_stages, shared_rows
-from grpo_jax.run.build import Parts
+from grpo_jax.run.build import Run
 from grpo_jax.types import Rollout
 
 
@@ -39,7 +39,7 @@ class Plan:
     memory: dict[str, int]  # bytes by purpose
     endings: str = ""  # what ends a completion
     first_prompt: tuple[str, ...] = ()  # lines that show it as tokens
-    notes: tuple[str, ...] = ()  # of the parts
+    notes: tuple[str, ...] = ()  # of the run
 
     @property
     def checkpoint_size(self) -> int:
@@ -91,9 +91,9 @@ def _bytes(tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _activation_bytes(parts: Parts, rows: int) -> int:
+def _activation_bytes(run: Run, rows: int) -> int:
     """Counts what the backward pass of one micro-batch keeps, by abstract evaluation: nothing runs."""
-    length, new_tokens, policy = parts.prompt_length, parts.config.sampling.max_new_tokens, parts.model.policy
+    length, new_tokens, policy = run.prompt_length, run.config.sampling.max_new_tokens, run.model.policy
     int_, bool_ = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32), jax.ShapeDtypeStruct
     rollout = Rollout(
         prompt_tokens=int_((rows, length)),
@@ -106,32 +106,32 @@ def _activation_bytes(parts: Parts, rows: int) -> int:
     )
 
     def residuals(params, rollout):
-        shared = shared_rows(rows, parts.config.algorithm.group_size, 1)
+        shared = shared_rows(rows, run.config.algorithm.group_size, 1)
         return jax.vjp(lambda params: completion_hidden(policy, params, rollout, group_size=shared), params)
 
-    kept = jax.eval_shape(residuals, parts.model.params, rollout)
+    kept = jax.eval_shape(residuals, run.model.params, rollout)
     # The residuals hold the weight matrices too; those are counted with the parameters.
-    return max(0, _bytes(kept) - _bytes(parts.model.params))
+    return max(0, _bytes(kept) - _bytes(run.model.params))
 
 
-def _relaid_bytes(parts: Parts, batch: int) -> int:
+def _relaid_bytes(run: Run, batch: int) -> int:
     """Returns the bytes of the parameters that generation lays out anew."""
-    policy, stages = parts.model.policy, decode_stages(batch, parts.config.sampling.max_new_tokens)
-    jaxpr = jax.make_jaxpr(lambda params: decoding_params(policy, params, stages))(parts.model.params).jaxpr
+    policy, stages = run.model.policy, decode_stages(batch, run.config.sampling.max_new_tokens)
+    jaxpr = jax.make_jaxpr(lambda params: decoding_params(policy, params, stages))(run.model.params).jaxpr
     given = set(jaxpr.invars)
     return sum(x.aval.size * x.aval.dtype.itemsize for x in jaxpr.outvars if x not in given)
 
 
-def _init_state_of(parts: Parts):
+def _init_state_of(run: Run):
     """Returns init_state as a function of the model's parameters, whose shapes are then enough."""
-    return lambda params: replace(parts, model=replace(parts.model, params=params)).init_state()
+    return lambda params: replace(run, model=replace(run.model, params=params)).init_state()
 
 
-def _memory(parts: Parts) -> dict[str, int]:
+def _memory(run: Run) -> dict[str, int]:
     """Estimates bytes by purpose. XLA's fusion usually needs less for the update."""
-    config, policy, params = parts.config, parts.model.policy, parts.model.params
-    size, trained = _bytes(params), jax.eval_shape(_init_state_of(parts), params)
-    batch, length = config.training.batch_size, parts.prompt_length + config.sampling.max_new_tokens
+    config, policy, params = run.config, run.model.policy, run.model.params
+    size, trained = _bytes(params), jax.eval_shape(_init_state_of(run), params)
+    batch, length = config.training.batch_size, run.prompt_length + config.sampling.max_new_tokens
     rows = batch // config.training.num_microbatches
     hidden = jax.eval_shape(
         policy.forward,
@@ -141,34 +141,34 @@ def _memory(parts: Parts) -> dict[str, int]:
     vocabulary = jax.eval_shape(policy.unembed, params, hidden).shape[-1]
 
     def full_cache():
-        prompts = policy.init_cache(parts.num_prompts, parts.prompt_length)
+        prompts = policy.init_cache(run.config.num_prompts, run.prompt_length)
         return policy.grow_cache(policy.fork_cache(prompts, config.algorithm.group_size), length)
 
     cache = _bytes(jax.eval_shape(full_cache))
     logits = 4 * vocabulary * min(CHUNK_SIZE, rows * config.sampling.max_new_tokens)
     lora = {}
-    if parts.lora is not None:  # its base is the reference
-        kernels = 4 * sum(target.inputs * target.outputs for target in parts.lora.targets)
+    if run.lora is not None:  # its base is the reference
+        kernels = 4 * sum(target.inputs * target.outputs for target in run.lora.targets)
         lora = {"adapters": _bytes(trained.params), "merged kernels": kernels}
     return {
         "parameters": size,
         **lora,
-        "reference": size if parts.needs_reference and not lora else 0,
+        "reference": size if run.needs_reference and not lora else 0,
         "optimizer": _bytes(trained.opt_state),
         "gradients": _bytes(trained.params) * (2 if config.training.num_microbatches > 1 else 1),
         # The loop's cache and the one being written; logits, their probabilities and running sums.
-        "generation": 2 * cache + 4 * 4 * vocabulary * batch + _relaid_bytes(parts, batch),
-        "update": _activation_bytes(parts, rows) + 3 * logits,
+        "generation": 2 * cache + 4 * 4 * vocabulary * batch + _relaid_bytes(run, batch),
+        "update": _activation_bytes(run, rows) + 3 * logits,
     }
 
 
-def _num_compilations(parts: Parts, num_buckets: int) -> int:
+def _num_compilations(run: Run, num_buckets: int) -> int:
     """Counts the programs of training at most: generation and scoring per prompt bucket, and the update.
 
     Scoring and update have one for each bucket that `tokens_in_use` may give to completions.
     """
-    packings = 1 if parts.config.sampling.max_new_tokens < PACKED_FROM else NUM_BUCKETS
-    scoring = packings if parts.rescores_rollout or parts.needs_ref_log_probs else 0
+    packings = 1 if run.config.sampling.max_new_tokens < PACKED_FROM else NUM_BUCKETS
+    scoring = packings if run.rescores_rollout or run.needs_ref_log_probs else 0
     return num_buckets * (1 + scoring) + packings
 
 
@@ -179,37 +179,35 @@ def _describe_devices() -> str:
     return f"1 × {used.device_kind}{others}"
 
 
-def make_plan(parts: Parts) -> Plan:
-    """Derives everything from the parts of a run. Compiles and runs nothing."""
-    config = parts.config
-    count = sum(x.size for x in jax.tree.leaves(parts.model.params))
-    limit = parts.prompt_length
-    buckets = tuple(sorted({bucket_length(length, limit) for length in parts.prompt_lengths}))
-    lora = (
-        "" if parts.lora is None else f"LoRA of rank {parts.lora.rank} on {len(parts.lora.targets)} kernels, "
-    )
+def make_plan(run: Run) -> Plan:
+    """Derives everything from a run. Compiles and runs nothing."""
+    config = run.config
+    count = sum(x.size for x in jax.tree.leaves(run.model.params))
+    limit = run.prompt_length
+    buckets = tuple(sorted({bucket_length(length, limit) for length in run.prompt_lengths}))
+    lora = "" if run.lora is None else f"LoRA of rank {run.lora.rank} on {len(run.lora.targets)} kernels, "
     return Plan(
-        title=f"{parts.recipe.name} on {parts.model.source} ({count / 1e6:,.1f} M parameters, {lora}"
-        f"{config.model.dtype}) with {', '.join(reward.name for reward in parts.rewards)}, "
+        title=f"{run.recipe.name} on {run.model.source} ({count / 1e6:,.1f} M parameters, {lora}"
+        f"{config.model.dtype}) with {', '.join(reward.name for reward in run.rewards)}, "
         + _describe_devices(),
-        num_prompts=parts.num_prompts,
+        num_prompts=run.config.num_prompts,
         group_size=config.algorithm.group_size,
         batch_size=config.training.batch_size,
         num_microbatches=config.training.num_microbatches,
         num_iterations=config.algorithm.num_iterations,
-        num_steps=parts.num_steps,
-        num_examples=len(parts.task.train),
-        num_dropped=parts.num_dropped,
-        num_truncated=parts.num_truncated,
-        num_evaluation=len(parts.task.evaluation),
-        num_held_out=len(parts.held_out),
-        prompt_length=parts.prompt_length,
+        num_steps=run.num_steps,
+        num_examples=len(run.task.train),
+        num_dropped=run.num_dropped,
+        num_truncated=run.num_truncated,
+        num_evaluation=len(run.task.evaluation),
+        num_held_out=len(run.held_out),
+        prompt_length=run.prompt_length,
         max_new_tokens=config.sampling.max_new_tokens,
         generate_shapes=buckets,
-        num_compilations=_num_compilations(parts, len(buckets)),
+        num_compilations=_num_compilations(run, len(buckets)),
         num_evaluation_compilations=2,
-        memory=_memory(parts),
-        endings=describe_endings(parts.model),
-        first_prompt=parts.first_prompt,
-        notes=parts.notes,
+        memory=_memory(run),
+        endings=describe_endings(run.model),
+        first_prompt=run.first_prompt,
+        notes=run.notes,
     )

@@ -1,7 +1,7 @@
 """Where a run stands between two optimizer steps, and how that is saved and read back bit for bit."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from grpo_jax.checkpoints.format import fingerprint
 from grpo_jax.checkpoints.manager import Checkpoints, CorruptedCheckpoint
 from grpo_jax.config.run import Config
 from grpo_jax.models.peft import check_base
-from grpo_jax.run.build import Parts
+from grpo_jax.run.build import Run
 from grpo_jax.run.continuing import (
     Record,
     checkpoint_name,
@@ -57,25 +57,25 @@ class Progress:
         return policy_params(self.state, self.frozen)
 
 
-def start(parts: Parts) -> Progress:
+def start(run: Run) -> Progress:
     """Makes the progress of step 0."""
     return Progress(
-        state=parts.init_state(),
-        ref_params=parts.model.params if parts.needs_reference else None,
-        kl_coef=float(parts.recipe.kl_coef),
-        inputs=record_inputs(parts),
-        **_base(parts),
+        state=run.init_state(),
+        ref_params=run.model.params if run.needs_reference else None,
+        kl_coef=float(run.recipe.kl_coef),
+        inputs=record_inputs(run),
+        **_base(run),
     )
 
 
-def _base(parts: Parts) -> dict[str, Any]:
+def _base(run: Run) -> dict[str, Any]:
     """Returns what Progress has of the base under LoRA."""
-    if parts.lora is None:
+    if run.lora is None:
         return {}
-    return {"frozen": parts.model.params, "base": fingerprint(parts.model.params)}
+    return {"frozen": run.model.params, "base": fingerprint(run.model.params)}
 
 
-def resume_sources(config: Config) -> list[Path]:
+def resume_candidates(config: Config) -> list[Path]:
     """Returns the checkpoint directories to continue from, the first choice first; [] for a fresh start.
 
     Raises:
@@ -101,88 +101,109 @@ def resume_sources(config: Config) -> list[Path]:
     return ([run_dir / "checkpoints"] if used else []) + ([other] if named else [])
 
 
-def restore(parts: Parts, sources: list[Path]) -> Progress | None:
-    """Reads the newest checkpoint under the first source that has one, None if there is none yet.
+def restore(run: Run, candidates: Sequence[Path]) -> Progress | None:
+    """Reads the newest checkpoint of the first candidate that has one.
+
+    Args:
+        run: the run.
+        candidates: checkpoint directories, the first choice first, from `resume_candidates`.
+
+    Returns:
+        the progress that the checkpoint holds, or None if there is no checkpoint yet.
 
     Raises:
         ValueError: the run that resume names has no checkpoint, or none that these settings can continue;
             or the run in run_dir was made with other training data or rewards.
     """
-    config = parts.config
-    templates = {"experience": _experience_template(parts), "leftovers": _leftovers_template(parts)}
-    if parts.needs_reference and parts.lora is None:
-        # One that has moved is there even if from now on it stays.
-        templates["reference"] = parts.model.params
-    for source in (source for source in sources if source.is_dir()):
-        own = source == Path(config.run_dir) / "checkpoints"
-        checkpoints = Checkpoints(source, read_only=not own)
-        try:
-            if checkpoints.latest_step() is None:
-                continue
-            inputs = record_inputs(parts)
-            compare = functools.partial(compare_inputs, parts, now=inputs, refuse=own)
-            _refuse_changes(checkpoints, source, compare)
-            template = jax.eval_shape(parts.init_state)
-            step, state, extra, others = checkpoints.restore_latest(template, templates)
-            base, their_base = _base(parts), extra.pop("base", None)
-            if base:
-                check_base(their_base, base["base"], source)
-            reference = others.get("reference")
-            if reference is None and parts.needs_reference:
-                reference = base["frozen"] if base else checkpoints.restore_reference(parts.model.params)
-        finally:
-            checkpoints.close()
-        experience = others.get("experience")
-        if experience is None and step % parts.updates_per_rollout:
-            raise ValueError(
-                f"the checkpoint of step {step} in {source} holds no rollout, but with "
-                f"{parts.updates_per_rollout} updates per rollout (algorithm.num_iterations times "
-                "num_minibatches) this step lies inside one; continue with the settings it was made with"
-            )
-        remarks, comparable = compare(extra.pop("inputs", {}), checkpoint=checkpoint_name(step, source))
-        jump = compare_schedules(parts, extra.pop("schedule", {}), state, step)
-        extra["rollout_metrics"] = {k: float(v) for k, v in extra["rollout_metrics"].items()}
-        # With a target the coefficient is where the run stands; without one it is a setting.
-        kl_coef = extra["kl_coef"] if config.algorithm.kl_target else parts.recipe.kl_coef
-        extra["kl_coef"] = float(kl_coef)
-        left = extra.pop("leftover_samples")
-        leftovers = None
-        if left:
-            leftovers = Groups(judged=add_up(parts.actor(), others["leftovers"]), samples=left)
-        return Progress(
-            state=state,
-            ref_params=reference,
-            step=step,
-            experience=experience,
-            leftovers=leftovers,
-            inputs=inputs,
-            remarks=(*remarks, *filter(None, [jump])),
-            comparable=comparable,
-            **base,
-            **extra,
-        )
-    if config.checkpoints.resume not in ("auto", "never"):
-        raise ValueError(f"checkpoints.resume: the run {config.checkpoints.resume} has no checkpoint yet")
+    for directory in candidates:
+        progress = _restore_from(run, directory) if directory.is_dir() else None
+        if progress is not None:
+            return progress
+    resume = run.config.checkpoints.resume
+    if resume not in ("auto", "never"):
+        raise ValueError(f"checkpoints.resume: the run {resume} has no checkpoint yet")
     return None
 
 
-def _refuse_changes(checkpoints: Checkpoints, source: Path, compare: Callable[..., Any]) -> None:
+def _restore_from(run: Run, directory: Path) -> Progress | None:
+    """Reads the newest checkpoint of a directory. Returns None if there is none."""
+    config = run.config
+    own = directory == Path(config.run_dir) / "checkpoints"
+    checkpoints = Checkpoints(directory, read_only=not own)
+    try:
+        if checkpoints.latest_step() is None:
+            return None
+        inputs = record_inputs(run)
+        compare = functools.partial(compare_inputs, run, now=inputs, refuse=own)
+        _refuse_changes(checkpoints, directory, compare)
+        template = jax.eval_shape(run.init_state)
+        step, state, extra, others = checkpoints.restore_latest(template, _templates(run))
+        base = _base(run)
+        stored_base = extra.pop("base", None)
+        if base:
+            check_base(stored_base, base["base"], directory)
+        reference = others.get("reference")
+        if reference is None and run.needs_reference:
+            reference = base["frozen"] if base else checkpoints.restore_reference(run.model.params)
+    finally:
+        checkpoints.close()
+    experience = others.get("experience")
+    updates = config.updates_per_rollout
+    if experience is None and step % updates:
+        raise ValueError(
+            f"the checkpoint of step {step} in {directory} holds no rollout, but with "
+            f"{updates} updates per rollout (algorithm.num_iterations times "
+            "num_minibatches) this step lies inside one; continue with the settings it was made with"
+        )
+    remarks, comparable = compare(extra.pop("inputs", {}), checkpoint=checkpoint_name(step, directory))
+    jump = compare_schedules(run, extra.pop("schedule", {}), state, step)
+    extra["rollout_metrics"] = {k: float(v) for k, v in extra["rollout_metrics"].items()}
+    # The KL target moves the coefficient, so the stored one counts. Without a target it is a setting.
+    extra["kl_coef"] = float(extra["kl_coef"] if config.algorithm.kl_target else run.recipe.kl_coef)
+    left = extra.pop("leftover_samples")
+    leftovers = None
+    if left:
+        leftovers = Groups(judged=add_up(run.actor(), others["leftovers"]), samples=left)
+    return Progress(
+        state=state,
+        ref_params=reference,
+        step=step,
+        experience=experience,
+        leftovers=leftovers,
+        inputs=inputs,
+        remarks=(*remarks, *filter(None, [jump])),
+        comparable=comparable,
+        **base,
+        **extra,
+    )
+
+
+def _templates(run: Run) -> dict[str, Any]:
+    """Returns the shapes of what a checkpoint may hold besides the state."""
+    templates = {"experience": _experience_template(run), "leftovers": _leftovers_template(run)}
+    if run.needs_reference and run.lora is None:
+        # A reference that has moved is in the checkpoint even if it does not move any more.
+        templates["reference"] = run.model.params
+    return templates
+
+
+def _refuse_changes(checkpoints: Checkpoints, directory: Path, compare: Callable[..., Any]) -> None:
     """Compares inputs before any array is read: prompts of another length would not fit either."""
     step = checkpoints.latest_step()
     try:
         before = checkpoints.extra(step).get("inputs", {})
     except CorruptedCheckpoint:  # the restore goes back to an earlier one
         return
-    compare(before, checkpoint=checkpoint_name(step, source))
+    compare(before, checkpoint=checkpoint_name(step, directory))
 
 
-def save(parts: Parts, checkpoints: Checkpoints, progress: Progress) -> None:
+def save(run: Run, checkpoints: Checkpoints, progress: Progress) -> None:
     """Saves; inside the passes over one rollout the rollout goes with it, so none is made twice."""
-    inside = progress.step % parts.updates_per_rollout != 0
+    inside = progress.step % run.config.updates_per_rollout != 0
     others: dict[str, Any] = {"experience": progress.experience} if inside else {}
     if progress.leftovers is not None:
         others["leftovers"] = progress.leftovers.judged.replace(totals=None)  # `restore` adds up again
-    if parts.config.algorithm.ref_sync_every:
+    if run.config.algorithm.ref_sync_every:
         others["reference"] = progress.ref_params
     extra = {
         "num_rounds": progress.num_rounds,
@@ -193,7 +214,7 @@ def save(parts: Parts, checkpoints: Checkpoints, progress: Progress) -> None:
         "samples": plain(progress.samples) if inside else [],
         "leftover_samples": plain(progress.leftovers.samples) if progress.leftovers else [],
         "inputs": progress.inputs,
-        "schedule": record_schedule(parts, progress.state, progress.step),
+        "schedule": record_schedule(run, progress.state, progress.step),
     }
     if progress.base is not None:
         extra["base"] = progress.base
@@ -205,9 +226,9 @@ def _shapes(num_rows: int):
     return lambda dtype, *shape: jax.ShapeDtypeStruct((num_rows, *shape), dtype)
 
 
-def _experience_template(parts: Parts) -> Experience:
-    rows = _shapes(parts.num_prompts * parts.config.algorithm.group_size)
-    prompt, completion = parts.prompt_length, parts.config.sampling.max_new_tokens
+def _experience_template(run: Run) -> Experience:
+    rows = _shapes(run.config.num_prompts * run.config.algorithm.group_size)
+    prompt, completion = run.prompt_length, run.config.sampling.max_new_tokens
     return Experience(
         prompt_tokens=rows(jnp.int32, prompt),
         prompt_mask=rows(jnp.bool_, prompt),
@@ -215,16 +236,16 @@ def _experience_template(parts: Parts) -> Experience:
         mask=rows(jnp.bool_, completion),
         advantages=rows(jnp.float32),
         weights=rows(jnp.float32, completion),
-        old_log_probs=rows(jnp.float32, completion) if parts.rescores_rollout else None,
-        ref_log_probs=rows(jnp.float32, completion) if parts.needs_ref_log_probs else None,
-        sampler_log_probs=None if parts.rescores_rollout else rows(jnp.float32, completion),
-        penalty_weights=rows(jnp.float32, completion) if parts.recipe.separate_penalty else None,
+        old_log_probs=rows(jnp.float32, completion) if run.rescores_rollout else None,
+        ref_log_probs=rows(jnp.float32, completion) if run.needs_ref_log_probs else None,
+        sampler_log_probs=None if run.rescores_rollout else rows(jnp.float32, completion),
+        penalty_weights=rows(jnp.float32, completion) if run.recipe.separate_penalty else None,
     )
 
 
-def _leftovers_template(parts: Parts):
+def _leftovers_template(run: Run):
     """Returns a function of the number of rows, which differs from step to step."""
-    prompt, completion = parts.prompt_length, parts.config.sampling.max_new_tokens
+    prompt, completion = run.prompt_length, run.config.sampling.max_new_tokens
 
     def template(num_rows: int) -> Judged:
         rows = _shapes(num_rows)
@@ -238,10 +259,10 @@ def _leftovers_template(parts: Parts):
                 kept_mass=rows(jnp.float32, completion),
                 finished=rows(jnp.bool_),
             ),
-            old_log_probs=rows(jnp.float32, completion) if parts.rescores_rollout else None,
-            entropies=rows(jnp.float32, completion) if parts.rescores_rollout else None,
-            ref_log_probs=rows(jnp.float32, completion) if parts.needs_ref_log_probs else None,
-            scores=rows(jnp.float32, len(parts.rewards)),
+            old_log_probs=rows(jnp.float32, completion) if run.rescores_rollout else None,
+            entropies=rows(jnp.float32, completion) if run.rescores_rollout else None,
+            ref_log_probs=rows(jnp.float32, completion) if run.needs_ref_log_probs else None,
+            scores=rows(jnp.float32, len(run.rewards)),
         )
 
     return template

@@ -14,7 +14,7 @@ from grpo_jax.evaluation.verdicts import Correct, choose_correct
 from grpo_jax.policy.shapes import padded_length
 from grpo_jax.rewards.judging import judge
 from grpo_jax.rewards.silences import find_silences, lost_rows
-from grpo_jax.run.build import Parts
+from grpo_jax.run.build import Run
 from grpo_jax.trackers.console import spread
 from grpo_jax.training.experience import add_up_rewards
 from grpo_jax.types import Example, Silence, Totals
@@ -46,46 +46,46 @@ class Rehearsal:
         return len(self.texts) // len(self.examples)
 
 
-def rehearse(parts: Parts, *, num_prompts: int, num_samples: int) -> Rehearsal:
+def rehearse(run: Run, *, num_prompts: int, num_samples: int) -> Rehearsal:
     """Samples and judges completions of the first prompts of a run, as its config says, without training.
 
     Args:
-        parts: the parts of the run.
+        run: the run.
         num_prompts: number N of prompts, at most as many as there are training prompts.
         num_samples: number n of completions of a prompt.
 
     Raises:
         RewardError: a reward function failed.
     """
-    config = parts.config
-    num_prompts = min(num_prompts, len(parts.task.train))
-    examples = batch(parts.task.train, seed=config.training.seed, step=0, num_prompts=num_prompts)
+    config = run.config
+    num_prompts = min(num_prompts, len(run.task.train))
+    examples = batch(run.task.train, seed=config.training.seed, step=0, num_prompts=num_prompts)
     settings = {
         "group_size": num_samples,
         "prompt_length": padded_length(
-            parts.prompt_length, config.sampling.max_new_tokens, parts.model.max_positions
+            run.prompt_length, config.sampling.max_new_tokens, run.model.max_positions
         ),
         "max_new_tokens": config.sampling.max_new_tokens,
         "batch_size": config.evaluation.batch_size,
         "seed": config.training.seed,
-        "sampling": parts.sampling,
+        "sampling": run.sampling,
     }
-    params = parts.start_params()
+    params = run.start_params()
     # Compiles, so that the time is that of sampling.
     sample_texts(
-        parts.model,
+        run.model,
         params,
         examples[: max(1, config.evaluation.batch_size // num_samples)],
         **settings,
     )
     started = time.perf_counter()
-    texts, lengths, finished = sample_texts(parts.model, params, examples, **settings)
+    texts, lengths, finished = sample_texts(run.model, params, examples, **settings)
     seconds = time.perf_counter() - started
 
     repeated = [example for example in examples for _ in range(num_samples)]
     rows = config.num_prompts * config.algorithm.group_size  # of one rollout
-    scores, seconds_per_call, lost = _judge(parts, repeated, texts, rows)
-    totals = _add_up(parts, scores, lengths, finished, group_size=num_samples)
+    scores, seconds_per_call, lost = _judge(run, repeated, texts, rows)
+    totals = _add_up(run, scores, lengths, finished, group_size=num_samples)
     return Rehearsal(
         examples=examples,
         texts=texts,
@@ -97,25 +97,25 @@ def rehearse(parts: Parts, *, num_prompts: int, num_samples: int) -> Rehearsal:
         tokens_per_second=float(lengths.sum() / seconds),
         seconds_per_call=seconds_per_call,
         rows_per_call=min(rows, len(texts)),
-        silences=tuple(find_silences(parts.rewards, repeated, texts, scores, lost)),
+        silences=tuple(find_silences(run.rewards, repeated, texts, scores, lost)),
     )
 
 
-def _add_up(parts: Parts, scores, lengths, finished, *, group_size: int) -> Totals:
+def _add_up(run: Run, scores, lengths, finished, *, group_size: int) -> Totals:
     """Adds up the rewards of groups as training does."""
     return add_up_rewards(
         scores,
         lengths,
         finished,
-        parts.recipe,
-        reward_weights=[reward.weight for reward in parts.rewards],
-        max_length=parts.config.sampling.max_new_tokens,
+        run.recipe,
+        reward_weights=[reward.weight for reward in run.rewards],
+        max_length=run.config.sampling.max_new_tokens,
         group_size=group_size,
     )
 
 
 def _judge(
-    parts: Parts, examples: Sequence[Example], texts: Sequence[str], rows: int
+    run: Run, examples: Sequence[Example], texts: Sequence[str], rows: int
 ) -> tuple[np.ndarray, dict[str, float], list[dict[int, str]]]:
     """Calls the rewards with at most `rows` completions.
 
@@ -126,7 +126,7 @@ def _judge(
     columns: list[np.ndarray] = []
     seconds: dict[str, float] = {}
     lost: list[dict[int, str]] = []
-    for reward in parts.rewards:
+    for reward in run.rewards:
         started, called, gone = time.perf_counter(), [], {}
         for start in starts:
             called.append(judge([reward], examples[start : start + rows], texts[start : start + rows]))
@@ -137,7 +137,7 @@ def _judge(
     return np.concatenate(columns, axis=1), seconds, lost
 
 
-def dead_group_share(parts: Parts, rehearsal: Rehearsal, group_size: int) -> float:
+def dead_group_share(run: Run, rehearsal: Rehearsal, group_size: int) -> float:
     """Estimates the share of groups of G completions that teach nothing, by the rule of training.
 
     Every group that the samples of a prompt allow counts, or 13,000 random ones if there are more.
@@ -147,7 +147,7 @@ def dead_group_share(parts: Parts, rehearsal: Rehearsal, group_size: int) -> flo
     for start in range(0, len(rehearsal.texts), count):
         rows = start + subsets(count, group_size).reshape(-1)
         totals = _add_up(
-            parts,
+            run,
             rehearsal.scores[rows],
             rehearsal.lengths[rows],
             rehearsal.finished[rows],
@@ -174,24 +174,24 @@ def _distribution(values: np.ndarray) -> dict[str, Any]:
     return {**figures, "missing": 1.0 - valid.size / values.size}
 
 
-def correct_in_training(parts: Parts) -> Correct:
+def correct_in_training(run: Run) -> Correct:
     """Returns what counts as correct among the training rewards.
 
     That is what evaluation takes for it, unless a reward of evaluation alone decides there.
     """
-    if parts.correct.index < len(parts.rewards):
-        return parts.correct
-    return choose_correct(parts.rewards, columns=parts.task.train[0].columns)
+    if run.correct.index < len(run.rewards):
+        return run.correct
+    return choose_correct(run.rewards, columns=run.task.train[0].columns)
 
 
-def report(parts: Parts, rehearsal: Rehearsal) -> dict[str, Any]:
+def report(run: Run, rehearsal: Rehearsal) -> dict[str, Any]:
     """Turns a rehearsal into the figures that are printed."""
     num_prompts, num_samples = len(rehearsal.examples), rehearsal.num_samples
-    verdict = correct_in_training(parts)
+    verdict = correct_in_training(run)
     correct = verdict.judge(rehearsal.scores[:, verdict.index]).reshape(num_prompts, num_samples)
-    sizes = {2**i for i in range(1, num_samples.bit_length())} | {parts.config.algorithm.group_size}
+    sizes = {2**i for i in range(1, num_samples.bit_length())} | {run.config.algorithm.group_size}
     return {
-        "model": parts.model.source,
+        "model": run.model.source,
         "num_prompts": num_prompts,
         "num_samples": num_samples,
         "rewards": {
@@ -200,14 +200,12 @@ def report(parts: Parts, rehearsal: Rehearsal) -> dict[str, Any]:
                 **_distribution(column),
                 "seconds_per_call": rehearsal.seconds_per_call[reward.name],
             }
-            for reward, column in zip(parts.rewards, rehearsal.scores.T, strict=True)
+            for reward, column in zip(run.rewards, rehearsal.scores.T, strict=True)
         },
         "total": _distribution(np.where(rehearsal.valid, rehearsal.rewards, np.nan)),
         "rows_per_call": rehearsal.rows_per_call,
         "dead_groups": {
-            str(size): dead_group_share(parts, rehearsal, size)
-            for size in sorted(sizes)
-            if size <= num_samples
+            str(size): dead_group_share(run, rehearsal, size) for size in sorted(sizes) if size <= num_samples
         },
         "pass@k": {str(k): pass_at_k(correct, k) for k in doublings(num_samples)},
         "correct": {"reward": verdict.name, "threshold": verdict.threshold},
@@ -280,7 +278,7 @@ def _gives_other_values(figures: dict[str, Any]) -> bool:
     return reward["missing"] < 1 and (reward["min"] != 0 or reward["max"] != 0)
 
 
-def shown_samples(parts: Parts, rehearsal: Rehearsal, count: int) -> list[dict[str, Any]]:
+def shown_samples(run: Run, rehearsal: Rehearsal, count: int) -> list[dict[str, Any]]:
     """Returns count samples, spread evenly over the prompts, as a human reads them."""
     per_prompt = rehearsal.num_samples
 
@@ -289,7 +287,7 @@ def shown_samples(parts: Parts, rehearsal: Rehearsal, count: int) -> list[dict[s
 
     rows = []
     for row in spread(range(len(rehearsal.texts)), count):
-        scores = zip(parts.rewards, rehearsal.scores[row], strict=True)
+        scores = zip(run.rewards, rehearsal.scores[row], strict=True)
         rows.append(
             {
                 "prompt": rehearsal.examples[row // per_prompt].prompt,

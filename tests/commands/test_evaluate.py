@@ -20,7 +20,7 @@ from grpo_jax.models.loading import decode, encode, load_model, pad_prompts
 from grpo_jax.policy.decoding import generate
 from grpo_jax.rewards.loading import Reward
 from grpo_jax.run.build import build
-from grpo_jax.run.evaluation import evaluate_parts
+from grpo_jax.run.evaluation import evaluate_run
 from grpo_jax.train import train
 from grpo_jax.types import Example
 
@@ -57,7 +57,7 @@ def results(model):
 
 
 def evaluate(model, params, examples, rewards, *, eval_rewards=(), categories=None, **settings):
-    """Observes and summarizes, as `evaluate_parts` does for a run."""
+    """Observes and summarizes, as `evaluate_run` does for a run."""
     outcome = observe(model, params, examples, rewards, eval_rewards=eval_rewards, **settings)
     return summarize(outcome, [*rewards, *eval_rewards], categories or {})
 
@@ -173,13 +173,13 @@ def test_a_configs_temperature_rewards_and_category(model, results, tmp_path):
         "evaluation__temperature": 1e-6, "evaluation__category": "answer", "evaluation__num_prompts": 10,
         "evaluation__rewards": "[{function: exact_match}]",
     }  # fmt: skip
-    parts = build(small_run.config(tmp_path, **changes), model=model)
-    assert [reward.name for reward in (*parts.rewards, *parts.eval_rewards)] == [
+    run = build(small_run.config(tmp_path, **changes), model=model)
+    assert [reward.name for reward in (*run.rewards, *run.eval_rewards)] == [
         "exact_match",
         "exact_match_2",
     ]
-    assert parts.sampling["temperature"] == 1.0
-    got = evaluate_parts(parts, model.params)
+    assert run.sampling["temperature"] == 1.0
+    got = evaluate_run(run, model.params)
     assert got["eval/mean@2"] == got["eval/greedy_accuracy"] == results["eval/greedy_accuracy"]
     assert (
         got["eval/rewards/exact_match_2/mean"] == got["eval/rewards/exact_match/mean"] == got["eval/mean@2"]

@@ -57,7 +57,7 @@ def mine(tmp_path_factory):
     return make
 
 
-def parts_of(model, **changes):
+def run_for(model, **changes):
     # 3 prompts of 8 samples at a time: one compilation for all of this file
     return build(small_run.config("unused", evaluation__batch_size=24, **changes), model=model)
 
@@ -81,14 +81,14 @@ def without_times(figures):
 
 @pytest.fixture(scope="module")
 def rehearsal(model, mine):
-    parts = parts_of(model, rewards=mine(match=1.0, length=2.0), algorithm__missing="skip")
-    return parts, rehearse(parts, num_prompts=5, num_samples=8)
+    run = run_for(model, rewards=mine(match=1.0, length=2.0), algorithm__missing="skip")
+    return run, rehearse(run, num_prompts=5, num_samples=8)
 
 
 def test_completions_against_a_direct_computation(model, rehearsal):
     """One prompt at a time, unpadded, through the model itself."""
-    parts, got = rehearsal
-    examples = batch(parts.task.train, seed=0, step=0, num_prompts=5)
+    run, got = rehearsal
+    examples = batch(run.task.train, seed=0, step=0, num_prompts=5)
     key, texts = jax.random.fold_in(jax.random.key(0), 2**31 - 1), []
     for i, example in enumerate(examples):
         sequences = encode(model, [example.prompt])
@@ -111,8 +111,8 @@ def test_completions_against_a_direct_computation(model, rehearsal):
 
 
 def test_figures_against_loops(rehearsal):
-    parts, got = rehearsal
-    figures = report(parts, got)
+    run, got = rehearsal
+    figures = report(run, got)
     groups, correct = got.rewards.reshape(5, 8), (got.scores[:, 0] == 1).reshape(5, 8)
     for size in (2, 4, 8):
         subsets = [list(subset) for subset in itertools.combinations(range(8), size)]
@@ -142,22 +142,22 @@ def test_figures_against_loops(rehearsal):
 
 @pytest.mark.parametrize("missing", ["skip", "drop"])
 def test_missing_rewards_are_treated_as_in_training(missing, model, mine):
-    parts = parts_of(model, rewards=mine(match=1.0, length=1.0), algorithm__missing=missing)
-    got = rehearse(parts, num_prompts=3, num_samples=8)
+    run = run_for(model, rewards=mine(match=1.0, length=1.0), algorithm__missing=missing)
+    got = rehearse(run, num_prompts=3, num_samples=8)
     lacks = np.isnan(got.scores[:, 1])
     applies = np.repeat(~lacks.reshape(3, 8).all(axis=1), 8)  # to the group at all
     out = lacks & applies if missing == "drop" else np.zeros(24, bool)
     assert lacks.any() and (got.valid == ~out).all()
-    figures = report(parts, got)
+    figures = report(run, got)
     assert figures["total"]["missing"] == pytest.approx(out.mean())
-    shown = shown_samples(parts, got, 24)
+    shown = shown_samples(run, got, 24)
     assert [row["reward"] is None for row in shown] == (~got.valid).tolist()
     assert [row["rewards/length"] is None for row in shown] == lacks.tolist()
 
 
 def test_the_penalty_of_overlong_completions_counts(model):
-    parts = parts_of(model, algorithm__overlong_buffer=5)
-    got = rehearse(parts, num_prompts=3, num_samples=8)
+    run = run_for(model, algorithm__overlong_buffer=5)
+    got = rehearse(run, num_prompts=3, num_samples=8)
     np.testing.assert_allclose(got.rewards, got.scores[:, 0] - got.lengths / 5, rtol=1e-6)
 
 
@@ -166,8 +166,8 @@ def test_groups_without_a_signal_are_those_of_training(model, mine):
     rewards = mine(match=1.0, never=0.0, length=1.0)
     for aggregation, missing in itertools.product(("normalize_then_sum", "sum_then_normalize"), MISSING):
         choices = {"algorithm__aggregation": aggregation, "algorithm__missing": missing}
-        parts = parts_of(model, rewards=rewards, **choices, algorithm__mask_truncated=True)
-        got = rehearse(parts, num_prompts=4, num_samples=8)
+        run = run_for(model, rewards=rewards, **choices, algorithm__mask_truncated=True)
+        got = rehearse(run, num_prompts=4, num_samples=8)
         got.finished[::7] = False
         # Every group of 4 that might have been sampled, in one rollout.
         rows = [
@@ -184,22 +184,22 @@ def test_groups_without_a_signal_are_those_of_training(model, mine):
         )  # fmt: skip
         settings = {"reward_weights": [1.0, 0.0, 1.0], "group_size": 4, "max_length": 5}
         scores = got.scores[rows]
-        totals = add_up_rewards(scores, got.lengths[rows], rollout.finished, parts.recipe, **settings)
+        totals = add_up_rewards(scores, got.lengths[rows], rollout.finished, run.recipe, **settings)
         judged = Judged(
             rollout=rollout, old_log_probs=empty, entropies=None, ref_log_probs=None, scores=scores,
             totals=totals,
         )  # fmt: skip
-        advantages = make_experience(judged, parts.recipe, prompt_length=1, **settings).advantages
+        advantages = make_experience(judged, run.recipe, prompt_length=1, **settings).advantages
         dead = np.all(advantages.reshape(-1, 4) == 0, axis=1)
-        assert dead_group_share(parts, got, 4) == pytest.approx(np.mean(dead)), choices
+        assert dead_group_share(run, got, 4) == pytest.approx(np.mean(dead)), choices
         assert 0 < np.mean(dead) < 1
 
 
 def test_more_prompts_than_there_are(model, tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"1{i}+10=", "answer": "2"}) + "\n" for i in range(5)))
-    parts = parts_of(model, data__train_file=path, rewards="[{function: exact_match}]")
-    got = rehearse(parts, num_prompts=64, num_samples=2)
+    run = run_for(model, data__train_file=path, rewards="[{function: exact_match}]")
+    got = rehearse(run, num_prompts=64, num_samples=2)
     assert len({example.prompt for example in got.examples}) == len(got.examples) == 5
 
 

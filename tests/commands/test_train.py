@@ -166,9 +166,9 @@ def test_each_program_compiles_once(tmp_path, monkeypatch, capsys):
     compiled = small_run.note_compilations(monkeypatch)
     planned = train_module.make_plan
 
-    def before_anything_compiles(parts):
+    def before_anything_compiles(run):
         assert not set(compiled) & set(small_run.PROGRAMS)
-        return planned(parts)
+        return planned(run)
 
     monkeypatch.setattr(train_module, "make_plan", before_anything_compiles)
     assert train(config) == 0

@@ -64,14 +64,14 @@ def test_a_run_takes_the_sample_and_its_plan_says_so(model, tmp_path):
     """18 rows sorted by level, of which 6 are used (data-15)."""
     changes = files(tmp_path, ["1+1="] * 4, [f"{i}+10=" for i in range(10, 28)])
     build_with = lambda **more: build(small_run.config(tmp_path, **changes, **more), model=model)  # noqa: E731
-    parts = build_with(evaluation__num_prompts=6, evaluation__category="level")
-    assert len(parts.task.evaluation) == 6 and len(parts.held_out) == 18
+    run = build_with(evaluation__num_prompts=6, evaluation__category="level")
+    assert len(run.task.evaluation) == 6 and len(run.held_out) == 18
     assert (
-        {example.columns["level"] for example in parts.task.evaluation}
+        {example.columns["level"] for example in run.task.evaluation}
         == {0, 1, 2}
-        == {int(level) for level in parts.categories}
+        == {int(level) for level in run.categories}
     )
-    assert "6 of 18 held-out prompts" in make_plan(parts).text() and not parts.notes
+    assert "6 of 18 held-out prompts" in make_plan(run).text() and not run.notes
     # Neither the seed nor the form of the prompts chooses others.
     other = build_with(
         evaluation__num_prompts=6,
@@ -79,7 +79,7 @@ def test_a_run_takes_the_sample_and_its_plan_says_so(model, tmp_path):
         data__prompt_template="{{ prompt }}",
         sampling__temperature=0.5,
     )
-    assert other.task.evaluation == parts.task.evaluation
+    assert other.task.evaluation == run.task.evaluation
     assert "; 18 held-out prompts" in make_plan(build_with(evaluation__num_prompts=18)).text()
 
 

@@ -91,13 +91,13 @@ def test_a_choice_between_several_is_said():
 def test_the_config_decides_before_a_model_is_loaded(tmp_path):
     rewards = "[{function: length_penalty, arguments: {target: 3}}, {function: exact_match}]"
     model = load_model("packaged:arithmetic")
-    parts = build(small_run.config(tmp_path, rewards=rewards), model=model)
-    assert parts.correct == Correct(name="exact_match", index=1)
-    assert sum("where exact_match gives 1 or more" in note for note in parts.notes) == 1
+    run = build(small_run.config(tmp_path, rewards=rewards), model=model)
+    assert run.correct == Correct(name="exact_match", index=1)
+    assert sum("where exact_match gives 1 or more" in note for note in run.notes) == 1
     changes = {"evaluation__correct__reward": "length_penalty", "evaluation__correct__threshold": -0.5}
-    parts = build(small_run.config(tmp_path, rewards=rewards, **changes), model=model)
-    assert parts.correct == Correct(name="length_penalty", index=0, threshold=-0.5)
-    assert not any("is correct in evaluation" in note for note in parts.notes)
+    run = build(small_run.config(tmp_path, rewards=rewards, **changes), model=model)
+    assert run.correct == Correct(name="length_penalty", index=0, threshold=-0.5)
+    assert not any("is correct in evaluation" in note for note in run.notes)
     config = small_run.config(
         tmp_path, evaluation__correct__reward="nothing", model__hf_model_name="/nowhere"
     )

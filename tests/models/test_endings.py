@@ -167,17 +167,17 @@ def test_an_export_ends_completions_as_its_run_did(directory, tmp_path):
 def test_what_the_user_gives_ends_the_completions_of_a_run_and_of_what_it_leaves(tmp_path):
     """Greedily `12+34=` is answered by `46`; with the token `4` as the end, by `4`."""
     config = small_run.config(tmp_path, sampling__eos_token_ids='["4"]', training__num_steps=1)
-    parts = build(config)
-    assert parts.model.eos_ids == (4,)
+    run = build(config)
+    assert run.model.eos_ids == (4,)
     assert build(config, model=load_model("packaged:arithmetic")).model.eos_ids == (4,)
-    prompts = pad_prompts(encode(parts.model, ["12+34="]), 6)
+    prompts = pad_prompts(encode(run.model, ["12+34="]), 6)
     rollout = generate(
-        parts.model.policy, parts.model.params, prompts, jax.random.key(0), group_size=1, max_new_tokens=5,
-        eos_ids=jnp.asarray(parts.model.eos_ids, jnp.int32), temperature=0.0, top_k=0, top_p=1.0, min_p=0.0,
+        run.model.policy, run.model.params, prompts, jax.random.key(0), group_size=1, max_new_tokens=5,
+        eos_ids=jnp.asarray(run.model.eos_ids, jnp.int32), temperature=0.0, top_k=0, top_p=1.0, min_p=0.0,
     )  # fmt: skip
     np.testing.assert_array_equal(rollout.mask, [[True, False, False, False, False]])
     assert np.asarray(rollout.finished).all()
-    text = plan.make_plan(parts).text()
+    text = plan.make_plan(run).text()
     assert "\n  a completion ends with '4' (id 4: sampling.eos_token_ids)" in text
     assert load_model_or_run("packaged:arithmetic", eos_token_ids=["4"]).eos_ids == (4,)
 

@@ -26,7 +26,7 @@ from grpo_jax.run.best_model import (
     read_best,
 )
 from grpo_jax.run.build import build
-from grpo_jax.run.evaluation import evaluate_parts
+from grpo_jax.run.evaluation import evaluate_run
 from grpo_jax.train import train
 
 METRIC = "eval/rewards/exact_match/mean"
@@ -44,7 +44,7 @@ def settings(**changes):
     return {"checkpoints__best_metric": METRIC} | changes
 
 
-def parts_of(run_dir, model, **changes):
+def run_for(run_dir, model, **changes):
     return build(small_run.config(run_dir, **settings(**changes)), model=model)
 
 
@@ -63,12 +63,10 @@ def entry(step, value, mode="max", moved=True):
 # The choice
 
 
-def kept_steps(parts, values, params) -> list[int]:
+def kept_steps(run, values, params) -> list[int]:
     """Returns the steps that were exported of evaluations with these values."""
     return [
-        step
-        for step, value in enumerate(values)
-        if keep_best(parts, step, {METRIC: value}, params) is not None
+        step for step, value in enumerate(values) if keep_best(run, step, {METRIC: value}, params) is not None
     ]
 
 
@@ -77,25 +75,25 @@ def kept_steps(parts, values, params) -> list[int]:
     [("max", [0, 2, 6]), ("min", [0, 1, 5])],
 )
 def test_only_an_improvement_is_kept(mode, steps, model, tmp_path):
-    parts = parts_of(tmp_path, model, checkpoints__best_mode=mode)
+    run = run_for(tmp_path, model, checkpoints__best_mode=mode)
     values = [0.5, 0.25, 0.75, 0.75, float("nan"), 0.0, 1.0]
-    assert kept_steps(parts, values, model.params) == steps
+    assert kept_steps(run, values, model.params) == steps
     assert read_best(tmp_path) == entry(steps[-1], values[steps[-1]], mode)
 
 
 def test_a_metric_that_is_missing_changes_nothing(model, tmp_path):
-    parts = parts_of(tmp_path, model)
-    assert keep_best(parts, 1, {"eval/mean@2": 1.0}, model.params) is None
+    run = run_for(tmp_path, model)
+    assert keep_best(run, 1, {"eval/mean@2": 1.0}, model.params) is None
     assert read_best(tmp_path) is None and list(tmp_path.iterdir()) == []
     off = build(small_run.config(tmp_path), model=model)
     assert keep_best(off, 1, {METRIC: 1.0}, model.params) is None and list(tmp_path.iterdir()) == []
 
 
 def test_another_metric_or_mode_starts_anew(model, tmp_path):
-    assert keep_best(parts_of(tmp_path, model), 1, {METRIC: 0.5}, model.params)
-    other = parts_of(tmp_path, model, checkpoints__best_metric="eval/mean@2")
+    assert keep_best(run_for(tmp_path, model), 1, {METRIC: 0.5}, model.params)
+    other = run_for(tmp_path, model, checkpoints__best_metric="eval/mean@2")
     assert keep_best(other, 2, {METRIC: 0.1, "eval/mean@2": 0.1}, model.params)
-    lowest = parts_of(tmp_path, model, checkpoints__best_metric="eval/mean@2", checkpoints__best_mode="min")
+    lowest = run_for(tmp_path, model, checkpoints__best_metric="eval/mean@2", checkpoints__best_mode="min")
     assert keep_best(lowest, 3, {"eval/mean@2": 0.9}, model.params)
     found = {"step": 3, "metric": "eval/mean@2", "mode": "min", "value": 0.9}
     found |= {"moved": False, "comparable": True}
@@ -105,38 +103,38 @@ def test_another_metric_or_mode_starts_anew(model, tmp_path):
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
 def test_a_metric_that_has_not_moved_keeps_the_newest_model(value, model, tmp_path):
     """A tie is no reason to keep the untrained model."""
-    parts = parts_of(tmp_path, model)
-    assert kept_steps(parts, [value] * 3, model.params) == [0, 1, 2]
+    run = run_for(tmp_path, model)
+    assert kept_steps(run, [value] * 3, model.params) == [0, 1, 2]
     assert read_best(tmp_path) == entry(2, value, moved=False)
-    text = keep_best(parts, 3, {METRIC: value}, model.params)
+    text = keep_best(run, 3, {METRIC: value}, model.params)
     assert f"is still {value:.4g} and tells no model from another" in text and "best so far" not in text
     # From the first other value on, better or worse, a tie keeps what is there.
-    assert keep_best(parts, 4, {METRIC: value - 0.1}, model.params) is None
-    assert keep_best(parts, 5, {METRIC: value}, model.params) is None
+    assert keep_best(run, 4, {METRIC: value - 0.1}, model.params) is None
+    assert keep_best(run, 5, {METRIC: value}, model.params) is None
     assert read_best(tmp_path) == entry(3, value)
-    assert keep_best(parts, 6, {METRIC: value + 0.1}, model.params)
-    assert keep_best(parts, 7, {METRIC: value + 0.1}, model.params) is None
+    assert keep_best(run, 6, {METRIC: value + 0.1}, model.params)
+    assert keep_best(run, 7, {METRIC: value + 0.1}, model.params) is None
 
 
 def test_after_a_change_of_what_is_measured_the_next_model_is_kept(model, tmp_path):
-    parts = parts_of(tmp_path, model)
+    run = run_for(tmp_path, model)
     outdate_best(tmp_path)  # there is none
-    assert keep_best(parts, 1, {METRIC: 0.5}, model.params) and list(tmp_path.iterdir())
+    assert keep_best(run, 1, {METRIC: 0.5}, model.params) and list(tmp_path.iterdir())
     outdate_best(tmp_path)
     assert read_best(tmp_path) == entry(1, 0.5, moved=False) | {"comparable": False}
-    assert keep_best(parts, 2, {METRIC: 0.1}, model.params)
+    assert keep_best(run, 2, {METRIC: 0.1}, model.params)
     assert read_best(tmp_path) == entry(2, 0.1, moved=False)
 
 
 def test_a_record_of_before_ties_were_told_apart(model, tmp_path):
-    parts = parts_of(tmp_path, model)
-    assert keep_best(parts, 0, {METRIC: 0.5}, model.params)
+    run = run_for(tmp_path, model)
+    assert keep_best(run, 0, {METRIC: 0.5}, model.params)
     record = tmp_path / "best" / "best.json"
     old = json.loads(record.read_text())
     del old["moved"], old["comparable"]
     record.write_text(json.dumps(old))
     assert read_best(tmp_path) == entry(0, 0.5)
-    assert keep_best(parts, 1, {METRIC: 0.5}, model.params) is None
+    assert keep_best(run, 1, {METRIC: 0.5}, model.params) is None
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"step": 1}'])
@@ -144,16 +142,16 @@ def test_a_damaged_record_is_an_error(text, model, tmp_path):
     (tmp_path / "best").mkdir()
     (tmp_path / "best" / "best.json").write_text(text)
     with pytest.raises(ValueError, match=r"best.json is damaged; remove .*/best to choose a best model anew"):
-        keep_best(parts_of(tmp_path, model), 1, {METRIC: 0.5}, model.params)
+        keep_best(run_for(tmp_path, model), 1, {METRIC: 0.5}, model.params)
 
 
 # The directory
 
 
 def test_the_directory_is_a_model(model, tmp_path):
-    parts = parts_of(tmp_path, model)
+    run = run_for(tmp_path, model)
     for step, factor in ((3, 1.5), (6, 0.5), (9, 0.25)):
-        text = keep_best(parts, step, {METRIC: step / 10}, scaled(model, factor))
+        text = keep_best(run, step, {METRIC: step / 10}, scaled(model, factor))
         which = "the first" if step == 3 else "the best so far"
         assert text == f"step {step}: {METRIC} {step / 10} is {which}; the model is in {tmp_path}/best"
         assert bits(load_model(str(tmp_path / "best")).params) == bits(scaled(model, factor))
@@ -164,8 +162,8 @@ def test_the_directory_is_a_model(model, tmp_path):
 
 @pytest.mark.parametrize("place", ["save_model", "replace", "rmtree"])
 def test_a_kill_leaves_the_old_one_or_the_new_one(place, model, tmp_path, monkeypatch):
-    parts, calls = parts_of(tmp_path, model), []
-    assert keep_best(parts, 1, {METRIC: 0.1}, scaled(model, 1))
+    run, calls = run_for(tmp_path, model), []
+    assert keep_best(run, 1, {METRIC: 0.1}, scaled(model, 1))
     owner = {"save_model": best_module, "replace": os, "rmtree": shutil}[place]
     original = getattr(owner, place)
 
@@ -183,30 +181,30 @@ def test_a_kill_leaves_the_old_one_or_the_new_one(place, model, tmp_path, monkey
         else:
             context.setattr(owner, place, crashing)
         with pytest.raises(small_run.Crash):
-            keep_best(parts, 2, {METRIC: 0.2}, scaled(model, 2))
+            keep_best(run, 2, {METRIC: 0.2}, scaled(model, 2))
     new = place == "rmtree"
     assert read_best(tmp_path) == (entry(2, 0.2) if new else entry(1, 0.1, moved=False))
     assert bits(load_model(str(tmp_path / "best")).params) == bits(scaled(model, 2 if new else 1))
-    assert keep_best(parts, 3, {METRIC: 0.3}, scaled(model, 3))
+    assert keep_best(run, 3, {METRIC: 0.3}, scaled(model, 3))
     assert bits(load_model(str(tmp_path / "best")).params) == bits(scaled(model, 3))
     assert len([path for path in tmp_path.iterdir() if path.name.startswith("best.")]) == 1
 
 
 def test_a_copied_run_goes_on(model, tmp_path):
     """A copy may have directories for links."""
-    assert keep_best(parts_of(tmp_path / "run", model), 1, {METRIC: 0.1}, model.params)
+    assert keep_best(run_for(tmp_path / "run", model), 1, {METRIC: 0.1}, model.params)
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     assert not (tmp_path / "copy" / "best").is_symlink()
-    parts = parts_of(tmp_path / "copy", model)
-    assert keep_best(parts, 2, {METRIC: 0.05}, model.params) is None
+    run = run_for(tmp_path / "copy", model)
+    assert keep_best(run, 2, {METRIC: 0.05}, model.params) is None
     assert read_best(tmp_path / "copy") == entry(1, 0.1)
-    assert keep_best(parts, 3, {METRIC: 0.2}, scaled(model, 2))
+    assert keep_best(run, 3, {METRIC: 0.2}, scaled(model, 2))
     assert bits(load_model(str(tmp_path / "copy" / "best")).params) == bits(scaled(model, 2))
 
 
 def test_forgetting_leaves_nothing(model, tmp_path):
     forget_best(tmp_path)
-    assert keep_best(parts_of(tmp_path / "run", model), 1, {METRIC: 0.1}, model.params)
+    assert keep_best(run_for(tmp_path / "run", model), 1, {METRIC: 0.1}, model.params)
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     (tmp_path / "mine" / "best").mkdir(parents=True)
     for name, left in (("run", []), ("copy", []), ("mine", ["best"])):
@@ -222,10 +220,10 @@ def test_names_are_those_that_evaluation_gives(model, tmp_path):
         "evaluation__category": "answer", "evaluation__num_samples": 3,
         "evaluation__rewards": "[{function: exact_match}]",
     }  # fmt: skip
-    parts = parts_of(tmp_path, model, **changes)
-    assert evaluation_names(parts) == list(evaluate_parts(parts, model.params))
+    run = run_for(tmp_path, model, **changes)
+    assert evaluation_names(run) == list(evaluate_run(run, model.params))
     assert {METRIC, "eval/mean@3", "eval/pass@2", "eval/rewards/exact_match_2/mean"} <= set(
-        evaluation_names(parts)
+        evaluation_names(run)
     )
 
 
@@ -247,7 +245,7 @@ def test_without_held_out_prompts_there_is_no_best(model, tmp_path):
     with pytest.raises(
         ValueError, match=f"best_metric: '{METRIC}' needs held-out prompts, and there are none"
     ):
-        check_best_metric(parts_of(tmp_path, model, evaluation__num_prompts=0))
+        check_best_metric(run_for(tmp_path, model, evaluation__num_prompts=0))
 
 
 # A run
@@ -284,7 +282,7 @@ def test_a_run_keeps_its_best(whole):
 
 
 def test_a_fresh_start_forgets_the_best_of_the_attempt_before(model, tmp_path):
-    assert keep_best(parts_of(tmp_path, model), 1, {METRIC: 2.0}, model.params)
+    assert keep_best(run_for(tmp_path, model), 1, {METRIC: 2.0}, model.params)
     assert train(small_run.config(tmp_path, **settings(training__num_steps=1))) == 0
     assert read_best(tmp_path)["value"] <= 1
 

@@ -1,4 +1,4 @@
-"""The parts of a run, built from a config and checked before anything compiles."""
+"""A run, built from a config and checked before anything compiles."""
 
 import dataclasses
 import json
@@ -34,14 +34,14 @@ def from_file(path, **changes):
 
 
 def test_parts_of_the_main_task(tmp_path, model):
-    parts = build(small_run.config(tmp_path), model=model)
-    assert parts.model is model and parts.num_prompts == 4 and parts.num_steps == 7
-    assert parts.prompt_length == 6 and parts.prompt_lengths == {6} and parts.eval_prompt_length == 6
-    assert len(parts.task.train) == 7588 and len(parts.task.evaluation) == 4 and parts.num_dropped == 0
-    assert [reward.name for reward in parts.rewards] == ["exact_match"]
-    actor = parts.actor()
+    run = build(small_run.config(tmp_path), model=model)
+    assert run.model is model and run.config.num_prompts == 4 and run.num_steps == 7
+    assert run.prompt_length == 6 and run.prompt_lengths == {6} and run.eval_prompt_length == 6
+    assert len(run.task.train) == 7588 and len(run.task.evaluation) == 4 and run.num_dropped == 0
+    assert [reward.name for reward in run.rewards] == ["exact_match"]
+    actor = run.actor()
     assert (actor.group_size, actor.prompt_length, actor.max_new_tokens) == (8, 6, 5)
-    state = parts.init_state()
+    state = run.init_state()
     assert state.step == 0 and jax.tree.structure(state.params) == jax.tree.structure(model.params)
 
 
@@ -70,9 +70,9 @@ def test_settings_around_the_loss_reach_the_recipe(tmp_path, model):
         "top_entropy": 0.2, "max_staleness": 1.5, "importance_cap": 2.0, "mask_truncated": True,
         "overlong_buffer": 3, "dynamic_sampling": True,
     }  # fmt: skip
-    parts = build(of_algorithm(tmp_path, **changes, max_sampling_rounds=7), model=model)
-    assert {name: getattr(parts.recipe, name) for name in changes} == changes
-    assert parts.recipe.overlong_tokens(5) == 3 and parts.actor().max_rounds == 7
+    run = build(of_algorithm(tmp_path, **changes, max_sampling_rounds=7), model=model)
+    assert {name: getattr(run.recipe, name) for name in changes} == changes
+    assert run.recipe.overlong_tokens(5) == 3 and run.actor().max_rounds == 7
     assert build(of_algorithm(tmp_path, name="dapo"), model=model).recipe == RECIPES["dapo"]
     off = {"name": "dapo", "overlong_buffer": 0, "dynamic_sampling": "false"}  # 0 and false are choices
     recipe = build(of_algorithm(tmp_path, **off), model=model).recipe
@@ -81,17 +81,17 @@ def test_settings_around_the_loss_reach_the_recipe(tmp_path, model):
 
 def test_parts_of_a_run_with_mini_batches(tmp_path, model):
     changes = {"num_minibatches": 3, "num_iterations": 2, "training__num_microbatches": 4}
-    parts = build(of_algorithm(tmp_path, **changes, training__num_steps="null"), model=model)
-    assert parts.num_prompts == 3 * 32 // 8 and parts.updates_per_rollout == 6
-    actor = parts.actor()
+    run = build(of_algorithm(tmp_path, **changes, training__num_steps="null"), model=model)
+    assert run.config.num_prompts == 3 * 32 // 8 and run.config.updates_per_rollout == 6
+    actor = run.actor()
     assert (actor.num_minibatches, actor.num_microbatches) == (3, 4)
-    assert parts.num_steps == 6 * -(-7588 // 12)  # one epoch, a rollout of 12 prompts at a time
+    assert run.num_steps == 6 * -(-7588 // 12)  # one epoch, a rollout of 12 prompts at a time
 
 
 def test_who_needs_the_reference(tmp_path, model):
     def needs(**changes):
-        parts = build(of_algorithm(tmp_path, **changes), model=model)
-        return parts.needs_reference, parts.needs_ref_log_probs
+        run = build(of_algorithm(tmp_path, **changes), model=model)
+        return run.needs_reference, run.needs_ref_log_probs
 
     assert needs() == needs(name="rloo") == needs(kl_estimator="ratio_k3") == (True, True)
     assert needs(kl_estimator="exact") == (True, False)  # the update reads it
@@ -141,10 +141,10 @@ def test_contradictions_are_one_line_before_anything_compiles(changes, message, 
 
 
 def test_settings_reach_the_optimizer(tmp_path, model):
-    parts = build(
+    run = build(
         small_run.config(tmp_path, training__lr_schedule="linear", training__warmup_steps=2), model=model
     )
-    rates = [float(parts.schedule(step)) for step in range(8)]
+    rates = [float(run.schedule(step)) for step in range(8)]
     np.testing.assert_allclose(rates, np.array([0.5, 1, 1, 0.8, 0.6, 0.4, 0.2, 0]) * 1e-4, rtol=1e-5)
 
 
@@ -175,14 +175,12 @@ def test_prompts_too_long(tmp_path, model):
     message = r"1 of 3 training prompts have more than 27 tokens \(the first is .*a\.jsonl, line 2 with 30\)"
     with pytest.raises(ValueError, match=message):
         build(small_run.config(tmp_path, **from_file(path)), model=model)
-    parts = build(small_run.config(tmp_path, **from_file(path, data__over_length="drop")), model=model)
-    assert [e.prompt for e in parts.task.train] == ["1+1=", "2+2="]
-    assert parts.num_dropped == 1 and parts.prompt_length == 4
-    parts = build(
-        small_run.config(tmp_path, **from_file(path, data__over_length="truncate_left")), model=model
-    )
-    assert [e.prompt for e in parts.task.train] == ["1+1=", "+" + "1+" * 12 + "1=", "2+2="]
-    assert (parts.num_dropped, parts.num_truncated, parts.prompt_lengths) == (0, 1, {4, 27})
+    run = build(small_run.config(tmp_path, **from_file(path, data__over_length="drop")), model=model)
+    assert [e.prompt for e in run.task.train] == ["1+1=", "2+2="]
+    assert run.num_dropped == 1 and run.prompt_length == 4
+    run = build(small_run.config(tmp_path, **from_file(path, data__over_length="truncate_left")), model=model)
+    assert [e.prompt for e in run.task.train] == ["1+1=", "+" + "1+" * 12 + "1=", "2+2="]
+    assert (run.num_dropped, run.num_truncated, run.prompt_lengths) == (0, 1, {4, 27})
 
 
 def test_default_rewards_bring_their_arguments(tmp_path, model, monkeypatch):
@@ -205,9 +203,9 @@ def test_default_rewards_bring_their_arguments(tmp_path, model, monkeypatch):
 def test_a_task_of_a_name_and_its_arguments(tmp_path, model):
     changes = {"data__task": "countdown", "data__task_arguments": "{size: 40, held_out: 8}"}
     template = {"data__prompt_template": "{{ numbers | join('+') }}={{ target }}"}
-    parts = build(small_run.config(tmp_path, **changes, **template), model=model)
-    assert len(parts.task.train) == 40 and [reward.name for reward in parts.rewards] == ["countdown"]
-    assert set("".join(e.prompt for e in parts.task.train)) <= set("0123456789+=")
+    run = build(small_run.config(tmp_path, **changes, **template), model=model)
+    assert len(run.task.train) == 40 and [reward.name for reward in run.rewards] == ["countdown"]
+    assert set("".join(e.prompt for e in run.task.train)) <= set("0123456789+=")
 
 
 def test_held_out_prompts_too_long(tmp_path, model):
@@ -215,10 +213,10 @@ def test_held_out_prompts_too_long(tmp_path, model):
     changes = from_file(train_file, data__eval_file=prompts(tmp_path / "b.jsonl", "1+" * 14 + "1=", "1+1="))
     with pytest.raises(ValueError, match=r"1 of 2 evaluation prompts have more than 27 tokens"):
         build(small_run.config(tmp_path, **changes), model=model)
-    parts = build(small_run.config(tmp_path, **changes, evaluation__num_prompts=1), model=model)
-    assert len(parts.task.evaluation) == 1 and parts.eval_prompt_length == 4
-    parts = build(small_run.config(tmp_path, **changes, data__over_length="drop"), model=model)
-    assert len(parts.task.evaluation) == 1 and parts.num_dropped == 0  # of the training prompts
+    run = build(small_run.config(tmp_path, **changes, evaluation__num_prompts=1), model=model)
+    assert len(run.task.evaluation) == 1 and run.eval_prompt_length == 4
+    run = build(small_run.config(tmp_path, **changes, data__over_length="drop"), model=model)
+    assert len(run.task.evaluation) == 1 and run.num_dropped == 0  # of the training prompts
 
 
 def test_columns_are_checked_in_both_files(tmp_path, model):
@@ -267,11 +265,11 @@ def test_rows_with_a_bad_gold_can_be_dropped(tmp_path, model):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     both = {"data__train_file": path, "data__eval_file": path, "evaluation__num_prompts": 9}
     rewards = "[{function: numeric_answer}]"
-    parts = build(small_run.config(tmp_path, **both, rewards=rewards, data__on_bad_row="drop"), model=model)
-    prompts_left = [example.prompt for example in parts.task.train]
+    run = build(small_run.config(tmp_path, **both, rewards=rewards, data__on_bad_row="drop"), model=model)
+    prompts_left = [example.prompt for example in run.task.train]
     assert prompts_left == [row["prompt"] for row in rows if row["answer"]]
-    assert [example.prompt for example in parts.task.evaluation] == prompts_left
-    about = [note for note in parts.notes if "left out" in note]
+    assert [example.prompt for example in run.task.evaluation] == prompts_left
+    about = [note for note in run.notes if "left out" in note]
     for note, what in zip(about, ("training", "evaluation"), strict=True):
         assert note.startswith(
             f"3 of 9 {what} rows are left out (data.on_bad_row: drop): {path}, line 1: rew"

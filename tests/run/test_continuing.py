@@ -233,11 +233,11 @@ DONE = SimpleNamespace(skipped=1, idle=1)  # of 10 steps; the schedule counts 8
 def test_the_learning_rate_on_and_off_its_course(before, now, words, tmp_path):
     model = load_model("packaged:arithmetic")
 
-    def parts(settings):
+    def run(settings):
         named = {f"training__{name}": value for name, value in ({"num_steps": 20} | settings).items()}
         return build(small_run.config(tmp_path, **named), model=model)
 
-    line = compare_schedules(parts(now), record_schedule(parts(before), DONE, 10), DONE, 10)
+    line = compare_schedules(run(now), record_schedule(run(before), DONE, 10), DONE, 10)
     assert (line is None) if words is None else (words in line and "\n" not in line)
 
 

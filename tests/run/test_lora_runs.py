@@ -121,8 +121,8 @@ def test_cut_anywhere(place, call, whole, tmp_path, monkeypatch):
 
 
 def test_dropout_differs_from_step_to_step(tmp_path):
-    parts = build(small_run.config(tmp_path, **LORA))
-    keys = [jax.random.key_data(dropout_key(parts, step)).tolist() for step in (0, 1, 1)]
+    run = build(small_run.config(tmp_path, **LORA))
+    keys = [jax.random.key_data(dropout_key(run, step)).tolist() for step in (0, 1, 1)]
     assert keys[0] != keys[1] == keys[2]
     assert dropout_key(build(small_run.config(tmp_path)), 0) is None
 

@@ -164,14 +164,14 @@ def test_interrupt_saves_at_the_next_step(signum, num_iterations, during, argv, 
 
 
 def test_interrupt_before_the_first_step(argv, whole, tmp_path, monkeypatch):
-    command, evaluate = argv(tmp_path), run_loop.evaluate_parts
+    command, evaluate = argv(tmp_path), run_loop.evaluate_run
 
     def interrupted(*args):
         os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(*args)
 
     with monkeypatch.context() as context:
-        context.setattr(run_loop, "evaluate_parts", interrupted)
+        context.setattr(run_loop, "evaluate_run", interrupted)
         assert train_module.main(command) == 128 + signal.SIGTERM
     assert train_module.main(command) == 0
     small_run.assert_same_run(tmp_path, whole(1))
