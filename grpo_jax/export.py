@@ -24,11 +24,14 @@ class ExportArguments:
 
     Args:
         run: a run directory.
-        to: directory to write; made if it does not exist, and files of the same names are replaced.
-        step: of the checkpoint; null: the newest.
-        max_shard_size: of one file of weights, such as `5GB` or `500MB`.
-        dtype: of the weights, `float32` as they are trained, or `bfloat16` or `float16` of half the size.
-        adapter: write the adapters of a LoRA run alone, which peft puts on the base; false: they are merged.
+        to: directory that is written. It is made if it does not exist, and files of the same names are
+            replaced.
+        step: step of the checkpoint. `null` means the newest.
+        max_shard_size: largest size of one file of weights, such as `5GB` or `500MB`.
+        dtype: data type of the weights: `float32`, in which they are trained, or `bfloat16` or `float16`,
+            which take half the space.
+        adapter: whether the adapters of a LoRA run are written alone, as peft reads them. By default they are
+            merged into the model.
     """
 
     run: str
@@ -43,15 +46,15 @@ class ExportArguments:
             raise ValueError(f"dtype: {self.dtype!r}; choose one of {', '.join(DTYPES)}")
         if self.adapter and self.dtype != "float32":
             raise ValueError(
-                f"dtype: {self.dtype} is for whole models; adapters are small, and saved in float32"
+                f"dtype: {self.dtype} is for whole models; adapters are small and are saved in float32"
             )
 
 
 def parse_size(text: str) -> int:
-    """Returns bytes: `5GB`, `500 MB` or a plain number.
+    """Returns the number of bytes that a text such as `5GB`, `500 MB` or `1000` means.
 
     Raises:
-        ValueError: it is none of these, or 0.
+        ValueError: the text is no size, or the size is 0.
 
     >>> parse_size("1.5kb")
     1500
@@ -59,7 +62,9 @@ def parse_size(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B|)", text.strip().upper())
     size = round(float(found[1]) * _UNITS[found[2]]) if found else 0
     if size < 1:
-        raise ValueError(f"max_shard_size: {text!r}; a size such as 5GB, 500MB or a number of bytes")
+        raise ValueError(
+            f"max_shard_size: {text!r}; it must be a size such as 5GB or 500MB, or a number of bytes"
+        )
     return size
 
 

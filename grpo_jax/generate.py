@@ -10,9 +10,11 @@ from typing import Any
 import jax
 
 from grpo_jax.cli import enable_compilation_cache, run_command
+from grpo_jax.config.checks import check_ranges, require
+from grpo_jax.config.model import spelled_values
 from grpo_jax.config.parsing import parse_record
-from grpo_jax.config.run import ModelConfig, spelled_values
-from grpo_jax.config.sampling import SamplingConfig, check_drawing, check_endings, endings
+from grpo_jax.config.run import Config
+from grpo_jax.config.sampling import SAMPLING_RANGES, SamplingConfig, check_endings, endings
 from grpo_jax.models.completing import complete
 from grpo_jax.models.endings import stop_notes
 from grpo_jax.models.loading import Model, encode
@@ -26,24 +28,28 @@ class GenerateArguments:
     Args:
         model: a local directory, a hub id, `packaged:<name>`, or a run directory.
         prompt: the text to complete.
-        chat: send the prompt as a user message through the model's chat template.
-        chat_template: of a model, see --help of train: `auto`, `plain` or a Jinja file; a run has its own.
-        chat_template_arguments: variables of the model's chat template, such as `enable_thinking: false`;
-            a run has its own.
-        num_samples: completions.
-        max_new_tokens: completion tokens at most. null: as many as the run trained with, 64 for a model, or
-            fewer where the positions of the model end earlier.
-        temperature: 0 is greedy. null: that of the run, 1 for a model.
-        top_k: keep the k most likely tokens; 0 keeps all. null: that of the run, 0 for a model.
-        top_p: keep the smallest set of tokens with at least this probability; 1 keeps all. null: that of the
-            run, 1 for a model.
-        min_p: drop tokens below this fraction of the most likely one; 0 keeps all. null: that of the run, 0
+        chat: whether the prompt is sent as a user message, through the chat template.
+        chat_template: chat template of a model: `auto`, `plain` or the path of a Jinja file, as in training.
+            A run has its own.
+        chat_template_arguments: variables of the chat template by name, such as `enable_thinking: false`.
+            Without any, those of the run are taken.
+        num_samples: number of completions.
+        max_new_tokens: largest number of completion tokens. `null` means that of the run, or 64 for a model,
+            or fewer if the positions of the model end earlier.
+        temperature: divisor of the logits. 0 decodes greedily. `null` means that of the run, or 1 for a
+            model.
+        top_k: number of the most likely tokens that are kept. 0 keeps all. `null` means that of the run, or 0
             for a model.
-        eos_token_ids: the tokens that end a completion, as ids or texts; None: those of the model or run.
-        stop: texts that end a completion, which is printed up to there; None: those of a run.
-        include_stop: print the text that ended a completion as well.
-        seed: of the sampling noise.
-        dtype: compute dtype of a model; `float32` or `bfloat16`.
+        top_p: probability mass that is kept: the smallest set of tokens with at least this probability. 1
+            keeps all. `null` means that of the run, or 1 for a model.
+        min_p: smallest probability of a kept token, as a fraction of the most likely token's. 0 keeps all.
+            `null` means that of the run, or 0 for a model.
+        eos_token_ids: the tokens that end a completion, as ids or texts. `null` means those of the model or
+            run.
+        stop: texts that end a completion, which is printed up to there. `null` means those of the run.
+        include_stop: whether the text that ended a completion is printed as well.
+        seed: seed of the sampling noise.
+        dtype: data type of a model's computation, `float32` or `bfloat16`. A run has its own.
     """
 
     model: str
@@ -64,54 +70,50 @@ class GenerateArguments:
     dtype: str = "float32"
 
     def __post_init__(self):
-        for ok, message in (
-            (self.prompt != "", "prompt: it is empty; give at least one character"),
-            (self.num_samples >= 1, f"num_samples: {self.num_samples}; at least 1"),
-            (
-                self.temperature is None or self.temperature >= 0,
-                f"temperature: {self.temperature}; 0 (greedy) or above",
-            ),
-        ):
-            if not ok:
-                raise ValueError(message)
-        drawn = with_defaults(self, SamplingConfig())
-        check_drawing("", **{name: drawn[name] for name in ("max_new_tokens", "top_k", "top_p", "min_p")})
+        require(self.prompt != "", "prompt: it is empty; give at least one character")
+        check_ranges("", vars(self), (*SAMPLING_RANGES, *_RANGES))
         check_endings("", eos_token_ids=self.eos_token_ids, stop=self.stop, include_stop=self.include_stop)
 
 
+_RANGES = (
+    ("num_samples", lambda x: x >= 1, "at least 1"),
+    ("temperature", lambda x: x >= 0, "0 (greedy) or above"),
+)
+
+
 def with_defaults(arguments: GenerateArguments, sampling: SamplingConfig) -> dict[str, Any]:
-    """Returns how to draw: what the arguments say, and where they are silent what a config says."""
+    """Returns how to sample: as the arguments say, and as a config says where they say nothing."""
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
     given = {name: getattr(arguments, name) for name in names}
     return {name: getattr(sampling, name) if value is None else value for name, value in given.items()}
 
 
 def fit_positions(wanted: int, length: int, model: Model, *, exact: bool) -> int:
-    """Returns how many tokens to complete a prompt with.
+    """Returns the largest number of tokens that a prompt is completed with.
 
     Args:
-        wanted: completion tokens.
-        length: tokens of the prompt.
-        model: whose positions limit the sum.
-        exact: the user has named that number, so fewer are an error.
+        wanted: number of completion tokens that are wanted.
+        length: number of tokens of the prompt.
+        model: the model, whose positions limit the sum of the two.
+        exact: whether the user has named the wanted number, so that fewer are an error.
 
     Raises:
         ValueError: prompt and completion do not fit.
     """
     if model.max_positions is None or length + wanted <= model.max_positions:
         return wanted
-    room = model.max_positions - length
-    if room < 1:
+    left = model.max_positions - length
+    if left < 1:
         raise ValueError(
-            f"prompt of {length} tokens: the {model.max_positions} positions of {model.source} leave none "
-            "for a completion; give a shorter prompt"
+            f"the prompt has {length} tokens: the {model.max_positions} positions of {model.source} leave "
+            "none for a completion; give a shorter prompt"
         )
     if exact:
         raise ValueError(
-            f"prompt of {length} tokens + max_new_tokens {wanted} exceed the {model.max_positions} positions "
-            f"of {model.source}; lower one of them"
+            f"the {length} tokens of the prompt + max_new_tokens {wanted} exceed the {model.max_positions} "
+            f"positions of {model.source}; lower one of them"
         )
-    return room
+    return left
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -124,16 +126,18 @@ def main(argv: list[str] | None = None) -> int:
     )
     enable_compilation_cache()
     run = run_of(arguments.model)
-    drawn = with_defaults(arguments, SamplingConfig() if run is None else read_config(run).sampling)
-    # The export of a run has its template; what the template was given is in the run's config.
-    named = ModelConfig() if run is None else read_config(run).model
+    config = Config() if run is None else read_config(run)
+    settings = with_defaults(arguments, config.sampling)
+    # The export of a run holds its chat template, but the template's arguments are in the run's config.
+    template_arguments = (
+        spelled_values(arguments.chat_template_arguments) or config.model.chat_template_arguments
+    )
     model = load_model_or_run(
         arguments.model,
         dtype=arguments.dtype,
         chat_template=arguments.chat_template,
-        chat_template_arguments=spelled_values(arguments.chat_template_arguments)
-        or named.chat_template_arguments,
-        chat_template_date=named.chat_template_date,
+        chat_template_arguments=template_arguments,
+        chat_template_date=config.model.chat_template_date,
         **endings(
             eos_token_ids=arguments.eos_token_ids, stop=arguments.stop, include_stop=arguments.include_stop
         ),
@@ -143,8 +147,9 @@ def main(argv: list[str] | None = None) -> int:
     prompt = [{"role": "user", "content": arguments.prompt}] if arguments.chat else arguments.prompt
     sequences = encode(model, [prompt])
     length = len(sequences[0])
-    exact = arguments.max_new_tokens is not None
-    drawn["max_new_tokens"] = fit_positions(drawn["max_new_tokens"], length, model, exact=exact)
+    settings["max_new_tokens"] = fit_positions(
+        settings["max_new_tokens"], length, model, exact=arguments.max_new_tokens is not None
+    )
     texts, _ = complete(
         model,
         model.params,
@@ -152,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
         jax.random.key(arguments.seed),
         prompt_length=length,
         group_size=arguments.num_samples,
-        **drawn,
+        **settings,
     )
     for text in texts:
         print(text)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from grpo_jax.cli import enable_compilation_cache, json_alone, run_command
+from grpo_jax.config.checks import check_ranges
 from grpo_jax.config.default import or_default
 from grpo_jax.config.parsing import parse_record
 from grpo_jax.config.run import Config
@@ -23,8 +24,9 @@ class ScoreArguments(Config):
     """A run's config, and how much of it is rehearsed.
 
     Args:
-        num_prompts: number of training prompts, the first that the run will draw.
-        num_samples: number of completions of each prompt, which is the largest group that can be judged.
+        num_prompts: number of training prompts. They are the first that the run will use.
+        num_samples: number of completions of each prompt, which is the largest group size that the rehearsal
+            can judge.
         num_shown: number of samples in the table.
         json: whether one JSON object is printed instead of tables.
     """
@@ -36,14 +38,18 @@ class ScoreArguments(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, least in (("num_prompts", 1), ("num_samples", 2), ("num_shown", 0)):
-            value = getattr(self, name)
-            if value < least:
-                raise ValueError(f"{name}: {value}; at least {least}")
+        check_ranges("", vars(self), _RANGES)
 
     def config(self) -> Config:
         """Returns the config of the run alone."""
         return Config(**{f.name: getattr(self, f.name) for f in fields(Config)})
+
+
+_RANGES = (
+    ("num_prompts", lambda x: x >= 1, "at least 1"),
+    ("num_samples", lambda x: x >= 2, "at least 2"),
+    ("num_shown", lambda x: x >= 0, "0 or more"),
+)
 
 
 def _print(figures: dict[str, Any], samples: list[dict[str, Any]], lines: list[str]) -> None:
@@ -51,8 +57,8 @@ def _print(figures: dict[str, Any], samples: list[dict[str, Any]], lines: list[s
         return ["-" if figures.get(name) is None else f"{figures[name]:.4g}" for name in names]
 
     console = ConsoleTracker(0)
-    prompts, samples_each = figures["num_prompts"], figures["num_samples"]
-    console.message(f"{figures['model']}: {prompts} training prompts × {samples_each} completions")
+    prompts = f"{figures['num_prompts']} training prompts"
+    console.message(f"{figures['model']}: {prompts} × {figures['num_samples']} completions")
     names = ["weight", "mean", "std", *QUANTILES, "missing", "seconds_per_call"]
     rows = [
         [name, *cells(reward, names), bars(reward["histogram"] or ())]

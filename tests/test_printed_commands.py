@@ -129,9 +129,11 @@ def test_generate_draws_as_the_run_did(place, capsys):
     assert len(capsys.readouterr().out.strip()) == 1
     long = "1+1=" * 7  # 28 tokens of 32 positions leave room for 4 of the run's 5
     assert run(f"generate --model runs/arithmetic --prompt {long} --temperature 0") == 0
-    with pytest.raises(ValueError, match="prompt of 28 tokens \\+ max_new_tokens 5 exceed the 32 positions"):
+    with pytest.raises(
+        ValueError, match="28 tokens of the prompt \\+ max_new_tokens 5 exceed the 32 positions"
+    ):
         run(f"generate --model runs/arithmetic --prompt {long} --max_new_tokens 5")
     with pytest.raises(
-        ValueError, match="prompt of 32 tokens: the 32 positions of runs/arithmetic leave none"
+        ValueError, match="prompt has 32 tokens: the 32 positions of runs/arithmetic leave none"
     ):
         run(f"generate --model runs/arithmetic --prompt {'1+1=' * 8}")

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from grpo_jax.config.checks import check_ranges
 from grpo_jax.objective.advantages import ADVANTAGES, AGGREGATIONS, MISSING
 from grpo_jax.objective.losses import RATIO_LEVELS, REDUCTIONS
 from grpo_jax.objective.recipes import KL_NAMES, KL_PLACEMENTS, RECIPES
@@ -116,29 +117,24 @@ class AlgorithmConfig:
             raise ValueError(
                 f"algorithm.name: {self.name!r} is not a recipe; choose one of {', '.join(RECIPES)}"
             )
-        for names, holds, wanted in _RANGES:
-            for name in names.split():
-                value = getattr(self, name)
-                if not (value is None or holds(value)):
-                    raise ValueError(f"algorithm.{name}: {value}; {wanted}")
+        check_ranges("algorithm.", vars(self), _RANGES)
 
 
 # The help text lists the recipes.
 AlgorithmConfig.__doc__ = AlgorithmConfig.__doc__.format(recipes=", ".join(f"`{name}`" for name in RECIPES))
 
-# names of keys -> the condition on their values, in code and in words
 _RANGES = (
-    ("group_size", lambda x: x >= 2, "a group needs at least 2"),
+    ("group_size", lambda x: x >= 2, "at least 2"),
     ("num_iterations num_minibatches max_sampling_rounds", lambda x: x >= 1, "at least 1"),
     ("delta dual_clip", lambda x: 1 < x < math.inf, "a finite ratio above 1"),
-    ("cap tau tau_negative kl_target", lambda x: 0 < x < math.inf, "finite, above 0"),
+    ("cap tau tau_negative kl_target", lambda x: 0 < x < math.inf, "finite and above 0"),
     (
         "kl_coef clip_range clip_range_high log_clip_range log_clip_range_high max_staleness",
         lambda x: 0 <= x < math.inf,
-        "a finite number, not negative",
+        "finite and not negative",
     ),
     ("entropy_coef", math.isfinite, "a finite number"),
-    ("importance_cap", lambda x: 1 <= x < math.inf, "a finite ratio, at least 1"),
+    ("importance_cap", lambda x: 1 <= x < math.inf, "a finite ratio of at least 1"),
     ("top_entropy ref_mixup_alpha", lambda x: 0 < x <= 1, "in (0, 1]"),
     ("kl_adaptation", lambda x: 0 < x < 5, "in (0, 5)"),
     ("overlong_buffer ref_sync_every", lambda x: x >= 0, "0 (off) or more"),

@@ -3,13 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from grpo_jax.config.checks import check_ranges, require
+
 DEFAULT_TASK = "arithmetic"
-
-
-def require(condition: bool, message: str) -> None:
-    """Raises ValueError with the message unless the condition holds."""
-    if not condition:
-        raise ValueError(message)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +64,7 @@ class DataConfig:
     on_bad_row: Literal["error", "drop"] = "error"
 
     def __post_init__(self):
-        n, fraction = self.max_prompt_length, self.eval_fraction
-        require(n is None or n >= 1, f"data.max_prompt_length: {n}; at least 1 token")
-        require(fraction is None or 0 <= fraction < 1, f"data.eval_fraction: {fraction}; in [0, 1)")
+        check_ranges("data.", vars(self), _RANGES)
         require(
             self.train_file is None or self.dataset is None,
             "data.train_file and data.dataset are both given; prompts can come from only one of them",
@@ -90,7 +84,7 @@ class DataConfig:
             for name, given in (
                 ("eval_file", self.eval_file is not None),
                 ("eval_split", self.eval_split is not None),
-                ("eval_fraction", bool(fraction)),
+                ("eval_fraction", bool(self.eval_fraction)),
             )
             if given
         ]
@@ -110,3 +104,9 @@ class DataConfig:
     def has_source(self) -> bool:
         """Says whether prompts come from a file or a data set."""
         return self.train_file is not None or self.dataset is not None
+
+
+_RANGES = (
+    ("max_prompt_length", lambda x: x >= 1, "at least 1 token"),
+    ("eval_fraction", lambda x: 0 <= x < 1, "in [0, 1)"),
+)

@@ -5,109 +5,14 @@ becomes. The rooms `objective`, `policy` and `training` never see these records.
 """
 
 import math
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from grpo_jax.config.algorithm import AlgorithmConfig
-from grpo_jax.config.data import DataConfig, require
+from grpo_jax.config.checks import check_ranges, require
+from grpo_jax.config.data import DataConfig
+from grpo_jax.config.model import LoraConfig, ModelConfig
 from grpo_jax.config.sampling import SamplingConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The language model.
-
-    Args:
-        type: what the model is trained as. `policy` is the only kind.
-        hf_model_name: a local directory, a Hugging Face hub id, or `packaged:arithmetic`, a small model that
-            ships with this package.
-        revision: branch, tag or commit of a hub id.
-        dtype: data type of the computation. Parameters and optimizer stay float32.
-        implementation: code that computes the model: our `decoder`, the `flax` classes of transformers, or
-            `auto`, which takes the first of these that supports the model.
-        remat: what the backward pass recomputes to save memory: nothing (`none`), everything but the results
-            of dense layers (`dots`), or every layer from its input (`full`). Only the decoder can do this.
-        attention: `shared`, where a group's completions attend to one copy of their prompt, or `cudnn`, which
-            is flash attention on an NVIDIA GPU with bfloat16. With `cudnn`, memory grows only linearly with
-            the length of a row.
-        chat_template: how chat messages become text: `auto` (the tokenizer's own template), `plain` (lines
-            `role: content`, then `assistant:`, for models without a template), or the path of a Jinja file.
-        chat_template_arguments: variables of the chat template by name, such as `enable_thinking: false`.
-        chat_template_date: date, or date and time, that a chat template may print, such as `2026-11-28`.
-            `null` means the date of the run's first start, also when the run is continued.
-    """
-
-    type: Literal["policy"] = "policy"
-    hf_model_name: str = "packaged:arithmetic"
-    revision: str | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    implementation: Literal["auto", "decoder", "flax"] = "auto"
-    remat: Literal["none", "dots", "full"] = "none"
-    attention: Literal["shared", "cudnn"] = "shared"
-    chat_template: str = "auto"
-    # The type is not dict[str, Any], because the parser would then read the text `"a: b"` as a dict.
-    chat_template_arguments: dict = field(default_factory=dict)
-    chat_template_date: str | None = None
-
-    def __post_init__(self):
-        object.__setattr__(self, "chat_template_arguments", spelled_values(self.chat_template_arguments))
-
-
-def spelled_values(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns arguments in which texts such as `false` are replaced by the values that they spell."""
-    return {name: _scalar(value) for name, value in arguments.items()}
-
-
-def _scalar(value: Any) -> Any:
-    """Converts a text such as `false` or `3` to the value that it spells. "007" stays a text."""
-    if not isinstance(value, str):
-        return value
-    if value in ("true", "false", "null"):
-        return {"true": True, "false": False, "null": None}[value]
-    return int(value) if re.fullmatch(r"0|-?[1-9]\d{0,18}", value) else value
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    """Adapters that are trained instead of the model, https://arxiv.org/abs/2106.09685; see `lora.py`.
-
-    Args:
-        rank: rank of the adapters. With 0 the whole model is trained.
-        alpha: numerator of an adapter's scale, which is alpha / rank. `null` means twice the rank.
-        targets: globs on the names of dense layers, or on the ends of these names: `q_proj`, `attn.c_proj`,
-            `layers.0.*`. An empty list means every dense layer of attention and MLP.
-        dropout: probability that an input of an adapter is zeroed, for all tokens of an update.
-        start_from: directory of a LoRA adapter, saved by PEFT or by a run, from which training goes on. Rank,
-            alpha and targets then come from the adapter, and any that are given must agree with it. The
-            reference is the base model, as always. `null` starts with a fresh adapter, which adds nothing at
-            first.
-    """
-
-    rank: int = 0
-    alpha: float | None = None
-    targets: list[str] = field(default_factory=list)
-    dropout: float = 0.0
-    start_from: str | None = None
-
-    @property
-    def resolved_alpha(self) -> float:
-        """The alpha that is used."""
-        return 2.0 * self.rank if self.alpha is None else float(self.alpha)
-
-    def __post_init__(self):
-        require(self.rank >= 0, f"lora.rank: {self.rank}; 0 (the whole model is trained) or more")
-        a = self.alpha
-        require(a is None or 0 < a < math.inf, f"lora.alpha: {a}; above 0, finite")
-        p = self.dropout
-        require(0 <= p < 1, f"lora.dropout: {p}; a probability, at least 0 and below 1")
-        given_keys = {"alpha": a is not None, "targets": bool(self.targets), "dropout": p > 0}
-        for name, given in given_keys.items():
-            require(
-                self.rank > 0 or self.start_from is not None or not given,
-                f"lora.{name} is given, but lora.rank is 0: set it, such as to 16",
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,16 +40,17 @@ class RewardConfig:
     rows_per_call: int | None = None
 
     def __post_init__(self):
-        limit, workers, rows = self.timeout, self.workers, self.rows_per_call
-        require(
-            limit is None or 0 < limit < math.inf, f"rewards.timeout: {limit}; seconds, above 0 and finite"
-        )
-        require(workers >= 1, f"rewards.workers: {workers}; at least 1")
-        require(rows is None or rows >= 1, f"rewards.rows_per_call: {rows}; at least 1")
-        if limit is None:
+        check_ranges("rewards.", vars(self), _REWARD_RANGES)
+        if self.timeout is None:
             for name, default in (("workers", 1), ("rows_per_call", None)):
                 value = getattr(self, name)
                 require(value == default, f"rewards.{name}: {value} needs rewards.timeout, in seconds")
+
+
+_REWARD_RANGES = (
+    ("timeout", lambda x: 0 < x < math.inf, "a finite number of seconds above 0"),
+    ("workers rows_per_call", lambda x: x >= 1, "at least 1"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,26 +88,23 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self):
-        require(self.batch_size >= 1, f"training.batch_size: {self.batch_size}; at least 1")
-        parts = self.num_microbatches
-        require(parts >= 1, f"training.num_microbatches: {parts}; at least 1")
+        check_ranges("training.", vars(self), _TRAINING_RANGES)
         require(
-            self.batch_size % parts == 0,
+            self.batch_size % self.num_microbatches == 0,
             f"training.batch_size {self.batch_size} does not divide into training.num_microbatches "
-            f"{parts} equal parts",
+            f"{self.num_microbatches} equal parts",
         )
-        require(0 < self.num_epochs < math.inf, f"training.num_epochs: {self.num_epochs}; above 0, finite")
-        n = self.num_steps
-        require(n is None or n >= 1, f"training.num_steps: {n}; at least 1")
-        for name in ("learning_rate", "weight_decay"):
-            value = getattr(self, name)
-            require(0 <= value < math.inf, f"training.{name}: {value}; a finite number, not negative")
-        for name in ("adam_b1", "adam_b2"):
-            value = getattr(self, name)
-            require(0 <= value < 1, f"training.{name}: {value}; in [0, 1)")
-        require(self.warmup_steps >= 0, f"training.warmup_steps: {self.warmup_steps}; not negative")
-        require(self.max_grad_norm >= 0, f"training.max_grad_norm: {self.max_grad_norm}; 0 (off) or more")
-        require(0 <= self.seed < 2**31, f"training.seed: {self.seed}; in [0, 2**31)")
+
+
+_TRAINING_RANGES = (
+    ("batch_size num_microbatches num_steps", lambda x: x >= 1, "at least 1"),
+    ("num_epochs", lambda x: 0 < x < math.inf, "finite and above 0"),
+    ("learning_rate weight_decay", lambda x: 0 <= x < math.inf, "finite and not negative"),
+    ("adam_b1 adam_b2", lambda x: 0 <= x < 1, "in [0, 1)"),
+    ("warmup_steps", lambda x: x >= 0, "0 or more"),
+    ("max_grad_norm", lambda x: x >= 0, "0 (off) or more"),
+    ("seed", lambda x: 0 <= x < 2**31, "in [0, 2**31)"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,8 +122,10 @@ class CorrectConfig:
     threshold: float = 1.0
 
     def __post_init__(self):
-        least = self.threshold
-        require(math.isfinite(least), f"evaluation.correct.threshold: {least}; a finite number")
+        check_ranges("evaluation.correct.", vars(self), _CORRECT_RANGES)
+
+
+_CORRECT_RANGES = (("threshold", math.isfinite, "a finite number"),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,15 +155,18 @@ class EvaluationConfig:
     correct: CorrectConfig = CorrectConfig()
 
     def __post_init__(self):
-        require(self.every >= 0, f"evaluation.every: {self.every}; 0 or more")
-        require(self.num_prompts >= 0, f"evaluation.num_prompts: {self.num_prompts}; 0 or more")
-        require(self.num_samples >= 1, f"evaluation.num_samples: {self.num_samples}; at least 1")
-        require(self.batch_size >= 1, f"evaluation.batch_size: {self.batch_size}; at least 1")
-        heat = self.temperature
-        require(
-            heat is None or 0 < heat < math.inf,
-            f"evaluation.temperature: {heat}; finite, above 0 (evaluation adds a greedy pass of its own)",
-        )
+        check_ranges("evaluation.", vars(self), _EVALUATION_RANGES)
+
+
+_EVALUATION_RANGES = (
+    ("every num_prompts", lambda x: x >= 0, "0 or more"),
+    ("num_samples batch_size", lambda x: x >= 1, "at least 1"),
+    (
+        "temperature",
+        lambda x: 0 < x < math.inf,
+        "finite and above 0 (evaluation adds a greedy pass of its own)",
+    ),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,8 +194,10 @@ class CheckpointConfig:
     allow_changes: list[Literal["data", "rewards"]] = field(default_factory=list)
 
     def __post_init__(self):
-        require(self.every >= 1, f"checkpoints.every: {self.every}; at least 1")
-        require(self.keep >= 1, f"checkpoints.keep: {self.keep}; at least 1")
+        check_ranges("checkpoints.", vars(self), _CHECKPOINT_RANGES)
+
+
+_CHECKPOINT_RANGES = (("every keep", lambda x: x >= 1, "at least 1"),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,9 +222,13 @@ class TrackingConfig:
     num_completions: int = 8
 
     def __post_init__(self):
-        every = self.completions_every
-        require(every >= 1, f"tracking.completions_every: {every}; at least 1")
-        require(self.num_completions >= 0, f"tracking.num_completions: {self.num_completions}; 0 or more")
+        check_ranges("tracking.", vars(self), _TRACKING_RANGES)
+
+
+_TRACKING_RANGES = (
+    ("completions_every", lambda x: x >= 1, "at least 1"),
+    ("num_completions", lambda x: x >= 0, "0 or more"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -359,13 +273,15 @@ class Config:
         return self.algorithm.num_iterations * self.algorithm.num_minibatches
 
     def __post_init__(self):
-        batch, group = self.training.batch_size, self.algorithm.group_size
+        batch = self.training.batch_size
+        group = self.algorithm.group_size
         require(
             batch % group == 0,
             f"training.batch_size {batch} counts completions and must be a multiple of "
             f"algorithm.group_size {group}: try {max(1, round(batch / group)) * group}",
         )
-        lora, sync = self.lora, self.algorithm.ref_sync_every
+        lora = self.lora
+        sync = self.algorithm.ref_sync_every
         key = f"lora.rank {lora.rank}" if lora.rank else f"lora.start_from {lora.start_from}"
         require(
             not (sync and (lora.rank or lora.start_from is not None)),

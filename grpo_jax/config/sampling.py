@@ -5,24 +5,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grpo_jax.config.data import require
+from grpo_jax.config.checks import check_ranges, require
 
-
-def check_drawing(section: str, *, max_new_tokens: int, top_k: int, top_p: float, min_p: float) -> None:
-    """Checks the settings of how tokens are sampled, which training and `generate` share.
-
-    Args:
-        section: prefix of the names in the messages, such as `sampling.`.
-
-    Raises:
-        ValueError: the message names the value and its range.
-    """
-    require(max_new_tokens >= 1, f"{section}max_new_tokens: {max_new_tokens}; at least 1")
-    require(top_k >= 0, f"{section}top_k: {top_k}; 0 (off) or more")
-    require(0 < top_p <= 1, f"{section}top_p: {top_p}; in (0, 1], 1 is off")
-    require(0 <= min_p < 1, f"{section}min_p: {min_p}; in [0, 1), 0 is off")
-
-
+# Training and `generate` share these. Their temperatures differ: only `generate` may be greedy.
+SAMPLING_RANGES = (
+    ("max_new_tokens", lambda x: x >= 1, "at least 1"),
+    ("top_k", lambda x: x >= 0, "0 (off) or more"),
+    ("top_p", lambda x: 0 < x <= 1, "in (0, 1], where 1 is off"),
+    ("min_p", lambda x: 0 <= x < 1, "in [0, 1), where 0 is off"),
+)
+_TRAINING_RANGES = (
+    (
+        "temperature",
+        lambda x: 0 < x < math.inf,
+        "finite and above 0, because greedy completions of a prompt are all equal and teach nothing",
+    ),
+)
 _MAX_STOP_BYTES = 1000  # the table in `models.stops` has about one row of V entries per byte
 
 
@@ -46,7 +44,7 @@ def check_endings(
         right = isinstance(token, int | str) and not isinstance(token, bool)
         require(right, f"{name}: {token!r} is no token; give ids or the texts of tokens, such as [2, </s>]")
         require(token != "", f"{name}: one of the texts is empty; give ids or the texts of tokens")
-        require(isinstance(token, str) or token >= 0, f"{name}: {token}; an id is 0 or more")
+        require(isinstance(token, str) or token >= 0, f"{name}: {token}; an id must be 0 or more")
     require(
         eos_token_ids is None or bool(as_list(eos_token_ids)) or bool(as_list(stop)),
         f"{name}: the list is empty, so no token would end a completion; leave it out for the model's own",
@@ -74,7 +72,9 @@ def check_stop_strings(name: str, strings: Sequence[Any]) -> None:
         broken = any(character == "\ufffd" or "\ud800" <= character <= "\udfff" for character in string)
         require(not broken, f"{name}: {string!r} has a character that no text of a model has; leave it out")
     size = sum(len(string.encode()) for string in strings)
-    require(size <= _MAX_STOP_BYTES, f"{name}: {size:,} bytes in all; at most {_MAX_STOP_BYTES:,}")
+    require(
+        size <= _MAX_STOP_BYTES, f"{name}: {size:,} bytes in all; at most {_MAX_STOP_BYTES:,} are possible"
+    )
 
 
 def as_list(value: Any) -> list:
@@ -126,16 +126,5 @@ class SamplingConfig:
         return endings(eos_token_ids=self.eos_token_ids, stop=self.stop, include_stop=self.include_stop)
 
     def __post_init__(self):
-        check_drawing(
-            "sampling.",
-            max_new_tokens=self.max_new_tokens,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-        )
+        check_ranges("sampling.", vars(self), (*SAMPLING_RANGES, *_TRAINING_RANGES))
         check_endings("sampling.", **self.endings)
-        require(
-            0 < self.temperature < math.inf,
-            f"sampling.temperature: {self.temperature}; training needs a temperature above 0: greedy "
-            "completions of one prompt are all equal and teach nothing",
-        )

@@ -263,7 +263,7 @@ def test_command_prints_lines(run, capsys):
             ["--num_prompts=0"],
             "error: there are no held-out prompts: give data.eval_file, and num_prompts above 0",
         ),
-        (["--num_samples=0"], "error: evaluation.num_samples: 0; at least 1"),
+        (["--num_samples=0"], "error: evaluation.num_samples: 0; it must be at least 1"),
         (["--temperature=-1"], "error: sampling.temperature: -1.0;"),
         (["--config=nowhere.yaml"], "error: --config: File does not exist"),
         (["--model=/nowhere/model"], "error: FileNotFoundError: /nowhere/model: no such directory"),

@@ -44,16 +44,16 @@ GOOD = {
 }
 BAD = {
     "empty": ([MODEL, "--prompt="], "prompt: it is empty; give at least one character"),
-    "samples": ([*GREEDY, "--num_samples=0"], "num_samples: 0; at least 1"),
-    "tokens": ([*GREEDY, "--max_new_tokens=0"], "max_new_tokens: 0; at least 1"),
-    "cold": ([*GREEDY, "--temperature=-1"], "temperature: -1.0; 0 (greedy) or above"),
-    "no top_k": ([*GREEDY, "--top_k=-1"], "top_k: -1; 0 (off) or more"),
-    "no top_p": ([*GREEDY, "--top_p=0"], "top_p: 0.0; in (0, 1], 1 is off"),
-    "no min_p": ([*GREEDY, "--min_p=1"], "min_p: 1.0; in [0, 1), 0 is off"),
+    "samples": ([*GREEDY, "--num_samples=0"], "num_samples: 0; it must be at least 1"),
+    "tokens": ([*GREEDY, "--max_new_tokens=0"], "max_new_tokens: 0; it must be at least 1"),
+    "cold": ([*GREEDY, "--temperature=-1"], "temperature: -1.0; it must be 0 (greedy) or above"),
+    "no top_k": ([*GREEDY, "--top_k=-1"], "top_k: -1; it must be 0 (off) or more"),
+    "no top_p": ([*GREEDY, "--top_p=0"], "top_p: 0.0; it must be in (0, 1], where 1 is off"),
+    "no min_p": ([*GREEDY, "--min_p=1"], "min_p: 1.0; it must be in [0, 1), where 0 is off"),
     "dtype": ([*GREEDY, "--dtype=float16"], "dtype 'float16': choose one of float32, bfloat16"),
     "long": (
         [*GREEDY, "--max_new_tokens=27"],
-        "prompt of 6 tokens + max_new_tokens 27 exceed the 32 positions of packaged:arithmetic; lower one",
+        "the 6 tokens of the prompt + max_new_tokens 27 exceed the 32 positions of packaged:arithmetic",
     ),
     "chat": ([*GREEDY, "--chat=true"], "the tokenizer of packaged:arithmetic has no chat template"),
     "template": (

@@ -354,9 +354,9 @@ def test_a_reward_that_fails_is_named(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--num_prompts=0", "num_prompts: 0; at least 1"),
-        ("--num_samples=1", "num_samples: 1; at least 2"),
-        ("--num_shown=-1", "num_shown: -1; at least 0"),
+        ("--num_prompts=0", "num_prompts: 0; it must be at least 1"),
+        ("--num_samples=1", "num_samples: 1; it must be at least 2"),
+        ("--num_shown=-1", "num_shown: -1; it must be 0 or more"),
     ],
 )
 def test_command_errors(option, message, capsys):

@@ -73,8 +73,8 @@ def test_the_first_number_counts():
         ({"zzz": 2}, r"addition has no argument 'zzz'; it takes digits, shots"),
         ({"digits": "two"}, r"data\.task_arguments: digits of addition is of type int, not 'two'"),
         ({"shots": True}, r"shots of addition is of type int, not True"),
-        ({"digits": 0}, r"data\.task_arguments: digits: 0; 1 to 9"),
-        ({"shots": 17}, r"data\.task_arguments: shots: 17; 0 to 16"),
+        ({"digits": 0}, r"data\.task_arguments: digits: 0; it must be 1 to 9"),
+        ({"shots": 17}, r"data\.task_arguments: shots: 17; it must be 0 to 16"),
     ],
 )
 def test_wrong_arguments(arguments, message):

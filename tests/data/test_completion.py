@@ -55,7 +55,7 @@ def test_mistakes(tmp_path):
         ({}, r"data\.task: completion needs data\.train_file or data\.dataset"),
         ({"train_file": short}, r"short\.txt: the task completion makes a prompt of none of its rows"),
         ({"train_file": short, "task_arguments": {"words": 3}}, r"did you mean 'num_words'\?"),
-        ({"train_file": short, "task_arguments": {"num_words": 0}}, r"num_words: 0; at least 1"),
+        ({"train_file": short, "task_arguments": {"num_words": 0}}, r"num_words: 0; it must be at least 1"),
         (
             {"train_file": short, "columns": {"title": "text"}},
             r"completion needs the column `text`; .*: title",

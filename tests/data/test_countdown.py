@@ -64,11 +64,11 @@ def test_reward(task):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_numbers": 1}, "num_numbers: 1; 2 to 6"),
-        ({"num_numbers": 7}, "num_numbers: 7; 2 to 6"),
-        ({"max_target": 0}, "max_target: 0; at least 1"),
-        ({"size": 0}, "size: 0; at least 1"),
-        ({"held_out": -1}, "held_out: -1; 0 or more"),
+        ({"num_numbers": 1}, "num_numbers: 1; it must be 2 to 6"),
+        ({"num_numbers": 7}, "num_numbers: 7; it must be 2 to 6"),
+        ({"max_target": 0}, "max_target: 0; it must be at least 1"),
+        ({"size": 0}, "size: 0; it must be at least 1"),
+        ({"held_out": -1}, "held_out: -1; it must be 0 or more"),
         ({"max_numbers": 9}, "countdown has no argument 'max_numbers'; did you mean 'max_number'"),
         (
             {"num_numbers": 2, "max_number": 3, "size": 90, "held_out": 10},

@@ -65,8 +65,8 @@ def test_by_a_stand_in(created):
         ("leg_countin", {}, r"has no task 'leg_countin'; did you mean 'reasoning_gym:leg_counting'\?"),
         ("zzz", {}, r"has no task 'zzz'; there are leg_counting, rubiks_cube"),
         ("leg_counting", {"legs": 3}, r"data\.task_arguments: leg_counting: TypeError: unexpected .* 'legs'"),
-        ("leg_counting", {"size": "many"}, r"data\.task_arguments: size: 'many'; a whole number"),
-        ("leg_counting", {"held_out": -1}, r"data\.task_arguments: held_out: -1; a whole number"),
+        ("leg_counting", {"size": "many"}, r"data\.task_arguments: size: 'many'; it must be a whole number"),
+        ("leg_counting", {"held_out": -1}, r"data\.task_arguments: held_out: -1; it must be a whole number"),
         ("leg_counting", {"held_out": 30}, r"only 30 different questions here; lower held_out 30"),
     ],
 )

@@ -103,5 +103,5 @@ def test_the_config_decides_before_a_model_is_loaded(tmp_path):
     )
     with pytest.raises(ValueError, match=r"evaluation.correct.reward: there is no reward 'nothing'"):
         build(config)
-    with pytest.raises(ValueError, match=r"evaluation.correct.threshold: nan; a finite number"):
+    with pytest.raises(ValueError, match=r"evaluation.correct.threshold: nan; it must be a finite number"):
         small_run.config(tmp_path, evaluation__correct__threshold=".nan")

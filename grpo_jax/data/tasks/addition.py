@@ -2,7 +2,7 @@
 
 import hashlib
 
-from grpo_jax.data.tasks.task import Task, require
+from grpo_jax.data.tasks.task import Task, check_argument_ranges
 from grpo_jax.types import Example
 
 MAX_PAIRS = 4096  # unordered pairs of operands that are used at most, for any number of digits
@@ -65,6 +65,12 @@ def _prompt(problem: tuple[int, int], train: list[tuple[int, int]], shots: int) 
     return f"{solved}Q: What is {a} + {b}?\nA:"
 
 
+_RANGES = (
+    ("digits", lambda x: 1 <= x <= 9, "1 to 9"),
+    ("shots", lambda x: 0 <= x <= 16, "0 to 16"),
+)
+
+
 def make_addition(*, digits: int = 1, shots: int = 4) -> Task:
     """Builds the task with the column `answer`. The first number of the completion must equal it.
 
@@ -72,8 +78,7 @@ def make_addition(*, digits: int = 1, shots: int = 4) -> Task:
         digits: number of digits of each operand, 1 to 9. With 1, operands are 0 to 9.
         shots: number of solved examples in every prompt, 0 to 16. They come from the training problems.
     """
-    require(1 <= digits <= 9, f"digits: {digits}; 1 to 9")
-    require(0 <= shots <= 16, f"shots: {shots}; 0 to 16")
+    check_argument_ranges({"digits": digits, "shots": shots}, _RANGES)
     train, held_out = split_problems(digits)
 
     def examples(problems):

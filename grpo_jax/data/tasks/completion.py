@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from grpo_jax.data.tasks.task import RowTask, require
+from grpo_jax.data.tasks.task import RowTask, check_argument_ranges
 
 
 def make_rows(row: dict[str, Any], *, num_words: int = 16) -> list[dict[str, Any]]:
@@ -22,7 +22,7 @@ def make_rows(row: dict[str, Any], *, num_words: int = 16) -> list[dict[str, Any
     Raises:
         ValueError: the column is missing, or is not text.
     """
-    require(num_words >= 1, f"num_words: {num_words}; at least 1")
+    check_argument_ranges({"num_words": num_words}, [("num_words", lambda x: x >= 1, "at least 1")])
     if "text" not in row:
         raise ValueError(
             f"completion needs the column `text`; there are: {', '.join(row) or 'none'} (data.columns names "

@@ -5,7 +5,7 @@ import random
 from dataclasses import dataclass
 from fractions import Fraction
 
-from grpo_jax.data.tasks.task import Task, require
+from grpo_jax.data.tasks.task import Task, check_argument_ranges
 from grpo_jax.types import Example
 
 _ATTEMPTS = 100  # problems that are generated at most per problem that is wanted
@@ -64,6 +64,13 @@ def generate_problems(*, count: int, num_numbers: int, max_number: int, max_targ
     )
 
 
+_RANGES = (
+    ("num_numbers", lambda x: 2 <= x <= 6, "2 to 6"),
+    ("max_number max_target size", lambda x: x >= 1, "at least 1"),
+    ("held_out", lambda x: x >= 0, "0 or more"),
+)
+
+
 def make_countdown(
     *,
     num_numbers: int = 3,
@@ -82,10 +89,14 @@ def make_countdown(
         held_out: number of held-out problems. No problem appears in both splits, not even with its numbers
             reordered.
     """
-    require(2 <= num_numbers <= 6, f"num_numbers: {num_numbers}; 2 to 6")
-    for name, value in (("max_number", max_number), ("max_target", max_target), ("size", size)):
-        require(value >= 1, f"{name}: {value}; at least 1")
-    require(held_out >= 0, f"held_out: {held_out}; 0 or more")
+    arguments = {
+        "num_numbers": num_numbers,
+        "max_number": max_number,
+        "max_target": max_target,
+        "size": size,
+        "held_out": held_out,
+    }
+    check_argument_ranges(arguments, _RANGES)
     problems = generate_problems(
         count=size + held_out, num_numbers=num_numbers, max_number=max_number, max_target=max_target
     )

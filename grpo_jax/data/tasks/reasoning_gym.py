@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from grpo_jax.data.tasks.task import Task, require
+from grpo_jax.config.checks import require
+from grpo_jax.data.tasks.task import Task
 from grpo_jax.rewards.reasoning_gym import PREFIX, load_library
 from grpo_jax.spelling import nearest
 from grpo_jax.types import Example
@@ -33,8 +34,11 @@ def make_reasoning_gym(name: str, arguments: Mapping[str, Any]) -> Task:
     settings = {"size": 2000, "held_out": 200, **arguments}
     size = settings.pop("size")
     held_out = settings.pop("held_out")
-    require(type(size) is int and size >= 1, f"size: {size!r}; a whole number, at least 1")
-    require(type(held_out) is int and held_out >= 0, f"held_out: {held_out!r}; a whole number, 0 or more")
+    for argument, value, least in (("size", size, 1), ("held_out", held_out, 0)):
+        require(
+            type(value) is int and value >= least,
+            f"data.task_arguments: {argument}: {value!r}; it must be a whole number of at least {least}",
+        )
     try:
         entries = list(library.create_dataset(name, **{"seed": 0, **settings, "size": size + held_out}))
     except Exception as error:  # the library checks its configurations by TypeErrors and assertions

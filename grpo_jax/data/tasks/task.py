@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from grpo_jax.config.checks import Ranges, check_ranges
 from grpo_jax.spelling import nearest
 from grpo_jax.types import Example
 
@@ -87,7 +88,6 @@ def check_arguments(name: str, function: Callable[..., Any], arguments: Mapping[
             )
 
 
-def require(condition: bool, message: str) -> None:
-    """Raises ValueError with the message unless the condition holds."""
-    if not condition:
-        raise ValueError(f"data.task_arguments: {message}")
+def check_argument_ranges(arguments: Mapping[str, Any], ranges: Ranges) -> None:
+    """Checks the arguments of a task against a table, see `check_ranges`."""
+    check_ranges("data.task_arguments: ", arguments, ranges)
