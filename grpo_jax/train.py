@@ -19,13 +19,14 @@ from grpo_jax.models.loading import save_model
 from grpo_jax.models.peft import save_adapters
 from grpo_jax.rewards.loading import close_rewards
 from grpo_jax.run.best_model import check_best_metric, forget_best, outdate_best
-from grpo_jax.run.build import Run, build, resolve_adapter
+from grpo_jax.run.build import Run, build
 from grpo_jax.run.continuing import describe_start, same_evaluation
 from grpo_jax.run.directory import config_dict, keep_first_date, read_config, write_config
 from grpo_jax.run.loop import Interrupts, evaluate_and_keep_best, run_loop
 from grpo_jax.run.model_card import write_card
 from grpo_jax.run.planning import make_plan
 from grpo_jax.run.progress import Progress, restore, resume_candidates, start
+from grpo_jax.run.trained_model import resolve_adapter
 from grpo_jax.trackers import make_trackers
 
 

@@ -18,6 +18,7 @@ from grpo_jax.config.run import Config
 from grpo_jax.run import build as run_build
 from grpo_jax.run import directory as run_directory
 from grpo_jax.run import loop as run_loop
+from grpo_jax.run import trained_model
 from grpo_jax.run.diagnostics import Notices
 from grpo_jax.trackers import is_timing
 
@@ -65,13 +66,13 @@ def environment() -> dict[str, str]:
 def share_compilations(monkeypatch) -> None:
     """Lets the runs of one test process share a model and its optimizers, and so their compilations."""
     for name in ("load_model", "make_schedule", "make_optimizer"):
-        monkeypatch.setattr(run_build, name, _shared(name))
+        monkeypatch.setattr(trained_model, name, _shared(name))
     monkeypatch.setattr(run_directory, "load_model", _shared("load_model"))
 
 
 @functools.cache
 def _shared(name):
-    original, made = getattr(run_build, name), {}
+    original, made = getattr(trained_model, name), {}
 
     def get(*args, **kwargs):
         key = repr((args, kwargs))  # a dict among the arguments has no hash

@@ -17,6 +17,7 @@ from grpo_jax.models.loading import load_model, pad_prompts
 from grpo_jax.models.start_adapters import base_note, read_adapters, settings_of_adapter
 from grpo_jax.policy.log_probs import completion_log_probs
 from grpo_jax.run import build as run_build
+from grpo_jax.run import trained_model
 from grpo_jax.run.directory import load_run, read_config
 from grpo_jax.train import train
 from grpo_jax.types import Rollout
@@ -105,7 +106,7 @@ def test_what_peft_wrote_is_read(first):
         content = json.loads((ADAPTERS / name / "adapter_config.json").read_text())
         assert (settings.rank, settings.alpha) == (content["r"], content["lora_alpha"])
         base = load_model(str(ADAPTERS.parent / "models" / name))
-        lora = run_build._make_lora(replace(small_run.config("unused"), lora=settings), base)
+        lora = trained_model._make_lora(replace(small_run.config("unused"), lora=settings), base)
         adapters = read_adapters(lora, str(ADAPTERS / name))
         assert len(jax.tree.leaves(adapters)) == 2 * len(settings.targets)
 

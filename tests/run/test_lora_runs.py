@@ -138,7 +138,7 @@ def test_another_base_is_refused(tmp_path):
     params["transformer"]["ln_f"]["bias"][3] += 1e-6
     save_model(model, params, tmp_path / "base")
     with pytest.MonkeyPatch.context() as monkeypatch:  # not the model in memory
-        monkeypatch.setattr("grpo_jax.run.build.load_model", load_model)
+        monkeypatch.setattr("grpo_jax.run.trained_model.load_model", load_model)
         with pytest.raises(ValueError, match=r"run/checkpoints belong to another base model \(fingerprint "):
             train(small_run.config(tmp_path / "run", **settings, training__num_steps=2))
         with pytest.raises(ValueError, match="belong to another base model"):

@@ -318,7 +318,7 @@ def test_reference_comes_from_the_checkpoint(argv, whole, tmp_path, monkeypatch)
     """Changing the model's files between two attempts changes nothing: neither state nor reference."""
     shutil.copytree(PACKAGED / "arithmetic", tmp_path / "model")
     command = argv(tmp_path / "run", model__hf_model_name=tmp_path / "model")
-    monkeypatch.setattr("grpo_jax.run.build.load_model", load_model)  # not the shared one
+    monkeypatch.setattr("grpo_jax.run.trained_model.load_model", load_model)  # not the shared one
     with monkeypatch.context() as context:
         small_run.crash_at(context, "updated", 5)
         with pytest.raises(small_run.Crash):
@@ -334,7 +334,7 @@ def test_fresh_start_has_a_fresh_reference(argv, tmp_path, monkeypatch):
     changes = {"model__hf_model_name": tmp_path / "model", "evaluation__num_prompts": 0}
     changes |= {"training__num_steps": 5}
     command = argv(tmp_path / "run", **changes)
-    monkeypatch.setattr("grpo_jax.run.build.load_model", load_model)
+    monkeypatch.setattr("grpo_jax.run.trained_model.load_model", load_model)
     for place, call in (("updated", 2), ("updated", 5)):
         with monkeypatch.context() as context:
             small_run.crash_at(context, place, call)
