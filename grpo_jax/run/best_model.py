@@ -25,8 +25,9 @@ _SLOTS = ("best.0", "best.1")
 
 
 def evaluation_names(run: Run) -> list[str]:
-    """Returns the names of what every evaluation of a run gives; [] if it has no held-out prompts."""
-    prompts, k = len(run.task.evaluation), run.config.evaluation.num_samples
+    """Returns the names of the figures of every evaluation of a run, or [] if it has no held-out prompts."""
+    prompts = len(run.task.evaluation)
+    k = run.config.evaluation.num_samples
     if not prompts:
         return []
     nothing = Outcome(
@@ -45,14 +46,14 @@ def check_best_metric(run: Run) -> None:
     """Checks that evaluation will give the metric by which the best model is chosen.
 
     Raises:
-        ValueError: it will not; the message lists the names that it gives.
+        ValueError: it will not. The message lists the names that it gives.
     """
     metric = run.config.checkpoints.best_metric
     if metric is None or metric in (names := evaluation_names(run)):
         return
     if not names:
         raise ValueError(
-            f"checkpoints.best_metric: {metric!r} needs held-out prompts, and there are none: give "
+            f"checkpoints.best_metric: {metric!r} needs held-out prompts, and there are none; give "
             "data.eval_file, and evaluation.num_prompts above 0"
         )
     raise ValueError(
@@ -62,55 +63,57 @@ def check_best_metric(run: Run) -> None:
 
 
 def read_best(run_dir: str | Path) -> dict[str, Any] | None:
-    """Returns what best.json says of a run's best model, None if it has none.
+    """Reads what best.json says of a run's best model.
 
     Returns:
-        `step`, `metric`, `mode`, `value`; `moved`: whether the metric has ever had another value;
-        `comparable`: whether later evaluations measure the same thing.
+        a dict of `step`, `metric`, `mode`, `value`, `moved` (whether the metric has ever had another value)
+        and `comparable` (whether later evaluations measure the same thing). None if there is no best model.
 
     Raises:
-        ValueError: best.json is not what was written.
+        ValueError: best.json is damaged.
     """
     path = Path(run_dir) / "best" / "best.json"
     try:
         best = json.loads(path.read_text())
         known = {name: best[name] for name in ("step", "metric", "mode", "value")}
-        # Older runs did not say these two.
+        # Runs of older versions did not store these two.
         return {**known, **{name: bool(best.get(name, True)) for name in ("moved", "comparable")}}
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is damaged; remove {path.parent} to choose a best model anew") from None
+        raise ValueError(
+            f"{path} is damaged; remove {path.parent}, and the next evaluation chooses a best model"
+        ) from None
 
 
 def keep_best(run: Run, step: int, metrics: Mapping[str, float], params: Params) -> str | None:
     """Exports the model to run_dir/best if its evaluation is better than that of the one there.
 
     A value that is missing or not finite is no improvement. An equal one is none either, unless the metric
-    has had this one value in every evaluation. It then says nothing, and the newest model takes the place,
-    so that the untrained one is never kept for a tie. A best model is replaced if it was chosen by another
-    metric or mode, or before a change of what is measured.
+    has had this one value in every evaluation. It then says nothing, and the newest model is kept, so that
+    the untrained one is never kept for a tie. A best model is replaced if it was chosen by another metric or
+    mode, or before a change of what is measured.
 
     Args:
         run: the run.
-        step: optimizer steps done.
-        metrics: the evaluation at this step.
+        step: number of optimizer steps so far.
+        metrics: metrics of the evaluation at this step.
         params: parameters that were evaluated.
 
     Returns:
-        a line that says so, None if nothing was exported.
+        a line that says so, or None if nothing was exported.
     """
-    checkpoints, run_dir = run.config.checkpoints, Path(run.config.run_dir)
-    metric, mode = checkpoints.best_metric, checkpoints.best_mode
+    metric = run.config.checkpoints.best_metric
+    mode = run.config.checkpoints.best_mode
     value = None if metric is None else metrics.get(metric)
     if value is None or not math.isfinite(value):
         return None
-    best = read_best(run_dir)
+    best = read_best(run.config.run_dir)
     entry = {"step": step, "metric": metric, "mode": mode, "value": float(value)}
     entry |= {"moved": False, "comparable": True}
-    target = run_dir / "best"
-    same = best is not None and (best["metric"], best["mode"], best["comparable"]) == (metric, mode, True)
-    if not same:
+    target = Path(run.config.run_dir) / "best"
+    rule = None if best is None else (best["metric"], best["mode"], best["comparable"])
+    if rule != (metric, mode, True):
         _export(run, params, entry)
         return f"step {step}: {metric} {value:.4g} is the first; the model is in {target}"
     if value == best["value"] and not best["moved"]:
@@ -130,7 +133,8 @@ def keep_best(run: Run, step: int, metrics: Mapping[str, float], params: Params)
 def _export(run: Run, params: Params, entry: dict[str, Any]) -> None:
     best = Path(run.config.run_dir) / "best"
     used = os.readlink(best) if best.is_symlink() else None
-    slot, other = (best.with_name(name) for name in (_SLOTS if used != _SLOTS[0] else _SLOTS[::-1]))
+    free_first = _SLOTS if used != _SLOTS[0] else _SLOTS[::-1]
+    slot, other = (best.with_name(name) for name in free_first)
     shutil.rmtree(slot, ignore_errors=True)
     save_model(run.model, params, slot)
     _write_entry(slot, entry)
@@ -157,7 +161,7 @@ def outdate_best(run_dir: str | Path) -> None:
 
 
 def forget_best(run_dir: str | Path) -> None:
-    """Removes the best model that a run left which was cut before its first checkpoint and starts anew."""
+    """Removes the best model of a run that was killed before its first checkpoint and now starts again."""
     best = Path(run_dir) / "best"
     _remove_copy(best)
     if best.is_symlink():

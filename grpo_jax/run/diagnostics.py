@@ -35,8 +35,14 @@ class Notices:
             silences: rewards that said nothing about the last rollout. A reward that is the same for all
                 completions is reported only at the first step, because later it may simply be bad luck.
         """
-        lines, facts = [], {**metrics, "silent": ", ".join(_silent(metrics)), "slow": _slow(metrics)}
-        facts |= {"first_silent": _first(silences, "none"), "first_slow": _first(silences, "lost")}
+        facts = {
+            **metrics,
+            "silent": ", ".join(_silent(metrics)),
+            "slow": _slow(metrics),
+            "first_silent": _first(silences, "none"),
+            "first_slow": _first(silences, "lost"),
+        }
+        lines = []
         for applies, text, once in _NOTICES:
             last = self._printed.get(text)
             if applies(metrics) and (last is None or (not once and step - last >= _REPEAT)):

@@ -23,12 +23,15 @@ def digest_examples(examples: Iterable[Example]) -> dict[str, Any]:
     """Digests prompts and columns, in order.
 
     Args:
-        examples: N examples; where they come from (`place`) does not count.
+        examples: N examples. Where they come from (`place`) does not count.
 
     Returns:
-        `rows`: N; `digest`: 32 hexadecimal digits; `unordered`: 16 more that do not depend on the order.
+        a dict of `rows` (N), `digest` (32 hexadecimal digits) and `unordered` (16 more, which do not depend
+        on the order).
     """
-    whole, unordered, rows = hashlib.sha256(), 0, 0
+    whole = hashlib.sha256()
+    unordered = 0
+    rows = 0
     for example in examples:
         row = hashlib.sha256(_text([example.prompt, example.columns]).encode()).digest()
         whole.update(row)
@@ -38,7 +41,7 @@ def digest_examples(examples: Iterable[Example]) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    """Returns one text for equal values; escapes make it ASCII, so lone surrogates are no obstacle."""
+    """Returns the same text for equal values. Escapes make it ASCII, so lone surrogates do no harm."""
     try:
         return json.dumps(value, sort_keys=True, default=_plain)
     except (TypeError, ValueError):  # keys that are no texts, or that cannot be sorted
@@ -54,7 +57,7 @@ def _without_mappings(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Returns what JSON can say of a value that it cannot, with its type."""
+    """Returns a value that JSON can hold, for one that it cannot, together with the type."""
     kind = type(value).__qualname__
     if isinstance(value, Mapping):
         return _without_mappings(dict(value))
@@ -78,16 +81,17 @@ def _plain(value: Any) -> Any:
 
 
 def digest_reward(spec: str) -> dict[str, dict[str, str]] | None:
-    """Digests the files of a reward function: its own, and those that it imports from beside it.
+    """Digests the files of a reward function: its own file, and the user's files that it imports.
 
-    Modules count that lie in the directory of the file, in the working directory, or in the same package.
+    Modules are the user's if they lie in the directory of the file, in the working directory, or in the same
+    package.
 
     Args:
-        spec: as in `rewards[].function`, already imported.
+        spec: the function as in `rewards[].function`, already imported.
 
     Returns:
-        file name -> `{"bytes": ..., "code": ...}`; `code` leaves out comments and layout and holds for one
-        version of Python. None for a built-in, and for what has no file.
+        file name -> `{"bytes": ..., "code": ...}`. `code` leaves out comments and layout and holds for one
+        version of Python. None for a built-in function, and for one that has no file.
     """
     file = source_file(spec)
     if file is None or not file.is_file() or _is_of_python(file):
@@ -97,7 +101,8 @@ def digest_reward(spec: str) -> dict[str, dict[str, str]] | None:
     found: dict[str, dict[str, str]] = {}
     packages = _packages_of(file)
     roots = dict.fromkeys([packages[-1].parents[1] if packages else file.parent, Path.cwd()])
-    waiting, seen = [file], {file}
+    waiting = [file]
+    seen = {file}
     while waiting:
         path = waiting.pop()
         content = path.read_bytes()
@@ -128,6 +133,7 @@ def _parsed(content: bytes) -> ast.Module | None:
 
 
 def _code(content: bytes, tree: ast.Module | None) -> str:
+    """Returns a digest of the code alone: comments and layout are not in the syntax tree."""
     text = content if tree is None else ast.dump(tree).encode(errors="surrogatepass")
     return f"{sys.version_info.major}.{sys.version_info.minor}-{_short(text)}"
 
@@ -144,7 +150,8 @@ def _is_installed(file: Path) -> bool:
 
 def _packages_of(file: Path) -> list[Path]:
     """Returns the `__init__.py` of every package that a file is in, the innermost first."""
-    found, directory = [], file.parent
+    found = []
+    directory = file.parent
     while (directory / "__init__.py").is_file():
         found.append(directory / "__init__.py")
         directory = directory.parent
@@ -157,7 +164,8 @@ def _imported(
     """Yields the files of modules that a file imports and that are the user's own."""
     for node in ast.walk(tree) if tree is not None else ():
         if isinstance(node, ast.Import):
-            names, places = [alias.name for alias in node.names], list(roots)
+            names = [alias.name for alias in node.names]
+            places = list(roots)
         elif isinstance(node, ast.ImportFrom):
             prefix = [node.module] if node.module else []
             names = [".".join([*prefix, alias.name]) for alias in node.names] + prefix

@@ -1,4 +1,4 @@
-"""The directory of a run: its config, what a continued run may change, the model of a checkpoint."""
+"""The directory of a run: its config, what may differ when it is continued, the model of a checkpoint."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -19,7 +19,7 @@ from grpo_jax.run.trained_model import build_model
 from grpo_jax.training.learner import TrainState, policy_params
 from grpo_jax.types import Params
 
-# What may differ when a run is continued: it changes nothing of the steps already made.
+# What may differ when a run is continued, because it changes nothing about the steps already made.
 _MAY_DIFFER = (
     "run_dir",
     "training.num_steps",
@@ -28,7 +28,7 @@ _MAY_DIFFER = (
     "checkpoints",
     "tracking",
 )
-_DATE = "model.chat_template_date"  # noted at the first start, and kept unless another one is given
+_DATE = "model.chat_template_date"  # stored at the first start, and kept unless another one is given
 
 
 def config_dict(config: Config) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def read_config(run_dir: str | Path) -> Config:
 
 
 def run_of(name: str) -> Path | None:
-    """Returns the run that a model is of: a run directory itself, or the one whose `hf` or `best` it is."""
+    """Returns the run directory that a name means: itself, or the one of which it is the `hf` or `best`."""
     path = Path(name)
     holders = (path, path.parent) if path.name in ("hf", "best") else (path,)
     return next((holder for holder in holders if (holder / "config.yaml").is_file()), None)
@@ -74,12 +74,13 @@ def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
 
 
 def check_same_run(config: Config, other: Config) -> None:
-    """Raises unless both configs describe the same training, apart from its length and its logging.
+    """Checks that both configs describe the same training, apart from its length and its logging.
 
     Raises:
-        ValueError: names every setting that differs.
+        ValueError: they do not. The message names every setting that differs.
     """
-    mine, theirs = _flat(config_dict(config)), _flat(config_dict(other))
+    mine = _flat(config_dict(config))
+    theirs = _flat(config_dict(other))
     different = [
         f"{key} is {theirs.get(key)!r} there and {mine.get(key)!r} here"
         for key in {**mine, **theirs}
@@ -152,7 +153,7 @@ def load_run(run_dir: str | Path, *, step: int | None = None) -> tuple[Model, in
         (the model, the checkpoint's step).
 
     Raises:
-        ValueError: it is no run, or has no such checkpoint.
+        ValueError: the directory is no run, or has no such checkpoint.
     """
     model, state, found = _restore_run(run_dir, step)
     params = policy_params(state, model.params if state.lora else None)
@@ -160,7 +161,7 @@ def load_run(run_dir: str | Path, *, step: int | None = None) -> tuple[Model, in
 
 
 def load_adapters(run_dir: str | Path, *, step: int | None = None) -> tuple[Model, Lora, Params, int]:
-    """Loads the adapters of a run's checkpoint, apart from their base.
+    """Loads the adapters of a run's checkpoint and, apart from them, their base.
 
     Args:
         run_dir: directory of the run.
@@ -170,10 +171,10 @@ def load_adapters(run_dir: str | Path, *, step: int | None = None) -> tuple[Mode
         (the base, what is adapted, the adapters, the checkpoint's step).
 
     Raises:
-        ValueError: it is no run, has no such checkpoint, or trained the whole model.
+        ValueError: the directory is no run, has no such checkpoint, or the run trained the whole model.
     """
     if not read_config(run_dir).lora.rank:
-        raise ValueError(f"the run {run_dir} trained the whole model (lora.rank is 0): it has no adapters")
+        raise ValueError(f"the run {run_dir} trained the whole model (lora.rank is 0), so it has no adapters")
     model, state, found = _restore_run(run_dir, step)
     return model, state.lora, state.params, found
 
@@ -194,7 +195,16 @@ def _restore_run(run_dir: str | Path, step: int | None) -> tuple[Model, TrainSta
 def restore_checkpoint(
     directory: Path, template: TrainState, *, step: int | None = None
 ) -> tuple[int, TrainState, dict[str, Any]]:
-    """Returns a checkpoint's (step, state, JSON) without touching the directory; step None is the newest."""
+    """Reads a checkpoint without changing the directory.
+
+    Args:
+        directory: directory of the checkpoints.
+        template: shapes of the state.
+        step: step of the checkpoint. None takes the newest that is whole.
+
+    Returns:
+        (step, state, what is stored as JSON).
+    """
     checkpoints = Checkpoints(directory, read_only=True)
     try:
         if step is None:

@@ -10,7 +10,8 @@ from grpo_jax.types import Params
 
 def observe_run(run: Run, params: Params) -> Outcome:
     """Observes params on a run's held-out prompts, as its config says."""
-    evaluation, sampling = run.config.evaluation, run.sampling
+    evaluation = run.config.evaluation
+    sampling = run.sampling
     if evaluation.temperature is not None:
         sampling = {**sampling, "temperature": evaluation.temperature}
     return observe(
@@ -40,16 +41,17 @@ def evaluate_run(run: Run, params: Params, say: Callable[[str], None] | None = N
     Args:
         run: the run.
         params: parameters of the policy.
-        say: a function that takes each line on what these figures cannot tell. `None` says nothing.
+        say: a function that is called with each line on what these figures cannot tell. `None` says nothing.
 
     Returns:
-        the figures by name; {} if the run has no held-out prompts.
+        the figures by name, or {} if the run has no held-out prompts.
     """
     if not run.task.evaluation:
         return {}
     outcome = observe_run(run, params)
-    for line in remarks_on_run(run, outcome) if say is not None else ():
-        say(line)
+    if say is not None:
+        for line in remarks_on_run(run, outcome):
+            say(line)
     return summarize_run(run, outcome)
 
 

@@ -1,7 +1,7 @@
-"""What to see before the first step: the first prompt as tokens, and what is odd about the prompts.
+"""What a user should see before the first step: the first prompt as tokens, and oddities of the prompts.
 
-Nothing here is an error: each of these shapes may be meant. But whoever does not mean it trains on something
-else than they think.
+Nothing here is an error, because each of these forms may be intended. But a user who does not intend it
+trains on something else than they think.
 """
 
 import re
@@ -27,21 +27,19 @@ _WIDTH = 56  # characters of a line of tokens
 _LINES = 3  # shown of each end of a long prompt
 _SEPARATOR = "·"
 _THINKING = ("think", "thinking", "thought", "thoughts", "reasoning", "reason", "analysis", "scratchpad")
-_TIMES = (
-    datetime(2001, 9, 5, 1, 2, 3),
-    datetime(2033, 11, 27, 23, 58, 59),
-)  # nothing printed of them is equal
+# Two times that differ in every part that a template may print.
+_TIMES = (datetime(2001, 9, 5, 1, 2, 3), datetime(2033, 11, 27, 23, 58, 59))
 
 
 def show_first_prompt(model: Rendering, examples: Sequence[Example]) -> list[str]:
     """Returns the first prompt as tokens, in lines of about 60 characters.
 
-    A control token is one piece between two dots, its spelling in a text several. A long prompt is cut in the
-    middle.
+    A control token is one piece between two dots, but its spelling in a plain text is several pieces. A long
+    prompt is shortened in the middle.
 
     Args:
         model: a loaded model.
-        examples: at least one.
+        examples: the prompts, at least one.
     """
     example = examples[0]
     (ids,) = tokens_of(model, [example])
@@ -57,7 +55,7 @@ def show_first_prompt(model: Rendering, examples: Sequence[Example]) -> list[str
 
 
 def _pieces(tokenizer: Any, ids: Sequence[int]) -> Iterator[str]:
-    """Yields the text of each token; a part of a character as the vocabulary spells it."""
+    """Yields the text of each token. A part of a character is spelled as in the vocabulary."""
     for token, raw in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True):
         text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
         if raw.startswith("▁") and not text.startswith(" "):
@@ -66,7 +64,7 @@ def _pieces(tokenizer: Any, ids: Sequence[int]) -> Iterator[str]:
 
 
 def _fill(pieces: Iterable[str]) -> list[list[str]]:
-    """Puts pieces into lines; one that is longer than a line is shortened."""
+    """Puts pieces into lines. A piece that is longer than a line is shortened."""
     lines: list[list[str]] = [[]]
     for piece in pieces:
         if len(piece) > _WIDTH:
@@ -90,7 +88,7 @@ def notes_about_prompts(
         model: a loaded model.
         examples: training examples, at least one.
         think_formats: arguments of each reward `think_format` of the run.
-        template_is_given: whether the config names a chat template, rather than to take the tokenizer's.
+        template_is_given: whether the config names a chat template instead of taking the tokenizer's.
     """
     shown = list(islice(examples, _LOOKED_AT))
     chat = next((example.prompt for example in shown if not isinstance(example.prompt, str)), None)
@@ -108,7 +106,7 @@ def notes_about_prompts(
     if chat is None and unused:
         notes.append(
             f"{' and '.join(unused)} {'change' if len(unused) > 1 else 'changes'} nothing: the prompts are "
-            "texts, not lists of messages, so the chat template takes no part"
+            "texts, not lists of messages, so the chat template is not used"
         )
     return notes
 
@@ -126,18 +124,18 @@ def _about_template(model: Rendering, messages: list[dict]) -> Iterator[str]:
         dated = True
     if dated:
         yield (
-            f"the chat template prints the date: it is that of {model.chat.now.isoformat(sep=' ')} in all "
-            "prompts of this run, also when it is continued (model.chat_template_date sets another)"
+            f"the chat template prints the date: it is {model.chat.now.isoformat(sep=' ')} in all prompts of "
+            "this run, also when the run is continued (model.chat_template_date sets another)"
         )
     if draws_at_random(model.tokenizer, model.chat):
-        yield "the chat template draws at random: a run that is continued may have other prompts"
+        yield "the chat template uses random numbers: a run that is continued may have other prompts"
     yield from _left_out(model, messages)
     text = rendered(model.chat.now)
     if text == rendered(model.chat.now, add_generation_prompt=False):
         yield (
-            "the chat template is the same with and without add_generation_prompt: the model answers right "
-            f"behind {printable(text[-20:])!r}. If an assistant's turn has a beginning, give a template "
-            "that writes it (model.chat_template: a Jinja file)"
+            "the chat template gives the same text with and without add_generation_prompt: the model answers "
+            f"right behind {printable(text[-20:])!r}. If an assistant's turn has a beginning, give a "
+            "template that writes it (model.chat_template: a Jinja file)"
         )
 
 
@@ -194,8 +192,8 @@ def _about_texts(model: Rendering, examples: Sequence[Example], num_looked_at: i
     control = control_tokens(model.tokenizer)
     if control.num_behind:
         yield (
-            "the tokenizer puts its eos token behind every text: it is left out of the prompts, which a "
-            "completion has to follow"
+            "the tokenizer puts its eos token behind every text: it is left out of the prompts, because a "
+            "completion has to follow them"
         )
     marks = _marks_of_a_turn(model)
     rendered = [
@@ -215,13 +213,13 @@ def _about_texts(model: Rendering, examples: Sequence[Example], num_looked_at: i
         )
     if any(re.match(r"\s*\[\s*\{", e.prompt) and '"role"' in e.prompt for e in examples):
         yield (
-            "prompts are texts that hold a list of messages as JSON: they are encoded as plain text; write "
-            "the list itself into the data, not its text"
+            "prompts are texts that hold a list of messages as JSON, and they are encoded as plain text: "
+            "write the list itself into the data, not its text"
         )
 
 
 def _marks_of_a_turn(model: Rendering) -> tuple[str, ...]:
-    """Returns what the chat template writes around a user's text; () if that is nothing to look for."""
+    """Returns what the chat template writes around a user's text, or () if that is too short to be a mark."""
     template = model.tokenizer.chat_template
     if template is None or (isinstance(template, str) and template.endswith(PLAIN_TEMPLATE)):
         return ()

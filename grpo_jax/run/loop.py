@@ -62,8 +62,10 @@ def _new_rollout(run: Run, actor: Actor, progress: Progress, key: jax.Array) -> 
 
     ref_params = progress.ref_params if run.needs_ref_log_probs else None
     collected = collect(actor, progress.policy_params, ref_params, next_prompts, progress.leftovers)
-    progress.experience, progress.leftovers = collected.experience, collected.leftovers
-    progress.rollout_metrics, progress.silences = collected.metrics, collected.silences
+    progress.experience = collected.experience
+    progress.leftovers = collected.leftovers
+    progress.rollout_metrics = collected.metrics
+    progress.silences = collected.silences
     progress.samples = spread(collected.samples, config.tracking.num_completions)
     progress.num_tokens += collected.num_tokens
     progress.num_rounds += collected.num_rounds
@@ -78,7 +80,7 @@ def dropout_key(run: Run, step: int) -> jax.Array | None:
 
 
 def _at_reference(run: Run, progress: Progress) -> bool | jax.Array:
-    """Says whether the policy is still, or again, its reference, and False if it has none.
+    """Says whether the policy equals its reference. Without a reference the answer is False.
 
     With an exact KL, `train_step` has the reference's parameters and compares them itself.
     """
@@ -165,7 +167,7 @@ def _num_programs() -> int:
 def evaluate_and_keep_best(run: Run, progress: Progress, trackers: Trackers, *, first: bool) -> None:
     """Evaluates and logs, and exports the model if it is the best so far.
 
-    The first evaluation of a process says what its figures cannot tell.
+    The first evaluation of a process also prints what its figures cannot tell.
     """
     params = progress.policy_params
     metrics = evaluate_run(run, params, trackers.message if first else None)
@@ -177,7 +179,7 @@ def evaluate_and_keep_best(run: Run, progress: Progress, trackers: Trackers, *, 
 def run_loop(
     run: Run, progress: Progress, checkpoints: Checkpoints, trackers: Trackers, interrupts: Interrupts
 ) -> None:
-    """Runs until the last step or an interrupt. What is logged for a step precedes its checkpoint."""
+    """Trains until the last step or an interrupt. The rows of a step are written before its checkpoint."""
     config = run.config
     actor = run.actor()
     notices = Notices()

@@ -1,4 +1,4 @@
-"""The README.md of an exported model: where it comes from, what it was trained with, what that did to it."""
+"""The README.md of an exported model: where it comes from, how it was trained, and with what result."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -22,10 +22,10 @@ def write_card(config: Config, directory: str | Path, *, step: int, run_dir: str
     """Writes the card of an exported model into its directory.
 
     Args:
-        config: of the run.
-        directory: of the exported model.
-        step: optimizer steps done.
-        run_dir: where the run is now; None: where its config says.
+        config: config of the run.
+        directory: directory of the exported model.
+        step: number of optimizer steps so far.
+        run_dir: the directory in which the run is now. `None` means the one that its config names.
     """
     rows = _read_rows(Path(run_dir or config.run_dir) / "metrics.jsonl")
     card = model_card(config, rows, step=step, directory=str(directory), run_dir=run_dir)
@@ -38,14 +38,16 @@ def model_card(
     """Returns the Markdown of a card, with the front matter that the Hugging Face hub reads.
 
     Args:
-        config: of the run.
-        rows: of its metrics.jsonl.
-        step: optimizer steps done.
-        directory: of the exported model.
-        run_dir: where the run is now; None: where its config says.
+        config: config of the run.
+        rows: rows of its metrics.jsonl.
+        step: number of optimizer steps so far.
+        directory: directory of the exported model.
+        run_dir: the directory in which the run is now. `None` means the one that its config names.
     """
     run = run_dir or config.run_dir
-    name, recipe, algorithm = Path(run).resolve().name, RECIPES[config.algorithm.name], config.algorithm
+    name = Path(run).resolve().name
+    algorithm = config.algorithm
+    recipe = RECIPES[algorithm.name]
     front = {
         "base_model": _base_model(config.model.hf_model_name),
         "library_name": "transformers",
@@ -70,8 +72,8 @@ def model_card(
         f"```yaml\n{_settings(config)}```",
         *_stops(config),
         "## Commands",
-        "Evaluate it as it was evaluated in training; complete a prompt; go on training, if the run is there "
-        "(`--training.num_steps` makes it longer):",
+        "They evaluate the model as in training, complete a prompt, and continue the training if the run "
+        "directory exists (`--training.num_steps` makes it longer):",
         "```bash\n"
         f"python -m grpo_jax.evaluate --model {directory} --config {run}/config.yaml\n"
         f'python -m grpo_jax.generate --model {directory} --prompt "..."\n'
@@ -82,9 +84,11 @@ def model_card(
 
 
 def _read_rows(path: Path) -> list[Row]:
-    """Reads metrics.jsonl, without a last line that a kill has cut off; [] if there is none."""
+    """Reads metrics.jsonl, without a last line that a kill has truncated. There may be no such file."""
+    if not path.is_file():
+        return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
         except ValueError:
@@ -95,7 +99,7 @@ def _read_rows(path: Path) -> list[Row]:
 
 
 def _base_model(name: str) -> str:
-    """Returns a name that the hub accepts: of its own model, or the last part of a local one's."""
+    """Returns a name that the hub accepts: that of a model on the hub, or the last part of a local path."""
     local = name.startswith(("packaged:", ".", "/", "~")) or name.count("/") > 1 or Path(name).is_dir()
     return Path(name.removeprefix("packaged:")).resolve().name if local else name
 
@@ -127,12 +131,12 @@ def _number(value: Any) -> str:
 
 
 def _rewards(config: Config) -> str:
-    # Their arguments are left out: what a judge is called with need not be published.
+    # Their arguments are left out, because they may be private, such as the address of a server.
     return ", ".join(f"`{reward.function}` (weight {reward.weight:g})" for reward in config.rewards)
 
 
 def _stops(config: Config) -> list[str]:
-    """Returns what whoever samples from the model has to know of stop strings; [] if there are none."""
+    """Returns what users of the model have to know about its stop strings, or [] if there are none."""
     strings = as_list(config.sampling.stop)
     if not strings:
         return []
@@ -146,7 +150,8 @@ def _stops(config: Config) -> list[str]:
 
 
 def _settings(config: Config) -> str:
-    mine, default = asdict(config), asdict(Config())
+    mine = asdict(config)
+    default = asdict(Config())
     changed = {
         section: {key: value for key, value in mine[section].items() if value != default[section][key]}
         for section in _SECTIONS

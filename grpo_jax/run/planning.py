@@ -1,6 +1,5 @@
-"""What a run will do, derived before it does it: sizes, memory, compilations."""
+"""What a run will do, derived before it starts: sizes, memory, compilations."""
 
-import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +29,7 @@ class Plan:
     num_dropped: int
     num_truncated: int
     num_evaluation: int
-    num_held_out: int  # of which num_evaluation are evaluated
+    num_held_out: int  # num_evaluation of these are evaluated
     prompt_length: int  # S
     max_new_tokens: int  # T
     generate_shapes: tuple[int, ...]  # prompt buckets that generation may be compiled for
@@ -57,8 +56,8 @@ class Plan:
         epochs = self.num_steps * self.num_prompts / self.num_iterations / self.num_examples
         passes = f", {self.num_iterations} updates per rollout" if self.num_iterations > 1 else ""
         slices = f" in {self.num_microbatches} micro-batches" if self.num_microbatches > 1 else ""
-        changed = f" ({self.num_dropped:,} dropped: too long)" if self.num_dropped else ""
-        changed += f" ({self.num_truncated:,} cut at the left: too long)" if self.num_truncated else ""
+        changed = f" ({self.num_dropped:,} too long: dropped)" if self.num_dropped else ""
+        changed += f" ({self.num_truncated:,} too long: truncated at the left)" if self.num_truncated else ""
         held_out = f"{self.num_evaluation:,}"
         if self.num_evaluation < self.num_held_out:
             held_out += f" of {self.num_held_out:,}"
@@ -93,13 +92,14 @@ def _bytes(tree: Any) -> int:
 
 def _activation_bytes(run: Run, rows: int) -> int:
     """Counts what the backward pass of one micro-batch keeps, by abstract evaluation: nothing runs."""
-    length, new_tokens, policy = run.prompt_length, run.config.sampling.max_new_tokens, run.model.policy
-    int_, bool_ = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32), jax.ShapeDtypeStruct
+    policy = run.model.policy
+    prompt = (rows, run.prompt_length)
+    completion = (rows, run.config.sampling.max_new_tokens)
     rollout = Rollout(
-        prompt_tokens=int_((rows, length)),
-        prompt_mask=bool_((rows, length), jnp.bool_),
-        tokens=int_((rows, new_tokens)),
-        mask=bool_((rows, new_tokens), jnp.bool_),
+        prompt_tokens=jax.ShapeDtypeStruct(prompt, jnp.int32),
+        prompt_mask=jax.ShapeDtypeStruct(prompt, jnp.bool_),
+        tokens=jax.ShapeDtypeStruct(completion, jnp.int32),
+        mask=jax.ShapeDtypeStruct(completion, jnp.bool_),
         log_probs=None,
         kept_mass=None,
         finished=None,
@@ -110,28 +110,33 @@ def _activation_bytes(run: Run, rows: int) -> int:
         return jax.vjp(lambda params: completion_hidden(policy, params, rollout, group_size=shared), params)
 
     kept = jax.eval_shape(residuals, run.model.params, rollout)
-    # The residuals hold the weight matrices too; those are counted with the parameters.
+    # The residuals hold the weight matrices too, but these are counted with the parameters.
     return max(0, _bytes(kept) - _bytes(run.model.params))
 
 
 def _relaid_bytes(run: Run, batch: int) -> int:
-    """Returns the bytes of the parameters that generation lays out anew."""
-    policy, stages = run.model.policy, decode_stages(batch, run.config.sampling.max_new_tokens)
+    """Returns the bytes of the parameters that generation copies into another layout."""
+    policy = run.model.policy
+    stages = decode_stages(batch, run.config.sampling.max_new_tokens)
     jaxpr = jax.make_jaxpr(lambda params: decoding_params(policy, params, stages))(run.model.params).jaxpr
     given = set(jaxpr.invars)
     return sum(x.aval.size * x.aval.dtype.itemsize for x in jaxpr.outvars if x not in given)
 
 
 def _init_state_of(run: Run):
-    """Returns init_state as a function of the model's parameters, whose shapes are then enough."""
+    """Returns init_state as a function of the model's parameters, so that their shapes are enough."""
     return lambda params: replace(run, model=replace(run.model, params=params)).init_state()
 
 
 def _memory(run: Run) -> dict[str, int]:
     """Estimates bytes by purpose. XLA's fusion usually needs less for the update."""
-    config, policy, params = run.config, run.model.policy, run.model.params
-    size, trained = _bytes(params), jax.eval_shape(_init_state_of(run), params)
-    batch, length = config.training.batch_size, run.prompt_length + config.sampling.max_new_tokens
+    config = run.config
+    policy = run.model.policy
+    params = run.model.params
+    size = _bytes(params)
+    trained = jax.eval_shape(_init_state_of(run), params)
+    batch = config.training.batch_size
+    length = run.prompt_length + config.sampling.max_new_tokens
     rows = batch // config.training.num_microbatches
     hidden = jax.eval_shape(
         policy.forward,
@@ -147,7 +152,7 @@ def _memory(run: Run) -> dict[str, int]:
     cache = _bytes(jax.eval_shape(full_cache))
     logits = 4 * vocabulary * min(CHUNK_SIZE, rows * config.sampling.max_new_tokens)
     lora = {}
-    if run.lora is not None:  # its base is the reference
+    if run.lora is not None:  # the base is the reference, so that takes no further memory
         kernels = 4 * sum(target.inputs * target.outputs for target in run.lora.targets)
         lora = {"adapters": _bytes(trained.params), "merged kernels": kernels}
     return {

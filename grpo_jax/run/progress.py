@@ -1,4 +1,4 @@
-"""Where a run stands between two optimizer steps, and how that is saved and read back bit for bit."""
+"""The progress of a run between two optimizer steps, which is saved and restored bit for bit."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -32,28 +32,47 @@ from grpo_jax.types import Experience, Judged, Params, Rollout, Silence
 
 @dataclass(kw_only=True)
 class Progress:
-    """Where a run stands, at the boundary between two optimizer steps."""
+    """Everything that changes from one optimizer step to the next.
+
+    Args:
+        state: state of the training.
+        ref_params: parameters of the reference. `None` means that there is none.
+        frozen: parameters of the base, with LoRA.
+        base: fingerprint of the base, with LoRA.
+        kl_coef: coefficient of the KL term in the next update. It moves if there is a KL target.
+        step: number of optimizer steps so far.
+        num_rounds: number of rounds of prompts so far, which determines data order and noise.
+        num_tokens: number of completion tokens so far.
+        experience: experience of the rollout in use.
+        leftovers: groups with a signal that wait for the next rollout.
+        rollout_metrics: metrics of the rollout in use.
+        samples: completions of the rollout in use, for the table of samples.
+        inputs: record of what the run is made from.
+        remarks: what is different since the checkpoint, a line each.
+        comparable: whether evaluations before and after the checkpoint can be compared.
+        silences: rewards that say nothing about the rollout in use. They are not saved.
+    """
 
     state: TrainState
     ref_params: Params | None
-    frozen: Params | None = None  # of the base, with LoRA
-    base: str | None = None  # its fingerprint
-    kl_coef: float  # of the next update; moves with a KL target
-    step: int = 0  # optimizer steps done
-    num_rounds: int = 0  # rounds of prompts drawn: the clock of data order and noise
+    frozen: Params | None = None
+    base: str | None = None
+    kl_coef: float
+    step: int = 0
+    num_rounds: int = 0
     num_tokens: int = 0
-    experience: Experience | None = None  # of the rollout in use
-    leftovers: Groups | None = None  # informative groups that wait for the next rollout
+    experience: Experience | None = None
+    leftovers: Groups | None = None
     rollout_metrics: dict[str, float] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
-    inputs: Record = field(default_factory=dict)  # what the run is made from
-    remarks: tuple[str, ...] = ()  # what is different since the checkpoint, a line each
-    comparable: bool = True  # whether evaluations before and after the checkpoint are
-    silences: tuple[Silence, ...] = ()  # of the rollout in use; not saved
+    inputs: Record = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
+    comparable: bool = True
+    silences: tuple[Silence, ...] = ()
 
     @property
     def policy_params(self) -> Params:
-        """The parameters of the policy; with LoRA made anew by every call, so none should be kept."""
+        """The parameters of the policy. With LoRA every call merges them again, so keep none of them."""
         return policy_params(self.state, self.frozen)
 
 
@@ -69,24 +88,28 @@ def start(run: Run) -> Progress:
 
 
 def _base(run: Run) -> dict[str, Any]:
-    """Returns what Progress has of the base under LoRA."""
+    """Returns the fields of Progress that describe the base under LoRA."""
     if run.lora is None:
         return {}
     return {"frozen": run.model.params, "base": fingerprint(run.model.params)}
 
 
 def resume_candidates(config: Config) -> list[Path]:
-    """Returns the checkpoint directories to continue from, the first choice first; [] for a fresh start.
+    """Returns the checkpoint directories that the run may continue from, the first choice first.
+
+    There is none for a fresh start.
 
     Raises:
-        ValueError: resume is `never` and run_dir is in use, or names no run, or run_dir holds a run with
-            other settings or one that continues something else.
+        ValueError: resume is `never` and run_dir is in use, or resume names no run, or run_dir holds a run
+            with other settings or one that continues another run.
     """
-    run_dir, resume = Path(config.run_dir), config.checkpoints.resume
-    used, other = (run_dir / "config.yaml").exists(), Path(resume) / "checkpoints"
+    run_dir = Path(config.run_dir)
+    resume = config.checkpoints.resume
+    used = (run_dir / "config.yaml").exists()
+    other = Path(resume) / "checkpoints"
     if resume == "never" and used:
         raise ValueError(
-            f"run_dir {run_dir} holds a run already and checkpoints.resume is never; use another"
+            f"run_dir {run_dir} holds a run already and checkpoints.resume is never; use another run_dir"
         )
     named = resume not in ("auto", "never")
     if named and not other.is_dir():
@@ -97,7 +120,7 @@ def resume_candidates(config: Config) -> list[Path]:
         if named and not itself and before.checkpoints.resume != resume:
             raise ValueError(f"run_dir {run_dir} holds a run already; continue {resume} in another run_dir")
         check_same_run(config, before)
-    # A run that continues another and was cut itself goes on from its own checkpoints, if it has any.
+    # A run that continues another one, and was interrupted, continues from its own checkpoints if it has any.
     return ([run_dir / "checkpoints"] if used else []) + ([other] if named else [])
 
 
@@ -112,8 +135,8 @@ def restore(run: Run, candidates: Sequence[Path]) -> Progress | None:
         the progress that the checkpoint holds, or None if there is no checkpoint yet.
 
     Raises:
-        ValueError: the run that resume names has no checkpoint, or none that these settings can continue;
-            or the run in run_dir was made with other training data or rewards.
+        ValueError: the run that resume names has no checkpoint, or none that these settings can continue, or
+            the run in run_dir was made with other training data or rewards.
     """
     for directory in candidates:
         progress = _restore_from(run, directory) if directory.is_dir() else None
@@ -152,8 +175,8 @@ def _restore_from(run: Run, directory: Path) -> Progress | None:
     if experience is None and step % updates:
         raise ValueError(
             f"the checkpoint of step {step} in {directory} holds no rollout, but with "
-            f"{updates} updates per rollout (algorithm.num_iterations times "
-            "num_minibatches) this step lies inside one; continue with the settings it was made with"
+            f"{updates} updates per rollout (algorithm.num_iterations times num_minibatches) this step lies "
+            "inside one; continue with the settings that the checkpoint was made with"
         )
     remarks, comparable = compare(extra.pop("inputs", {}), checkpoint=checkpoint_name(step, directory))
     jump = compare_schedules(run, extra.pop("schedule", {}), state, step)
@@ -188,7 +211,7 @@ def _templates(run: Run) -> dict[str, Any]:
 
 
 def _refuse_changes(checkpoints: Checkpoints, directory: Path, compare: Callable[..., Any]) -> None:
-    """Compares inputs before any array is read: prompts of another length would not fit either."""
+    """Compares inputs before any array is read, because prompts of another length would not fit either."""
     step = checkpoints.latest_step()
     try:
         before = checkpoints.extra(step).get("inputs", {})
@@ -198,7 +221,7 @@ def _refuse_changes(checkpoints: Checkpoints, directory: Path, compare: Callable
 
 
 def save(run: Run, checkpoints: Checkpoints, progress: Progress) -> None:
-    """Saves; inside the passes over one rollout the rollout goes with it, so none is made twice."""
+    """Saves a checkpoint. Within the passes over a rollout it holds the rollout, so none is made twice."""
     inside = progress.step % run.config.updates_per_rollout != 0
     others: dict[str, Any] = {"experience": progress.experience} if inside else {}
     if progress.leftovers is not None:
@@ -228,7 +251,8 @@ def _shapes(num_rows: int):
 
 def _experience_template(run: Run) -> Experience:
     rows = _shapes(run.config.num_prompts * run.config.algorithm.group_size)
-    prompt, completion = run.prompt_length, run.config.sampling.max_new_tokens
+    prompt = run.prompt_length
+    completion = run.config.sampling.max_new_tokens
     return Experience(
         prompt_tokens=rows(jnp.int32, prompt),
         prompt_mask=rows(jnp.bool_, prompt),
@@ -245,7 +269,8 @@ def _experience_template(run: Run) -> Experience:
 
 def _leftovers_template(run: Run):
     """Returns a function of the number of rows, which differs from step to step."""
-    prompt, completion = run.prompt_length, run.config.sampling.max_new_tokens
+    prompt = run.prompt_length
+    completion = run.config.sampling.max_new_tokens
 
     def template(num_rows: int) -> Judged:
         rows = _shapes(num_rows)

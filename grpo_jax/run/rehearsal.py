@@ -127,7 +127,9 @@ def _judge(
     seconds: dict[str, float] = {}
     lost: list[dict[int, str]] = []
     for reward in run.rewards:
-        started, called, gone = time.perf_counter(), [], {}
+        started = time.perf_counter()
+        called = []
+        gone = {}
         for start in starts:
             called.append(judge([reward], examples[start : start + rows], texts[start : start + rows]))
             gone |= {start + row: reason for row, reason in lost_rows([reward])[0].items()}
@@ -186,7 +188,8 @@ def correct_in_training(run: Run) -> Correct:
 
 def report(run: Run, rehearsal: Rehearsal) -> dict[str, Any]:
     """Turns a rehearsal into the figures that are printed."""
-    num_prompts, num_samples = len(rehearsal.examples), rehearsal.num_samples
+    num_prompts = len(rehearsal.examples)
+    num_samples = rehearsal.num_samples
     verdict = correct_in_training(run)
     correct = verdict.judge(rehearsal.scores[:, verdict.index]).reshape(num_prompts, num_samples)
     sizes = {2**i for i in range(1, num_samples.bit_length())} | {run.config.algorithm.group_size}

@@ -141,7 +141,9 @@ def test_a_record_of_before_ties_were_told_apart(model, tmp_path):
 def test_a_damaged_record_is_an_error(text, model, tmp_path):
     (tmp_path / "best").mkdir()
     (tmp_path / "best" / "best.json").write_text(text)
-    with pytest.raises(ValueError, match=r"best.json is damaged; remove .*/best to choose a best model anew"):
+    with pytest.raises(
+        ValueError, match=r"best.json is damaged; remove .*/best, and the next evaluation chooses"
+    ):
         keep_best(run_for(tmp_path, model), 1, {METRIC: 0.5}, model.params)
 
 

@@ -83,7 +83,7 @@ def test_other_training_data_is_refused(change, project):
     message = str(caught.value)
     start = r"^the training data is not that of the checkpoint of step 2 in .*/run/checkpoints: "
     assert re.search(start + rf"8 prompts \(digest \w{{8}}\) there, {words}\. Continue with", message)
-    assert message.endswith("; or allow the change with --checkpoints.allow_changes '[data]'")
+    assert message.endswith(", or allow the change with --checkpoints.allow_changes '[data]'")
     assert "\n" not in message
     assert (project.directory / "run" / "config.yaml").read_bytes() == before
 

@@ -79,7 +79,7 @@ def test_a_template_that_ignores_the_generation_prompt(with_template):
     """Case model-08."""
     silent = CHATML.partition("{% if")[0]
     (note,) = notes(with_template(silent), CHAT)
-    assert note.startswith("the chat template is the same with and without add_generation_prompt")
+    assert note.startswith("the chat template gives the same text with and without add_generation_prompt")
     assert "one and<|im_end|>\\\\n" in note and "\n" not in note
 
 
@@ -147,7 +147,7 @@ def test_settings_that_do_nothing_for_texts(with_template):
 
 def test_chance_in_a_template(with_template):
     (note,) = notes(with_template(CHATML + "{{ [1, 1] | random }}"), CHAT)
-    assert "draws at random" in note
+    assert "uses random numbers" in note
 
 
 def test_the_first_prompt_as_tokens(llama, with_template):
@@ -182,4 +182,4 @@ def test_plan_and_train_say_it(tmp_path, capsys):
     assert f"  the first prompt ({tmp_path / 'd.jsonl'}, line 1) has " in output and "0·+·1·=" in output
     assert "note: the chat template opens <think> itself" in output
     assert "note: think_format is 0 for a completion that only closes <think>" in output
-    assert "note: the chat template is the same with and without add_generation_prompt" in output
+    assert "note: the chat template gives the same text with and without add_generation_prompt" in output

@@ -78,14 +78,14 @@ def test_dropped_prompts(tmp_path, model, prompts):
     plan = plan_of(tmp_path, model, **of_file(prompts, **limits))
     assert (plan.num_examples, plan.num_dropped, plan.prompt_length) == (40, 40, 8)
     assert plan.generate_shapes == (8,) and plan.num_compilations == 3
-    assert "epochs of 40 prompts (40 dropped: too long)" in plan.text()
+    assert "epochs of 40 prompts (40 too long: dropped)" in plan.text()
 
 
 def test_truncated_prompts(tmp_path, model, prompts):
     limits = {"data__max_prompt_length": 8, "data__over_length": "truncate_left"}
     plan = plan_of(tmp_path, model, **of_file(prompts, **limits))
     assert (plan.num_examples, plan.num_dropped, plan.num_truncated, plan.prompt_length) == (80, 0, 40, 8)
-    assert "epochs of 80 prompts (40 cut at the left: too long)" in plan.text()
+    assert "epochs of 80 prompts (40 too long: truncated at the left)" in plan.text()
 
 
 def test_compilations_follow_what_is_scored_and_packed(tmp_path, model, monkeypatch):
