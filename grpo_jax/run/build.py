@@ -86,8 +86,13 @@ class Run:
     @property
     def sampling(self) -> dict[str, float]:
         """The traced sampling settings of `generate`."""
-        names = ("temperature", "top_k", "top_p", "min_p")
-        return {name: getattr(self.config.sampling, name) for name in names}
+        sampling = self.config.sampling
+        return {
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
+            "min_p": sampling.min_p,
+        }
 
     @property
     def needs_reference(self) -> bool:
