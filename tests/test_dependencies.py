@@ -131,7 +131,8 @@ def test_what_is_imported_in_any_case_is_no_extra():
 
 def test_whatever_tests_import_is_declared():
     # Tests of an extra that `test` leaves out are skipped where it is not installed.
-    assert missing(code_of("tests"), CORE | OPTIONAL | EXTRAS["test"]) == {}
+    # There is no jax without jaxlib.
+    assert missing(code_of("tests"), CORE | OPTIONAL | EXTRAS["test"] | {"jaxlib"}) == {}
 
 
 def test_whatever_notebooks_import_is_declared():
