@@ -118,7 +118,7 @@ def _finish_call(reward: Reward, batch: Batch, begun: Future | None) -> list[flo
         B floats. NaN means that the function returned None.
 
     Raises:
-        RewardError: as in `call_rewards`.
+        RewardError: the call failed, for one of the reasons that `call_rewards` names.
     """
     try:
         if reward.pool is not None:

@@ -181,7 +181,7 @@ def check_columns(rewards: Sequence[Reward], columns: Iterable[str]) -> None:
             required = parameter.default is inspect.Parameter.empty and not given
             if required and name in _ONLY_TRL:
                 raise ValueError(
-                    f"{named(reward)} needs `{name}`, which TRL hands over and grpo_jax does not; give it a "
+                    f"{named(reward)} needs `{name}`, which TRL passes and grpo_jax does not; give it a "
                     f"default, such as {name}=None"
                 )
             if required:

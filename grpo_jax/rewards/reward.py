@@ -22,11 +22,11 @@ class Reward:
         function: f(prompts, completions, **columns) -> list of B numbers or None.
         weight: factor in the sum.
         arguments: fixed keyword arguments of the function.
-        source: where the function comes from, for messages.
+        source: origin of the function, for messages.
         pool: processes that call the function with a timeout. None calls it in this process.
         one_of: columns of which the data must have at least one.
-        check_row: raises ValueError with a reason if the function cannot use the columns of a row. None means
-            that every row is fine.
+        check_row: function that raises ValueError with a reason if the columns of a row cannot be used. None
+            means that every row is fine.
     """
 
     name: str

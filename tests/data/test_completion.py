@@ -14,7 +14,7 @@ def cut(text, num_words):
     return [(row["prompt"], row["continuation"]) for row in make_rows({"text": text}, num_words=num_words)]
 
 
-def test_cuts_are_at_word_borders():
+def test_texts_are_split_at_word_borders():
     assert cut("  a b, c\n d  e f.", 2) == [("a b,", " c\n d")]
     assert cut("a b c d e f g", 2) == [("a b", " c d"), ("e f", " g")]
     assert cut("a b c d e f", 2) == [("a b", " c d")]  # nothing would follow `e f`
@@ -48,7 +48,7 @@ def test_from_a_text_and_from_lines(tmp_path):
     check_columns(rewards, of_text.train[0].columns)
 
 
-def test_mistakes(tmp_path):
+def test_mistakes_are_named_in_one_line(tmp_path):
     (tmp_path / "short.txt").write_text("few words\n\nhere\n")
     short = str(tmp_path / "short.txt")
     cases = (

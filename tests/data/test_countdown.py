@@ -27,7 +27,7 @@ def test_every_problem_is_solved_by_its_solution(task):
         assert example.prompt.endswith(f" make {target}.\nExpression:") and solution not in example.prompt
 
 
-def test_sides_are_disjoint_and_fixed(task):
+def test_splits_are_disjoint_and_fixed(task):
     def keys(examples):
         return [(tuple(sorted(e.columns["numbers"])), e.columns["target"]) for e in examples]
 

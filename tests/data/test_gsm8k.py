@@ -73,11 +73,11 @@ def test_other_names_and_a_template(tmp_path):
         ({"question": "q", "answer": "18 #### none"}, "`answer` needs a number after ####"),
     ],
 )
-def test_rows_that_are_none(row, message):
+def test_rows_that_do_not_fit_are_refused(row, message):
     with pytest.raises(ValueError, match=message):
         make_rows(row)
 
 
-def test_it_makes_no_problems_itself():
+def test_the_task_needs_rows():
     with pytest.raises(ValueError, match=r"data\.task: gsm8k reads rows"):
         load_task("gsm8k")

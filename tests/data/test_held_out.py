@@ -1,4 +1,4 @@
-"""Which held-out prompts are used, and what is said where they are training prompts too."""
+"""The sample of held-out prompts, and the note on those that are training prompts as well."""
 
 import json
 
@@ -40,7 +40,7 @@ def test_a_sample_is_fixed_and_nested():
 
 
 @pytest.mark.parametrize("count", [0, 18, 19, 1000])
-def test_all_or_none(count):
+def test_a_sample_of_all_or_none(count):
     assert sample_held_out(rows(18), count) == (rows(18) if count else [])
 
 
@@ -83,7 +83,7 @@ def test_a_run_takes_the_sample_and_its_plan_says_so(model, tmp_path):
     assert "; 18 held-out prompts" in make_plan(build_with(evaluation__num_prompts=18)).text()
 
 
-def test_held_out_prompts_that_are_trained_on_are_said(model, tmp_path):
+def test_held_out_prompts_that_are_trained_on_are_reported(model, tmp_path):
     held_out = [f"{i}+10=" for i in range(10, 28)]
     changes = files(tmp_path, ["1+1=", "12+10= ", "13+10=", "13+10="], held_out)
     (note,) = build(small_run.config(tmp_path, **changes, evaluation__num_prompts=18), model=model).notes
@@ -98,7 +98,7 @@ def test_held_out_prompts_that_are_trained_on_are_said(model, tmp_path):
     assert not [note for note in notes if "training prompts" in note]
 
 
-def test_chats_are_compared_by_what_is_said():
+def test_chats_are_compared_by_their_messages():
     chat = lambda text, role="user": Example([{"role": role, "content": text}])  # noqa: E731
     train = [chat("What is\n2+2?"), Example("What is 3+3?")]
     assert note_on_overlap(train, [chat("What is 2+2? ")], [chat("What is 2+2? ")]).startswith(

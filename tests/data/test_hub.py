@@ -41,7 +41,7 @@ def test_rows_have_places(asked):
     assert asked == [("a/b", "c", "train")]
 
 
-def test_what_it_refuses_is_one_line(asked):
+def test_errors_are_one_line(asked):
     with pytest.raises(ValueError) as caught:
         list(read_dataset("a/b", config=None, split="valid"))
     assert str(caught.value) == (

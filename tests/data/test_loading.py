@@ -56,7 +56,7 @@ def test_seeds_do_not_share_shuffles():
     assert len(set(epochs)) == 12
 
 
-def test_batch_refuses_nonsense():
+def test_batch_refuses_wrong_arguments():
     with pytest.raises(ValueError, match="no examples"):
         batch([], seed=0, step=0, num_prompts=1)
     with pytest.raises(ValueError, match="step -1"):
@@ -265,7 +265,7 @@ def test_bad_rows_are_counted_or_dropped(tmp_path):
         load_data(DataConfig(train_file=str(path), on_bad_row="drop"))
 
 
-def test_the_odd_row_is_named_wherever_it_stands(tmp_path):
+def test_a_row_with_other_columns_is_named(tmp_path):
     rows = [{"prompt": "1", "answer": "1", "hint": ""}, *[{"prompt": "1", "answer": "1"}] * 3]
     with pytest.raises(ValueError, match=r"line 1: column `hint` is new; line 2 does not have it \(1 of 4 "):
         of_rows(tmp_path, *rows)
@@ -291,7 +291,7 @@ def test_template_knows_both_names(tmp_path):
         of_rows(tmp_path, row, prompt_template="{{ quest }}", **settings)
 
 
-def test_solved_examples_and_system_prompt_on_both_sides(tmp_path):
+def test_solved_examples_and_system_prompt_in_both_splits(tmp_path):
     held_out = write(tmp_path / "held_out.jsonl", '{"q": "3"}')
     settings = {
         "columns": {"prompt": "q"},
@@ -333,7 +333,7 @@ def test_split_is_of_the_text_alone(tmp_path):
     assert set(prompts_of(larger.evaluation)) > set(held_out)
 
 
-def test_equal_prompts_are_on_one_side(tmp_path):
+def test_equal_prompts_are_in_one_split(tmp_path):
     texts = [f"{a} and {a}" for a in range(60)]
     chats = [[{"role": "user", "content": text}] for text in texts]
     rows = [{"prompt": prompt, "n": i} for prompt in [*texts, *chats] for i in range(3)]

@@ -44,7 +44,7 @@ def test_template_that_fails_on_a_row(template, message):
 
 
 @pytest.mark.parametrize("template", ["Q:\n{{ question", "Q:\n{% if %}", "a\n{{ x | no_such_filter }}"])
-def test_template_that_is_none(template):
+def test_a_text_that_is_not_a_template(template):
     with pytest.raises(ValueError, match=r"data\.prompt_template, line 2: \w+") as caught:
         make_prompt_form(prompt_template=template)
     assert "\n" not in str(caught.value)
@@ -83,7 +83,7 @@ def test_solved_examples_lack_a_column():
         make_prompt_form(few_shot=SHOTS, prompt_template="{{ q }}")
 
 
-def test_what_is_no_prompt():
+def test_rows_without_a_usable_prompt():
     for prompt, message in (("", "is empty"), ([], "empty list"), (3, "not int"), ([3], "not 3")):
         with pytest.raises(ValueError, match=message):
             read_prompt(prompt)
@@ -167,7 +167,7 @@ def test_chats_of_other_projects_that_are_read(prompt):
     assert read_prompt(prompt) == [USER_SAYS]
 
 
-def test_what_stays_as_it_is():
+def test_prompts_that_are_kept_unchanged():
     for text in ("[1, 2] sorted is", "[{", "[{}]", '[{"a": 1}]', "['role'] is", "  x\n", "\U0001f600"):
         assert read_prompt(text) == text
     calls = [{"name": "add", "arguments": {"a": 1, "b": [2.5, True]}}]

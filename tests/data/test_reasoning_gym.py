@@ -47,7 +47,7 @@ def rewards_of(task):
     return rewards
 
 
-def test_by_a_stand_in(created):
+def test_a_task_of_a_stand_in(created):
     task = load_task("reasoning_gym:leg_counting", {"size": 40, "held_out": 10, "max_legs": 3})
     assert created == [("leg_counting", {"seed": 0, "size": 50, "max_legs": 3})]
     assert task.name == "reasoning_gym:leg_counting" and len(task.evaluation) == 10
@@ -70,7 +70,7 @@ def test_by_a_stand_in(created):
         ("leg_counting", {"held_out": 30}, r"only 30 different questions here; lower held_out 30"),
     ],
 )
-def test_mistakes(created, name, arguments, message):
+def test_mistakes_are_named(created, name, arguments, message):
     with pytest.raises(ValueError, match=message):
         load_task(f"reasoning_gym:{name}", arguments)
 
@@ -87,7 +87,7 @@ def test_without_the_library(monkeypatch):
     )
 
 
-def test_the_library():
+def test_tasks_of_the_real_library():
     pytest.importorskip("reasoning_gym")
     task = load_task("reasoning_gym:leg_counting", {"size": 30, "held_out": 5, "max_animals": 3})
     assert len(task.evaluation) == 5 and not {e.prompt for e in task.train} & {

@@ -101,7 +101,7 @@ def test_layouts_of_json(tmp_path, name, content, places):
     assert read(tmp_path, name, content) == list(zip(places, ROWS, strict=True))
 
 
-def test_one_row_of_json_is_no_wrapper(tmp_path):
+def test_a_single_json_row_is_not_a_wrapper(tmp_path):
     chat = {"messages": [{"role": "user", "content": "1+1="}]}
     shared = {"conversations": [{"from": "human", "value": "1+1="}]}
     tests = {"prompt": "write f", "tests": [{"in": 1, "out": 2}]}
@@ -173,7 +173,7 @@ def test_a_row_of_json_that_cannot_be_used(tmp_path, row, reason):
     assert read(tmp_path, "a.json", f"[{good},{row},{good}]") == expected
 
 
-def test_json_that_is_read_all_the_same(tmp_path):
+def test_unusual_json_that_is_read(tmp_path):
     assert read(tmp_path, "a.jsonl", nested(99))[0][1] == json.loads(nested(99))
     row = read(tmp_path, "a.jsonl", '{"a": NaN, "b": -Infinity, "c": 1e400, "d": [1, 1]}')[0][1]
     assert row["a"] != row["a"] and row["b"] == float("-inf") and row["d"] == [1, 1]
@@ -244,7 +244,7 @@ def test_compressed_text(tmp_path, suffix, name, content):
         read(tmp_path, f"d.{name}", packed)
 
 
-def test_files_that_are_something_else(tmp_path):
+def test_files_of_other_formats_are_named(tmp_path):
     for name, content, message in (
         ("a.csv", "prompt".encode("utf-16"), "UTF-16 text; save it as UTF-8"),
         ("a.csv", b"PK\x03\x04...", "a zip archive"),

@@ -52,7 +52,7 @@ def test_from_a_file_with_columns_and_none(tmp_path):
     np.testing.assert_array_equal(values, np.array([2, 0, np.nan], np.float32))
 
 
-def test_several_wait_at_the_same_time():
+def test_several_async_functions_wait_at_the_same_time():
     # Each waits for the other, and for a function between them that is not async: one by one they never end.
     events = [threading.Event() for _ in range(3)]
 
@@ -96,7 +96,7 @@ def test_one_loop_for_all_batches():
 @pytest.mark.parametrize(
     "error", [ValueError("no"), SystemExit(0), KeyboardInterrupt(), asyncio.CancelledError()]
 )
-def test_what_it_raises_is_named(error):
+def test_an_error_of_an_async_function_is_named(error):
     async def f(completions):
         await asyncio.sleep(0)
         if "bad" in completions:
@@ -121,7 +121,7 @@ def test_an_exit_in_a_task_of_its_own():
     assert scored(length) == [[1, 3]]
 
 
-def test_an_async_generator_is_no_list():
+def test_an_async_generator_is_not_a_list():
     async def f(completions):
         yield 1.0
 

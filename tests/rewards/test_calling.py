@@ -119,7 +119,7 @@ def test_a_reward_that_edits_completions_hurts_no_other(load):
 
 
 @pytest.mark.parametrize("settings", [{}, {"timeout": 60.0}], ids=["here", "worker"])
-def test_what_is_nested_and_what_is_an_argument(load, settings):
+def test_nested_values_and_arguments_are_copied(load, settings):
     example = Example("p", {"info": {"numbers": {"left": [1, 2]}}})
     assert judge([load("nested", **settings)], repeated(example, 2), ["a", "b"])[:, 0].tolist() == [2, 2]
     assert example.columns == {"info": {"numbers": {"left": [1, 2]}}}
@@ -134,7 +134,7 @@ def test_the_search_for_a_row_that_fails_changes_nothing(load):
     assert example.columns == {"allowed": ["a"]}
 
 
-def test_verl_gets_its_own_as_well(tmp_path):
+def test_a_verl_function_gets_copies_too(tmp_path):
     (tmp_path / "score.py").write_text(
         "def compute_score(data_source, solution_str, ground_truth, extra_info=None, extra=None):\n"
         "    return float(ground_truth.pop() + extra_info['left'].pop() + extra.pop())\n"
@@ -257,7 +257,7 @@ def test_a_handler_that_a_reward_sets_stays(monkeypatch):
         signal.signal(signal.SIGINT, handler)
 
 
-def test_in_another_thread():
+def test_a_keyboard_interrupt_of_a_reward_in_another_thread():
     def f(completions):
         raise KeyboardInterrupt
 

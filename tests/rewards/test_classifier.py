@@ -95,7 +95,7 @@ def test_scores_come_back_in_order(classifiers):
             np.testing.assert_allclose(scores, expected[:, index], atol=2e-6)
 
 
-def test_what_does_not_fit_has_no_reward(classifiers):
+def test_texts_without_tokens_or_with_too_many_have_no_reward(classifiers):
     texts = ["one and one", "one " * 40, ""]  # 32 positions
     scores = judge_texts(classifiers["gpt2"], [""] * 3, texts)
     assert [value is None for value in scores] == [False, True, True]
@@ -110,7 +110,7 @@ def test_bfloat16(classifiers, tmp_path):
     assert values.dtype == np.float32 and not np.array_equal(values, classify(fine, rows, batch_size=2))
 
 
-def test_as_a_reward(tmp_path):
+def test_a_classifier_as_a_reward(tmp_path):
     name = write_classifier(tmp_path / "judge", "llama")
     settings = {"model": name, "label": "good", "batch_size": 2}
     (reward,) = load_rewards([RewardConfig(function="reward_model", arguments=settings)])
@@ -167,13 +167,13 @@ def without_score(tensors):
         ({"scale_attn_by_inverse_layer_idx": True}, "the decoder cannot compute it: scale_attn_by_inverse"),
     ],
 )
-def test_what_is_no_classifier_is_refused(tmp_path, settings, match):
+def test_other_models_are_refused(tmp_path, settings, match):
     with pytest.raises(ValueError, match=match) as caught:
         load_classifier(write_classifier(tmp_path / "judge", **settings))
     assert "\n" not in str(caught.value)
 
 
-def test_a_directory_that_is_not_there(tmp_path):
+def test_a_missing_directory(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such directory"):
         load_rewards([RewardConfig(function="reward_model", arguments={"model": f"{tmp_path}/none"})])
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):

@@ -23,7 +23,7 @@ from grpo_jax.rewards.expressions import evaluate_expression, find_expression, r
         ("3 × 4 ÷ 2 − 1", 5, [3, 4, 2, 1]),
     ],
 )
-def test_values(text, value, numbers):
+def test_values_of_expressions(text, value, numbers):
     assert evaluate_expression(text) == (value, numbers)
 
 
@@ -35,7 +35,7 @@ def test_values(text, value, numbers):
         "1\n+2", "1" * 201, "(" * 99 + "1" + ")" * 99 + "+",
     ],
 )  # fmt: skip
-def test_what_is_no_expression(text):
+def test_texts_that_are_not_expressions(text):
     assert evaluate_expression(text) is None
 
 
@@ -81,11 +81,11 @@ def test_where_the_expression_is(text, found):
         ("I do not know", False),
     ],
 )
-def test_target(text, reached):
+def test_an_expression_must_reach_the_target(text, reached):
     assert reaches_target(text, [3, 4, 5], 17) is reached
 
 
-def test_each_number_once():
+def test_each_number_may_be_used_once():
     assert reaches_target("3+3", [3, 3], 6) and not reaches_target("3+3", [3, 5], 6)
     assert reaches_target("6", [6, 1], 6)  # not all numbers are needed
     assert evaluate_expression("1/3 + 1/6") == (Fraction(1, 2), [1, 3, 1, 6])

@@ -145,18 +145,18 @@ def test_an_endpoint_that_keeps_failing(endpoint):
 
 
 @pytest.mark.parametrize("status", [400, 404, 401, 302])
-def test_what_a_retry_does_not_mend(endpoint, status):
+def test_errors_that_are_not_retried(endpoint, status):
     endpoint.failures = [status]
     assert f"answers with status {status}" in failure(load(endpoint.url))
     assert len(endpoint.requests) == 1
 
 
-def test_nobody_is_there():
-    """Not when the run starts: before anything compiles. Not any more: after the retries."""
+def test_a_server_that_is_down():
+    """It is an error before anything compiles if it is down at the start, and after the retries later on."""
     endpoint = Endpoint()
     url = endpoint.url + "?key=secret"
     reward = load(url, retries=1)
-    assert endpoint.requests == []  # a look, nothing to score
+    assert endpoint.requests == []  # only a look at the server
     endpoint.close()
     text = failure(reward)
     assert "refused" in text and "(2 tries)" in text and "secret" not in text
@@ -167,7 +167,7 @@ def test_nobody_is_there():
     assert "secret" not in str(error.value)
 
 
-def test_a_server_that_is_there_but_busy(monkeypatch):
+def test_a_busy_server_counts_as_up(monkeypatch):
     """It accepts and says nothing: no reason not to start."""
     monkeypatch.setattr("grpo_jax.rewards.http_endpoint._PATIENCE", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -205,7 +205,7 @@ ODD = [datetime.date(2026, 1, 1), b"\x00", {1, 2}, Decimal("1.5"), [b"x"], {"a":
 
 
 @pytest.mark.parametrize("value", ODD, ids=str)
-def test_a_column_that_json_does_not_know(endpoint, value):
+def test_a_column_that_has_no_form_in_json(endpoint, value):
     # case data-21: nobody asked for it, so it is left out
     reward = load(endpoint.url)
     check_columns([reward], ["answer", "made"])
@@ -223,7 +223,7 @@ def test_a_column_that_json_does_not_know(endpoint, value):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_a_number_that_json_does_not_know(endpoint, value):
+def test_a_number_that_has_no_form_in_json(endpoint, value):
     level = [0.5, value]
     assert scored(load(endpoint.url), ["a", "b"], level=level, info=[{"a": [value]}] * 2) == [1, 1]
     assert endpoint.requests[-1]["level"] == [0.5, None]

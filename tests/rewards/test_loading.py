@@ -163,7 +163,7 @@ def test_wrong_arguments_are_found_at_load_time(name, arguments, match):
     assert "\n" not in str(caught.value)
 
 
-def test_a_column_is_no_argument_of_a_built_in():
+def test_a_column_of_a_built_in_cannot_be_an_argument():
     """Data may well have a column that is called like an argument."""
     reward = load("numeric_answer")
     check_columns([reward], ["answer", "which"])
@@ -293,7 +293,7 @@ def test_a_function_of_a_module(tmp_path, monkeypatch):
         ("mine/my_rewards.py:Judge", "my_rewards.py:10 is a class, not a function; .*judge = Judge\\(\\)"),
     ],
 )
-def test_what_cannot_be_loaded_is_said_in_one_line(file, function, match):
+def test_functions_that_cannot_be_loaded_are_named_in_one_line(file, function, match):
     with pytest.raises(ValueError, match=match) as caught:
         load(function)
     assert "\n" not in str(caught.value)
@@ -343,12 +343,12 @@ def test_missing_columns_are_found_before_training(file):
 
 # The shapes of TRL's reward functions that need something which only TRL has.
 @pytest.mark.parametrize("name", ["completion_ids", "trainer_state", "log_metric", "log_extra"])
-def test_what_only_trl_hands_over(tmp_path, name):
+def test_parameters_that_only_trl_passes(tmp_path, name):
     (tmp_path / "trl_like.py").write_text(
         f"def needs(completions, {name}, **kwargs): return [0.0] * len(completions)\n"
         f"def can_do_without(completions, {name}=None, **kwargs): return [1.0] * len(completions)\n"
     )
-    with pytest.raises(ValueError, match=rf"needs `{name}`, which TRL hands over and .*{name}=None"):
+    with pytest.raises(ValueError, match=rf"needs `{name}`, which TRL passes and .*{name}=None"):
         check_columns([load(f"{tmp_path}/trl_like.py:needs")], ["answer"])
     check_columns([load(f"{tmp_path}/trl_like.py:needs")], ["answer", name])  # a column of the data
     reward = load(f"{tmp_path}/trl_like.py:can_do_without")
@@ -374,7 +374,7 @@ def test_functions_get_only_what_they_name():
     assert seen["all"] == {"prompts": ["p", "q"], "completions": [], "answer": [1, 2]}
 
 
-def test_defaults_stay_where_the_data_has_no_column():
+def test_a_default_is_used_without_a_column():
     def f(completions, level=3, answer=None):
         assert level == 3
         return answer
@@ -433,7 +433,7 @@ def test_any_sequence_of_numbers_will_do(values):
         ([0, 10**400], "for row 1"),
     ],
 )
-def test_what_is_no_reward_is_named(returned, match):
+def test_values_that_are_not_rewards_are_named(returned, match):
     reward = Reward(name="judge", function=lambda completions: returned)
     with pytest.raises(RewardError, match=match) as caught:
         scored(reward, ["first", "second"])

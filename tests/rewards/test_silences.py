@@ -75,7 +75,7 @@ def silences(reward, texts, prompt="p", **columns):
     return [(silence.kind, silence.text) for silence in found]
 
 
-def test_what_was_compared(load):
+def test_the_line_shows_what_was_compared(load):
     assert silences(load("exact_match"), ["12+34=46", "46 "], answer=[["105", "0105"]] * 2, level=2) == [
         (
             "lowest",
@@ -100,7 +100,7 @@ def test_no_line_where_nothing_is_wrong(load):
     assert kind == "lowest" and "is -1 for every completion (2 of 2)" in text
 
 
-def test_what_the_completions_lack(load):
+def test_the_line_says_what_all_completions_lack(load):
     boxed = load("answer_match", arguments={"where": "boxed"})
     ((_, text),) = silences(boxed, ["46", "1"], answer="46")
     assert (
@@ -179,7 +179,7 @@ def test_a_task_without_places_shows_the_prompt():
     )
 
 
-def test_when_a_run_tells():
+def test_when_a_run_reports_a_silence():
     every = [
         Silence("r", kind, f"has {kind}", f"row of {kind}") for kind in ("lowest", "some", "none", "lost")
     ]

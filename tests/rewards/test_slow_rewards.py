@@ -7,6 +7,8 @@ import small_run
 from grpo_jax.objective.recipes import make_recipe
 from grpo_jax.train import train
 
+pytestmark = pytest.mark.slow
+
 GROUP = 8
 SLOW_ROW = 3  # index within the first batch
 

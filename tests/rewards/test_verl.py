@@ -83,7 +83,7 @@ def test_columns_are_mapped():
     assert calls_with(answer=[7], reward_model=nested) == [("", "said", "9", {})]
 
 
-def test_as_a_reward(load):
+def test_a_compute_score_as_a_reward(load):
     reward = load("compute_score", scale=2.0)
     assert (reward.name, reward.weight) == ("compute_score", 2.0)
     assert scored(reward, ["7", "8"], ground_truth=["7", "7"], split=["a", "b"]) == [2, 0]
@@ -140,7 +140,7 @@ def test_a_row_without_a_truth_is_found_at_the_start(load, column, value, match)
         ("comput_score", {}, "has no `comput_score`; did you mean `compute_score`"),
     ],
 )
-def test_wrong_turns_are_found_at_load_time(load, name, arguments, match):
+def test_mistakes_are_found_at_load_time(load, name, arguments, match):
     with pytest.raises(ValueError, match=match) as caught:
         load(name, **arguments)
     assert "\n" not in str(caught.value)

@@ -236,7 +236,7 @@ def test_samples_are_a_table_of_harmless_text(stream, monkeypatch):
     text.encode("utf-8")
 
 
-def test_tables_of_other_things():
+def test_tables_of_figures_and_of_samples():
     stream = io.StringIO()
     tracker = ConsoleTracker(0, stream=stream)
     tracker.show(figures_table(f"title {HOSTILE}", ["name", "a"], [[HOSTILE, "1"], ["short", "22.5"]]))

@@ -210,7 +210,7 @@ def extract_number(text: str, *, which: Literal["last", "first"] = "last") -> Fr
 
 
 def _single_number(text: str) -> Fraction | None:
-    """Reads a marked answer as one number, which is a quantity, as in `x = 18`, or stands among words."""
+    """Reads a marked answer as one number, also in `x = 18`, or as the only number among words."""
     cleaned = right_side(clean_answer(text))
     quantity = read_quantity(cleaned)
     if quantity is not None:

@@ -47,14 +47,14 @@ from grpo_jax.types import Example
         (np.array(["a", 2], dtype=object), ("a", "2")),
     ],
 )
-def test_values_that_mean_something(value, accepted):
+def test_values_that_are_accepted_as_answers(value, accepted):
     assert accepted_answers(value) == accepted
 
 
 @pytest.mark.parametrize(
     "value", [None, "", " \n", b"", float("nan"), np.nan, Decimal("NaN"), [], ["a", None], [""]]
 )
-def test_no_answer_at_all(value):
+def test_missing_answers_are_refused(value):
     with pytest.raises(MissingAnswerError, match="the expected answer"):
         accepted_answers(value)
 
@@ -73,7 +73,7 @@ def test_no_answer_at_all(value):
         (np.datetime64("2026-01-01"), "type datetime64"),
     ],
 )
-def test_values_that_mean_nothing(value, message):
+def test_values_of_other_types_are_refused(value, message):
     with pytest.raises(ValueError, match=message) as caught:
         accepted_answers(value)
     assert not isinstance(caught.value, MissingAnswerError)
@@ -117,7 +117,7 @@ def test_whole_numbers_are_read(value):
     "value",
     ["", "a", "1.5", 1.5, None, True, float("nan"), float("inf"), Decimal("NaN"), [12], "1 2", "9" * 500],
 )
-def test_what_is_no_whole_number(value):
+def test_values_that_are_not_whole_numbers(value):
     with pytest.raises(ValueError, match="is not a whole number"):
         whole_number(value)
 
@@ -133,7 +133,7 @@ def test_lists_of_whole_numbers_are_read(value):
 @pytest.mark.parametrize(
     "value", [None, [], "", "[]", "[12, x]", "[12, 34", [1.5], 12, {"a": 1}, [[1]], "1-2"]
 )
-def test_what_is_no_list_of_whole_numbers(value):
+def test_values_that_are_not_lists_of_whole_numbers(value):
     with pytest.raises(ValueError, match=r"not a (list of )?whole number"):
         whole_numbers(value)
 
@@ -160,7 +160,7 @@ def test_one_bad_gold_is_found_among_many(bad):
     assert "\n" not in reason
 
 
-def test_texts_are_answers_of_every_other_reward():
+def test_rewards_that_compare_texts_take_any_text():
     rows = [{"answer": a} for a in ("Paris", None, 5, ["a", "b"], {"a": 1}, "")]
     for name, arguments in (("exact_match", {}), ("answer_match", {"where": "tag"})):
         assert [index for index, _ in checked(name, rows, **arguments)] == [1, 4, 5]
