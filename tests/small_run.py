@@ -90,7 +90,7 @@ def note_compilations(monkeypatch) -> list[str]:
 
     def noting(backend, computation, *args, **kwargs):
         name = str(computation.operation.attributes["sym_name"]).strip('"')
-        names.append(name.removeprefix("jit_").lstrip("_"))  # `train_step` jits `_train_step`
+        names.append(name.removeprefix("jit_").lstrip("_"))
         return original(backend, computation, *args, **kwargs)
 
     monkeypatch.setattr(compiler, "compile_or_get_cached", noting)

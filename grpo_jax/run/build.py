@@ -26,7 +26,7 @@ from grpo_jax.run.first_look import notes_about_prompts, show_first_prompt
 from grpo_jax.run.named_rewards import check_data_columns, choose_rule, drop_bad_rows, load_named_rewards
 from grpo_jax.run.trained_model import init_state, make_run_optimizer, make_run_schedule, prepare_model
 from grpo_jax.training.actor import Actor
-from grpo_jax.training.learner import TrainState
+from grpo_jax.training.train_state import TrainState
 from grpo_jax.types import Example, Params
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from grpo_jax.config.run import Config, EvaluationConfig
 from grpo_jax.run.build import Run
 from grpo_jax.run.digests import digest_examples, digest_reward, same_code
-from grpo_jax.training.learner import TrainState
+from grpo_jax.training.train_state import TrainState
 
 Record = dict[str, dict[str, Any]]
 

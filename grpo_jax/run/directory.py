@@ -16,7 +16,7 @@ from grpo_jax.models.loading import Model, load_model, set_endings
 from grpo_jax.models.peft import check_base
 from grpo_jax.policy.lora import Lora
 from grpo_jax.run.trained_model import build_model
-from grpo_jax.training.learner import TrainState, policy_params
+from grpo_jax.training.train_state import TrainState, policy_params
 from grpo_jax.types import Params
 
 # What may differ when a run is continued, because it changes nothing about the steps already made.

@@ -26,7 +26,7 @@ from grpo_jax.run.directory import check_same_run, read_config
 from grpo_jax.trackers.jsonl import plain
 from grpo_jax.training.actor import add_up
 from grpo_jax.training.dynamic_sampling import Groups
-from grpo_jax.training.learner import TrainState, policy_params
+from grpo_jax.training.train_state import TrainState, policy_params
 from grpo_jax.types import Experience, Judged, Params, Rollout, Silence
 
 

@@ -11,8 +11,8 @@ from grpo_jax.models.loading import Model, load_model, set_endings
 from grpo_jax.models.peft import make_lora
 from grpo_jax.models.start_adapters import base_note, read_adapters, settings_of_adapter
 from grpo_jax.policy.lora import Lora, init_adapters
-from grpo_jax.training.learner import TrainState, init_train_state
 from grpo_jax.training.optimizers import make_optimizer, make_schedule
+from grpo_jax.training.train_state import TrainState, init_train_state
 from grpo_jax.types import Params
 
 

@@ -1,11 +1,10 @@
-"""The learner: a train state and one jitted optimizer update over an Experience."""
+"""The learner: one jitted optimizer update of a train state, from an Experience."""
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 import chex
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -30,102 +29,23 @@ from grpo_jax.training.metrics import (
     token_mean,
 )
 from grpo_jax.training.reference import is_reference
+from grpo_jax.training.train_state import (
+    TrainState,
+    check_frozen,
+    init_train_state,
+    own_state,
+    policy_params,
+)
 from grpo_jax.types import Array, Experience, Params, Policy
+
+# The state was part of this module until version 0.2.
+__all__ = ["TrainState", "experience_loss", "init_train_state", "policy_params", "train_step"]
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 # Two programs may compute the same float32 log-prob this many nats apart. A KL of that size is 5e-10 nats.
 _ROUNDING = 3e-5
-
-
-class TrainState(train_state.TrainState):
-    """A flax TrainState that knows the policy's functions and counts skipped updates.
-
-    `step` counts calls of `train_step`, skipped ones included: it is the clock of the run, from which
-    noise and data order follow. It holds no key. With LoRA, params are the adapters alone.
-    `init_train_state` makes it. `train_step` also takes the plain flax class.
-    """
-
-    policy: Policy
-    skipped: Array  # [] int32, updates skipped since the start because something was not finite
-    skipped_in_a_row: Array  # [] int32, since the last good one
-    idle: Array  # [] int32, updates without any gradient since the start: nothing moved
-    lora: Lora | None = flax.struct.field(pytree_node=False, default=None)  # None: params are the policy's
-
-    @classmethod
-    def create(
-        cls, *, apply_fn: Callable, params: Params, tx: optax.GradientTransformation, **kwargs: Any
-    ) -> "TrainState":
-        """Makes the state as flax's own class does; see `init_train_state` and `train_step` for arguments."""
-        if kwargs:
-            raise ValueError(f"TrainState.create: unknown {', '.join(kwargs)}; see init_train_state")
-        return init_train_state(_policy_of(apply_fn, params), params, tx)
-
-
-def init_train_state(
-    policy: Policy, params: Params, optimizer: optax.GradientTransformation, *, lora: Lora | None = None
-) -> TrainState:
-    """Makes the state of a fresh run. `params` are copied, since `train_step` donates its state.
-
-    Args:
-        policy: the model's functions.
-        params: float32 parameters; lower precision would swallow small updates. With LoRA, the adapters.
-        optimizer: an optax transformation, see `make_optimizer`.
-        lora: what params are adapters of; None: they are the policy's parameters.
-
-    Raises:
-        ValueError: a parameter that is not float32.
-    """
-    params = _copy_of_float32(params)
-    return _new_state(policy, params, optimizer, optimizer.init(params), jnp.zeros((), jnp.int32), lora)
-
-
-def _copy_of_float32(params: Params) -> Params:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if leaf.dtype != jnp.float32:
-            name = jax.tree_util.keystr(path)
-            raise ValueError(
-                f"parameter {name} is {leaf.dtype}; training needs float32 parameters "
-                "(cast them; compute in bfloat16 is a setting of the policy)"
-            )
-    return _copy(params)
-
-
-def _copy(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
-
-
-def _new_state(policy, params, optimizer, opt_state, step, lora=None) -> TrainState:
-    # Each counter its own buffer: one buffer cannot be donated twice.
-    return TrainState(
-        step=step,
-        apply_fn=policy.forward,
-        params=params,
-        tx=optimizer,
-        opt_state=opt_state,
-        policy=policy,
-        skipped=jnp.zeros((), jnp.int32),
-        skipped_in_a_row=jnp.zeros((), jnp.int32),
-        idle=jnp.zeros((), jnp.int32),
-        lora=lora,
-    )
-
-
-def policy_params(state: TrainState, frozen: Params | None = None) -> Params:
-    """Returns what the policy's functions take as params: the state's, or its adapters merged into the base.
-
-    Args:
-        state: of a run.
-        frozen: parameters of the base; given with LoRA, and only then.
-
-    Raises:
-        ValueError: the state is one of LoRA and there is no base, or the other way round.
-    """
-    _check_frozen(state, frozen)
-    return state.params if state.lora is None else merge_adapters(state.lora, frozen, state.params)
-
-
-def _check_frozen(state: TrainState, frozen: Params | None) -> None:
-    if (state.lora is None) != (frozen is None):
-        raise ValueError("frozen parameters are those of the base under LoRA: needed there, and only there")
 
 
 def experience_loss(
@@ -224,6 +144,28 @@ def _gradients(state, experience, num_microbatches, loss_fn):
     return grads, jnp.sum(losses), merge_loss_metrics(metrics), merged
 
 
+def _takes_plain_states(update: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Lets a jitted update take a plain flax TrainState as well, and give one of its class back."""
+
+    @functools.wraps(update)
+    def train_step(state, experience, **settings):
+        if isinstance(state, TrainState):
+            return update(state, experience, **settings)
+        own, metrics = update(own_state(state), experience, **settings)
+        return state.replace(step=own.step, params=own.params, opt_state=own.opt_state), metrics
+
+    # It may be asked for what a jitted function may be asked for.
+    train_step.lower = update.lower
+    train_step._cache_size = update._cache_size
+    return train_step
+
+
+@_takes_plain_states
+@functools.partial(
+    jax.jit,
+    static_argnames=("group_size", "num_microbatches", "num_tokens", "chunk_size"),
+    donate_argnames="state",
+)
 def train_step(
     state: train_state.TrainState,
     experience: Experience,
@@ -279,68 +221,7 @@ def train_step(
         ValueError: num_microbatches does not divide B; ref_params and the kind of KL do not go together, or
             frozen or dropout_key and the state; the state is of no model that we know.
     """
-    own = state if isinstance(state, TrainState) else _own_state(state)
-    own, metrics = _train_step(
-        own,
-        experience,
-        recipe=recipe,
-        frozen=frozen,
-        ref_params=ref_params,
-        at_reference=at_reference,
-        dropout_key=dropout_key,
-        group_size=group_size,
-        num_microbatches=num_microbatches,
-        num_tokens=num_tokens,
-        temperature=temperature,
-        chunk_size=chunk_size,
-    )
-    if isinstance(state, TrainState):
-        return own, metrics
-    return state.replace(step=own.step, params=own.params, opt_state=own.opt_state), metrics
-
-
-def _own_state(state: train_state.TrainState) -> TrainState:
-    """Makes our state of a plain one: its own arrays, since they will be donated; counters at 0."""
-    if not isinstance(state, train_state.TrainState):
-        raise ValueError(
-            f"state: {type(state).__name__} is no TrainState; make one with "
-            "grpo_jax.init_train_state(policy, params, optimizer)"
-        )
-    policy = _policy_of(state.apply_fn, state.params)
-    step = jnp.array(state.step, jnp.int32, copy=True)
-    return _new_state(policy, _copy_of_float32(state.params), state.tx, _copy(state.opt_state), step)
-
-
-def _policy_of(apply_fn: Any, params: Params) -> Policy:
-    from grpo_jax.models.flax_objects import check_params, policy_of  # transformers; others need none of it
-
-    policy = policy_of(apply_fn)
-    check_params(apply_fn, params)
-    return policy
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("group_size", "num_microbatches", "num_tokens", "chunk_size"),
-    donate_argnames="state",
-)
-def _train_step(
-    state: TrainState,
-    experience: Experience,
-    *,
-    recipe: Recipe,
-    frozen: Params | None = None,
-    ref_params: Params | None = None,
-    at_reference: bool | Array = False,
-    dropout_key: Array | None = None,
-    group_size: int = 1,
-    num_microbatches: int = 1,
-    num_tokens: int | None = None,
-    temperature: float | Array = 1.0,
-    chunk_size: int = CHUNK_SIZE,
-) -> tuple[TrainState, Metrics]:
-    """Makes the update, in one program; see `train_step`."""
-    _check_frozen(state, frozen)
+    check_frozen(state, frozen)
     if (dropout_key is not None) != (state.lora is not None and state.lora.dropout > 0):
         raise ValueError("dropout_key is that of adapters with dropout: needed by them, and only by them")
     if ref_params is not None and not recipe.exact_kl:
@@ -402,7 +283,3 @@ def _train_step(
         "idle_updates": state.idle,
     }
     return state, metrics
-
-
-# `train_step` may be asked for what a jitted function may be asked for.
-train_step.lower, train_step._cache_size = _train_step.lower, _train_step._cache_size

@@ -18,7 +18,8 @@ from toy import make_toy_policy, off_policy_experience
 
 from grpo_jax.cli import enable_compilation_cache
 from grpo_jax.objective.recipes import RECIPES, make_recipe
-from grpo_jax.training.learner import init_train_state, train_step
+from grpo_jax.training.learner import train_step
+from grpo_jax.training.train_state import init_train_state
 
 NUM_DEVICES = 8
 B, S, T = 16, 4, 6

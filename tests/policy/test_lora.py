@@ -10,8 +10,9 @@ from toy import make_toy_policy, off_policy_experience
 from grpo_jax.objective.recipes import RECIPES, grpo, make_recipe
 from grpo_jax.policy.log_probs import completion_log_probs
 from grpo_jax.policy.lora import Lora, Target, init_adapters, match_targets, merge_adapters
-from grpo_jax.training.learner import init_train_state, policy_params, train_step
+from grpo_jax.training.learner import train_step
 from grpo_jax.training.optimizers import make_optimizer
+from grpo_jax.training.train_state import init_train_state, policy_params
 
 WIDTH = 16
 TARGETS = (

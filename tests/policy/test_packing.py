@@ -12,7 +12,8 @@ from grpo_jax.objective.losses import loss_weights
 from grpo_jax.objective.recipes import make_recipe
 from grpo_jax.policy.log_probs import completion_log_probs
 from grpo_jax.policy.packing import make_packing
-from grpo_jax.training.learner import init_train_state, train_step
+from grpo_jax.training.learner import train_step
+from grpo_jax.training.train_state import init_train_state
 from grpo_jax.types import Experience
 
 MASK = np.arange(5) < np.array([3, 0, 5, 1])[:, None]

@@ -12,9 +12,10 @@ from grpo_jax.objective.recipes import RECIPES, grpo, make_recipe
 from grpo_jax.policy.decoding import generate
 from grpo_jax.policy.log_probs import completion_log_probs
 from grpo_jax.policy.lora import Lora, Target, init_adapters
-from grpo_jax.training.learner import init_train_state, train_step
+from grpo_jax.training.learner import train_step
 from grpo_jax.training.optimizers import make_optimizer
 from grpo_jax.training.reference import is_reference, mix_params
+from grpo_jax.training.train_state import init_train_state
 from grpo_jax.types import Experience, Prompts
 
 N, G, S, T = 2, 4, 4, 6

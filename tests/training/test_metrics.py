@@ -26,7 +26,7 @@ from grpo_jax.training import actor as actor_module
 from grpo_jax.training import metrics as metrics_module
 from grpo_jax.training.actor import Actor, collect
 from grpo_jax.training.experience import make_experience
-from grpo_jax.training.learner import init_train_state, train_step
+from grpo_jax.training.learner import train_step
 from grpo_jax.training.metrics import (
     loss_metrics_dict,
     merge_loss_metrics,
@@ -34,6 +34,7 @@ from grpo_jax.training.metrics import (
     rollout_metrics,
     token_mean,
 )
+from grpo_jax.training.train_state import init_train_state
 from grpo_jax.types import Example, Judged, Rollout
 
 B, T = 8, 5
