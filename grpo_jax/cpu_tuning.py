@@ -23,16 +23,15 @@ _PAGE = 2**21
 def use_huge_pages(share: float = 0.75) -> bool:
     """Makes malloc serve from a heap that the kernel may back with huge pages.
 
-    Call it before any array exists.
-    The heap is address space. Memory is used when it is written to, and it is kept from then on. Beyond the
-    share, pages are small again. GRPO_JAX_HUGE_PAGES=0 leaves malloc alone.
+    Call it before any array exists. The heap is address space. Memory is used when it is written to, and it
+    is kept from then on. Beyond the share, pages are small again. GRPO_JAX_HUGE_PAGES=0 leaves malloc alone.
 
     Args:
         share: Part of the machine's memory that the heap may take, in (0, 1].
 
     Returns:
-        True if it was done. It is done on Linux with glibc alone, and only where the kernel gives huge pages
-        to those who ask (`madvise`), not where it gives them to all (`always`) or to none (`never`).
+        True if malloc does so now. That is on Linux with glibc alone, and only where the kernel gives huge
+        pages to those who ask (`madvise`), not where it gives them to all (`always`) or to none (`never`).
     """
     if sys.platform != "linux" or os.environ.get("GRPO_JAX_HUGE_PAGES") == "0":
         return False
@@ -53,13 +52,13 @@ def use_huge_pages(share: float = 0.75) -> bool:
         return False
     start = -(-block // _PAGE) * _PAGE
     failed = libc.madvise(start, size - (start - block), _MADV_HUGEPAGE)
-    libc.free(block)  # the heap keeps the place, since it does not shrink
+    libc.free(block)  # the heap keeps the addresses, since it does not shrink
     return not failed
 
 
 @functools.cache
 def cpu_vendor() -> str:
-    """Returns the name that the processor gives its maker, such as `AuthenticAMD`; empty if it is unknown.
+    """Returns the name that the processor gives its maker, such as `AuthenticAMD`, or "" if it is unknown.
 
     A layout may follow from the kind of machine, but never from a measurement: a resumed run must choose the
     same one.

@@ -17,7 +17,9 @@ PyTree = Any
 Template = PyTree | Callable[[int], PyTree]  # a pytree with shapes and dtypes, or a function num_rows -> one
 Leaves = dict[str, np.ndarray]
 Descriptions = dict[str, list]  # leaf -> [dtype, shape, CRC-32], as JSON has them
-_LEAVES, _CRC = "_leaves", "_crc32"  # our keys in the stored JSON
+# Our keys in the stored JSON.
+_LEAVES = "_leaves"
+_CRC = "_crc32"
 
 
 def to_host(tree: PyTree, item: str) -> Leaves:

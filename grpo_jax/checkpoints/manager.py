@@ -39,8 +39,8 @@ from grpo_jax.checkpoints.format import (
 # is opened.
 OTHER_ITEMS = (
     "experience",  # the rollout in use, if the step falls between two passes over it
-    "leftovers",  # rows of a rollout that wait for a later step; their number varies from step to step
-    "reference",  # the reference parameters, if they move during the run; `save_reference` has frozen ones
+    "leftovers",  # rows of a rollout that wait for a later step, as many as there are
+    "reference",  # the reference parameters, if they move during the run (`save_reference` saves frozen ones)
 )
 
 
@@ -277,7 +277,8 @@ class Checkpoints:
         self._manager.reload()
 
     def _fail(self, error: Exception) -> None:
-        step, self._saving = self._saving, None
+        step = self._saving
+        self._saving = None
         self._manager.reload()  # orbax forgets the steps that this one was to replace before it is written
         self._clean_up("*.orbax-checkpoint-tmp*")  # on a full disk its space is needed
         raise RuntimeError(

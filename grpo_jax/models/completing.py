@@ -27,12 +27,12 @@ def complete(
         model: functions, tokenizer and what ends a completion. Its own params are not used.
         params: parameters to sample with.
         sequences: token ids of N prompts.
-        key: key of the noise.
-        prompt_length: S, to which the prompts are padded.
+        key: PRNG key of the sampling noise.
+        prompt_length: length S that the prompts are padded to.
         settings: the other arguments of `generate`, such as group_size and temperature.
 
     Returns:
-        (N*G texts, prompt-major; the rollout).
+        (N*G texts, prompt-major, and the rollout).
 
     Raises:
         ValueError: a prompt is longer than prompt_length.

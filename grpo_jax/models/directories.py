@@ -15,6 +15,21 @@ from grpo_jax.models.hf_config import read_config
 from grpo_jax.models.implementations import choose_implementation
 
 PACKAGED = Path(str(files("grpo_jax"))) / "packaged"
+ADAPTER_CONFIG = "adapter_config.json"
+# Patterns of everything but the weights.
+_SMALL_FILES = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "vocab.json",
+    "merges.txt",
+    "*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "*.index.json",
+    ADAPTER_CONFIG,
+]
 
 
 def find_directory(name: str, *, revision: str | None) -> Path:
@@ -27,8 +42,8 @@ def find_directory(name: str, *, revision: str | None) -> Path:
     if revision is not None:
         raise ValueError(f"revision {revision!r} is for hub ids; {name} is local")
     if packaged != name and ("/" in packaged or not path.is_dir()):
-        there = ", ".join(sorted(p.name for p in PACKAGED.glob("*/"))) or "none"
-        raise FileNotFoundError(f"{name}: no such packaged model; there are: {there}")
+        names = ", ".join(sorted(p.name for p in PACKAGED.glob("*/"))) or "none"
+        raise FileNotFoundError(f"{name}: no such packaged model; there are: {names}")
     if not path.is_dir():
         raise FileNotFoundError(f"{name}: no such directory")
     return path
@@ -47,12 +62,6 @@ def check_no_adapter(directory: Path, name: str) -> None:
     )
 
 
-_SMALL_FILES = ["config.json", "generation_config.json", "tokenizer*", "vocab.json", "merges.txt", "*.model"]
-_SMALL_FILES += ["special_tokens_map.json", "added_tokens.json", "chat_template*", "*.index.json"]
-ADAPTER_CONFIG = "adapter_config.json"
-_SMALL_FILES += [ADAPTER_CONFIG]
-
-
 def _download(name: str, revision: str | None) -> Path:
     # The configuration comes first, so that a model that will be refused costs no gigabytes. Then comes the
     # first format that exists.
@@ -60,10 +69,12 @@ def _download(name: str, revision: str | None) -> Path:
     try:
         for patterns in stages:
             folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
-            if patterns is _SMALL_FILES and (raw := read_json(folder / "config.json")) is not None:
-                choose_implementation(read_config(raw, name), "auto", source=name)
-            if patterns is _SMALL_FILES and raw is None:
-                check_no_adapter(folder, name)
+            if patterns is _SMALL_FILES:
+                raw = read_json(folder / "config.json")
+                if raw is None:
+                    check_no_adapter(folder, name)
+                else:
+                    choose_implementation(read_config(raw, name), "auto", source=name)
             if any(folder.glob("*.safetensors")) or any(folder.glob("*.msgpack")):
                 break
         return folder

@@ -43,7 +43,7 @@ def find_eos(
         tokenizer: tokenizer. Its `eos_token` counts, and so does an `eot_token` (end of turn), if it has one.
         vocab_size: V.
         source: name of the model in messages.
-        required: whether there has to be such a token.
+        required: whether it is an error if there is no such token.
 
     Returns:
         id -> the places that name it, in the order above.
@@ -72,7 +72,7 @@ def find_eos(
             f"{source}: no end-of-sequence token: neither generation_config.json, config.json nor the "
             f"tokenizer names one. Give {_GIVEN}, or texts as sampling.stop"
         )
-    return _drawable({token: ", ".join(places) for token, places in found.items()}, tokenizer, source)
+    return _check_sampled({token: ", ".join(places) for token, places in found.items()}, tokenizer, source)
 
 
 def choose_eos(
@@ -102,7 +102,7 @@ def choose_eos(
             raise ValueError(
                 f"{_GIVEN}: {token} is not an id of the vocabulary of {source}, 0 to {vocab_size - 1}"
             )
-    return _drawable(dict.fromkeys(ids, _GIVEN), tokenizer, source)
+    return _check_sampled(dict.fromkeys(ids, _GIVEN), tokenizer, source)
 
 
 def _id_of(text: str, tokenizer: Any, source: str) -> int:
@@ -125,7 +125,8 @@ def _turn_end(tokenizer: Any) -> int | None:
     return None if token is None else tokenizer.get_vocab().get(str(token))
 
 
-def _drawable(found: dict[int, str], tokenizer: Any, source: str) -> dict[int, str]:
+def _check_sampled(found: dict[int, str], tokenizer: Any, source: str) -> dict[int, str]:
+    """Returns what was found, unless none of it can be sampled, see `limit_vocabulary`."""
     largest = max(tokenizer.get_vocab().values())
     if found and min(found) > largest:
         raise ValueError(
@@ -221,7 +222,8 @@ def turn_end_note(model: Ending) -> str | None:
 
     The turn's end is the first control token that the chat template puts behind an assistant's message.
     """
-    tokenizer, answer = model.tokenizer, "The answer is 42."
+    tokenizer = model.tokenizer
+    answer = "The answer is 42."
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
     try:
         text = apply_template(tokenizer, messages, model.chat, add_generation_prompt=False)

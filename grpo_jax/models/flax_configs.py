@@ -1,7 +1,7 @@
 """The model types that the Flax classes of transformers compute, and what each class gets wrong.
 
 Several of these classes ignore parts of their configuration and would silently compute a different model.
-`Family.problems` finds such a configuration. Nothing here needs Flax; `flax_families` adapts the classes.
+`Family.problems` finds such a configuration. Nothing here needs Flax. `flax_families` adapts the classes.
 """
 
 import functools
@@ -110,7 +110,8 @@ def _mistral(config: HFConfig, raw: dict) -> Problems:
 def _gemma(config: HFConfig, raw: dict) -> Problems:
     yield from _rope(config, raw)
     # PyTorch reads hidden_act. Flax reads hidden_activation, where None means the tanh approximation.
-    flax_act, torch_act = config.hidden_activation or "gelu_pytorch_tanh", config.hidden_act
+    flax_act = config.hidden_activation or "gelu_pytorch_tanh"
+    torch_act = config.hidden_act
     if flax_act != torch_act and not {flax_act, torch_act} <= _TANH_GELU:
         yield (
             f"PyTorch would use hidden_act={torch_act!r}, Flax hidden_activation={config.hidden_activation!r}"

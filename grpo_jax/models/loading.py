@@ -153,15 +153,15 @@ def load_model(
             "tokenizer"
         )
     generation_config = read_json(directory / "generation_config.json") or {}
-    place = {"vocab_size": config.vocab_size, "source": hf_model_name}
+    known = {"vocab_size": config.vocab_size, "source": hf_model_name}
     if stop is None:
         stop = as_list(generation_config.get("stop_strings"))
         check_stop_strings(f"{hf_model_name}: stop_strings in generation_config.json", stop)
     if eos_token_ids is None:
-        eos = find_eos(generation_config, raw, tokenizer, required=not stop, **place)
+        eos = find_eos(generation_config, raw, tokenizer, required=not stop, **known)
     else:
-        eos = choose_eos(eos_token_ids, tokenizer, **place)
-    stops = make_stops(stop, tokenizer, included=include_stop, **place)
+        eos = choose_eos(eos_token_ids, tokenizer, **known)
+    stops = make_stops(stop, tokenizer, included=include_stop, **known)
 
     chosen = load_implementation(implementation)
     params = tensor_files.read_params(
@@ -196,7 +196,7 @@ def set_endings(
     stop: Sequence[str] | None = None,
     include_stop: bool = False,
 ) -> Model:
-    """Returns a model with other ends of its completions.
+    """Returns a model whose completions end with something else.
 
     Args:
         model: a loaded model.
@@ -207,13 +207,13 @@ def set_endings(
     Raises:
         ValueError: an entry is no token of the model.
     """
-    place = {"vocab_size": model.config.vocab_size, "source": model.source}
+    known = {"vocab_size": model.config.vocab_size, "source": model.source}
     if eos_token_ids is not None:
-        eos = choose_eos(eos_token_ids, model.tokenizer, **place)
+        eos = choose_eos(eos_token_ids, model.tokenizer, **known)
         model = replace(model, eos_ids=tuple(eos), eos_origins=tuple(eos.values()))
     now = None if model.stops is None else (model.stops.strings, model.stops.included)
     if stop is not None and (tuple(stop), include_stop) != now:
-        stops = make_stops(stop, model.tokenizer, included=include_stop, **place)
+        stops = make_stops(stop, model.tokenizer, included=include_stop, **known)
         model = replace(model, stops=stops)
     return model
 
@@ -249,7 +249,8 @@ def save_model(
             for path, leaf in jax.tree.leaves_with_path(tree)
         }
 
-    wanted, given = describe(model.params), describe(params)
+    wanted = describe(model.params)
+    given = describe(params)
     if wrong := sorted(key for key in wanted | given if wanted.get(key) != given.get(key)):
         key = wrong[0]
         raise ValueError(

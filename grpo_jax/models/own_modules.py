@@ -16,7 +16,7 @@ _POLICIES: dict[Any, Policy] = {}  # what is called -> its policy, so that nothi
 
 
 def linen_policy(module: flax.linen.Module) -> Policy:
-    """Makes the policy of a linen module; see `policy_of`.
+    """Makes the policy of a linen module, see `policy_of`.
 
     Its parameters are `variables["params"]` of `variables = module.init(...)`, or those variables as they are
     if they hold nothing else.
@@ -65,7 +65,9 @@ def nnx_policy(model: nnx.Module | nnx.GraphDef) -> Policy:
             which shows when it is first traced.
     """
     if isinstance(model, nnx.GraphDef):
-        graphdef, wanted, rest = model, None, ()
+        graphdef = model
+        wanted = None
+        rest = ()
     else:
         arguments_of(model.__call__, type(model).__name__)  # its refusal should not wait for the first call
         graphdef, params, *rest = nnx.split(model, nnx.Param, ...)

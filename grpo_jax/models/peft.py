@@ -82,7 +82,8 @@ def save_adapters(model: Model, lora: Lora, adapters: Params, directory: str | o
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    pairs, tensors = flatten_dict(jax.device_get(adapters)), {}
+    pairs = flatten_dict(jax.device_get(adapters))
+    tensors = {}
     for target in lora.targets:
         # PyTorch's Linear has its weights [out, in]. These two are Linear even if the layer is a Conv1D.
         for name, factor in (("lora_A", "a"), ("lora_B", "b")):

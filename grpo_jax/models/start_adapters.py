@@ -57,7 +57,8 @@ def settings_of_adapter(lora: LoraConfig) -> LoraConfig:
         return lora
     directory = Path(lora.start_from).expanduser()
     content = _read_config(directory)
-    rank, alpha = content["r"], float(content["lora_alpha"])
+    rank = content["r"]
+    alpha = float(content["lora_alpha"])
     for name, wanted, theirs in (("rank", lora.rank or None, rank), ("alpha", lora.alpha, alpha)):
         if wanted is not None and wanted != theirs:
             raise ValueError(
@@ -83,9 +84,11 @@ def read_adapters(lora: Lora, start_from: str) -> Params:
     """
     directory = Path(start_from).expanduser()
     tensors = _read_pairs(directory, lora.rank)
-    ours, theirs = {target.module for target in lora.targets}, {module for module, _ in tensors}
+    ours = {target.module for target in lora.targets}
+    theirs = {module for module, _ in tensors}
     if ours != theirs:
-        extra, absent = sorted(theirs - ours), sorted(ours - theirs)
+        extra = sorted(theirs - ours)
+        absent = sorted(ours - theirs)
         which = f"adapts {extra[0]}, which lora.targets do not name" if extra else f"has no {absent[0]}"
         raise ValueError(f"lora.targets: the adapter in {directory} {which}; leave lora.targets out")
     flat = {}
@@ -130,7 +133,8 @@ def _read_config(directory: Path) -> dict[str, Any]:
                 f"{where}: {key} is {value!r}, which is not supported; merge that adapter in PEFT "
                 "(merge_and_unload()), and give the result as model.hf_model_name"
             )
-    rank, alpha = content.get("r"), content.get("lora_alpha")
+    rank = content.get("r")
+    alpha = content.get("lora_alpha")
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"{where}: r is {rank!r}; a rank is a whole number from 1 on")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):

@@ -36,7 +36,7 @@ class Stops:
     table: Array
     unspellable: tuple[str, ...] = ()
 
-    def cut(self, text: str) -> str:
+    def truncate(self, text: str) -> str:
         """Truncates a text at the stop string that ended it, right before it, or right after if included.
 
         That is the one that was complete first, the longest if several were. Characters behind it, which its
@@ -114,7 +114,8 @@ def _byte_automaton(strings: Sequence[bytes]) -> np.ndarray:
     match = len(children)
     moves[match] = match
     # `fails` is the longest proper end of a state that is a state too. It is shorter, so its row is filled.
-    fails, waiting = [0] * len(children), deque([0])
+    fails = [0] * len(children)
+    waiting = deque([0])
     while waiting:
         state = waiting.popleft()
         if state:
@@ -163,7 +164,8 @@ class _Search:
     def table(self) -> np.ndarray:
         """Visits every state that a text can reach, see `stop_table`."""
         numbers = {(("begin", True, self.texts.num_strips), 0): 0}
-        waiting, rows = deque(numbers), []
+        waiting = deque(numbers)
+        rows = []
         while waiting:
             state = waiting.popleft()
             codes, states = self._after_every_token(*state)
@@ -179,19 +181,16 @@ class _Search:
 
     def _after_every_token(self, where: tuple, state: int) -> tuple[np.ndarray, list]:
         """Returns (codes [V], what each code means): the state after each token, None for a match."""
-        first, strips = (where[1], where[2]) if where[0] == "begin" else (False, 0)
-        if where[0] in ("part", "broken"):
-            state_before, where_before = 0, _TEXT  # the run is U+FFFD now, which no stop string has
-        else:
-            state_before, where_before = state, where
+        first, strips = where[1:] if where[0] == "begin" else (False, 0)
+        # A run of byte tokens that ends here is U+FFFD, which no stop string has.
+        state_before = 0 if where[0] in ("part", "broken") else state
         ends, left = self._after_pieces(first, strips, state_before)
-        # After a piece without any text, a beginning is still a beginning.
-        if where_before[0] == "begin":
-            begun = [("begin", False, n) for n in range(strips + 1)]
+        codes = ends.copy()
+        states: list = [*((_TEXT, i) for i in range(self.match)), None]
+        if where[0] == "begin":
+            # After a piece without any text, a beginning is still a beginning.
             codes = np.where(left < 0, ends, self.match + 1 + left)
-            states = [(_TEXT, i) for i in range(self.match)] + [None] + [(place, 0) for place in begun]
-        else:
-            codes, states = ends.copy(), [(_TEXT, i) for i in range(self.match)] + [None]
+            states += [(("begin", False, n), 0) for n in range(strips + 1)]
         for token, byte in self.texts.fallback.items():
             codes[token] = len(states)
             states.append(self._after_byte(where, state, byte))
@@ -215,8 +214,9 @@ class _Search:
         return None if state == self.match else (following, state)
 
     def _after_pieces(self, first: bool, strips: int, state: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the automaton's state after each token's piece [V], and the number of strips left [V] where
-        the piece has no text, or -1 where it has.
+        """Returns (the automaton's state after each token's piece [V], strips left [V]).
+
+        The number of strips left is that of a piece without text. It is -1 where a piece has text.
         """
         if (first, strips) not in self.pieces:
             self.pieces[first, strips] = self._columns(first, strips)
@@ -229,21 +229,26 @@ class _Search:
         return self.ends[first, strips, state], left
 
     def _columns(self, first: bool, strips: int) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-        """Returns the pieces by position, the longest piece first, as (bytes at each position of the pieces
-        that reach it, order [V] of the tokens, number of strips left [V]).
+        """Returns the pieces by the index of their bytes, the longest piece first.
+
+        Returns:
+            (for each index, the bytes of the pieces that reach it; order [V] of the tokens; strips left [V]).
         """
-        pieces, left = [], np.full(len(self.silent), -1)
-        for token, piece in enumerate(self.texts.first if first else self.texts.later):
-            piece, remaining = piece or b"", strips
+        pieces = []
+        left = np.full(len(self.silent), -1)
+        for token, shown in enumerate(self.texts.first if first else self.texts.later):
+            piece = shown or b""
+            remaining = strips
             while remaining and piece.startswith(self.texts.strip):
-                piece, remaining = piece[len(self.texts.strip) :], remaining - 1
+                piece = piece[len(self.texts.strip) :]
+                remaining -= 1
             left[token] = -1 if piece else remaining
             pieces.append(piece)
         lengths = np.array([len(piece) for piece in pieces])
         order = np.argsort(-lengths, kind="stable")
-        ordered, sizes = [pieces[i] for i in order], lengths[order]
+        ordered = [pieces[i] for i in order]
         columns = [
-            np.frombuffer(bytes(piece[i] for piece in ordered[: int((sizes > i).sum())]), np.uint8)
+            np.frombuffer(bytes(piece[i] for piece in ordered[: int((lengths > i).sum())]), np.uint8)
             for i in range(int(lengths.max()))
         ]
         return columns, order, left

@@ -22,7 +22,8 @@ from safetensors.numpy import save_file
 
 from grpo_jax.types import Params
 
-SAFETENSORS, MSGPACK = "model.safetensors", "flax_model.msgpack"
+SAFETENSORS = "model.safetensors"
+MSGPACK = "flax_model.msgpack"
 MAX_SHARD_SIZE = 5 * 10**9  # bytes
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _FLAX_LEAVES = {"kernel", "embedding", "scale"}
@@ -109,7 +110,8 @@ def write_params(
     """
     size_of_one = DTYPES[dtype].itemsize
     shards = _into_shards(flatten_dict(params), max_shard_size, size_of_one)
-    count, weight_map = len(shards), {}
+    count = len(shards)
+    weight_map = {}
     for number, shard in enumerate(shards, start=1):
         file = SAFETENSORS if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
         tensors = {}
@@ -147,7 +149,8 @@ def _count(tree: Params) -> int:
 
 def _into_shards(leaves: dict[tuple[str, ...], jax.Array], max_size: int, size_of_one: int) -> list[dict]:
     """Distributes parameters, in their order, over as many files as are needed."""
-    shards, size = [{}], 0
+    shards = [{}]
+    size = 0
     for key, leaf in leaves.items():
         if shards[-1] and size + leaf.size * size_of_one > max_size:
             shards.append({})

@@ -51,7 +51,9 @@ def try_encode(
     if names is None:
         names = [f"prompt {i}" for i in range(len(prompts))]
     found: list[list[int] | ValueError] = [[]] * len(prompts)
-    texts, rendered, control = {}, {}, control_tokens(model.tokenizer)
+    texts = {}
+    rendered = {}
+    control = control_tokens(model.tokenizer)
     for i, prompt in enumerate(prompts):
         if isinstance(prompt, str):
             texts[i] = prompt
@@ -86,7 +88,7 @@ def decode(model: Ending, tokens: np.ndarray, mask: np.ndarray) -> list[str]:
     lengths = np.asarray(mask).sum(axis=1)
     rows = [row[:length].tolist() for row, length in zip(np.asarray(tokens), lengths, strict=True)]
     texts = model.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return texts if model.stops is None else [model.stops.cut(text) for text in texts]
+    return texts if model.stops is None else [model.stops.truncate(text) for text in texts]
 
 
 _CHAT = {"add_special_tokens": False, "split_special_tokens": False}
@@ -103,7 +105,8 @@ def _encode_texts(
             found[i] = encoded
             continue
         end = len(encoded["input_ids"]) - control.num_behind
-        ids, added = encoded["input_ids"][:end], encoded["special_tokens_mask"][:end]
+        ids = encoded["input_ids"][:end]
+        added = encoded["special_tokens_mask"][:end]
         # A word-level or unigram vocabulary holds the spelling of its control tokens as ordinary pieces.
         spelled = [t for t, is_added in zip(ids, added, strict=True) if not is_added and t in control.meaning]
         found[i] = ids

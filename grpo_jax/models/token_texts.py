@@ -43,7 +43,8 @@ class TokenTexts:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Returns the text of tokens, which is what the tokenizer returns without special tokens."""
-        text, run = b"", b""
+        text = b""
+        run = b""  # byte tokens that have not become text yet
 
         def flushed(run: bytes) -> bytes:
             try:
@@ -56,7 +57,8 @@ class TokenTexts:
             if token in self.fallback:
                 run += bytes([self.fallback[token]])
                 continue
-            text, run = text + flushed(run) + (self.later if i else self.first)[token], b""
+            text += flushed(run) + (self.later if i else self.first)[token]
+            run = b""
         text += flushed(run)
         for _ in range(self.num_strips):
             text = text.removeprefix(self.strip)
@@ -84,9 +86,13 @@ def token_texts(tokenizer: Any, *, vocab_size: int, source: str) -> TokenTexts:
 
 def _take_apart(names: list[str | None], decoder: Any, complaint: str) -> TokenTexts:
     """Applies a decoder's steps to the names of tokens."""
-    first, later = list(names), list(names)
+    first = list(names)
+    later = list(names)
     fallback: dict[int, int] = {}
-    strip, num_strips, fused, as_bytes = "", 0, False, None
+    strip = ""
+    num_strips = 0
+    fused = False
+    as_bytes = None
 
     def each(change: Callable[[str, bool], str]) -> None:
         for pieces, is_first in ((first, True), (later, False)):
@@ -105,14 +111,16 @@ def _take_apart(names: list[str | None], decoder: Any, complaint: str) -> TokenT
             found = {i: _FALLBACK.fullmatch(piece) for i, piece in enumerate(later) if piece is not None}
             fallback |= {i: int(match[1], 16) for i, match in found.items() if match}
         elif kind == "Strip" and fused and step["stop"] == 0 and step["content"].isascii():
-            strip, num_strips = step["content"], step["start"]
+            strip = step["content"]
+            num_strips = step["start"]
         elif fallback or as_bytes or fused:
             break
         elif kind == "Replace" and "String" in step["pattern"]:
-            old, new = step["pattern"]["String"], step["content"]
-            each(lambda piece, _, old=old, new=new: piece.replace(old, new))
+            old = step["pattern"]["String"]
+            each(lambda piece, _, old=old, new=step["content"]: piece.replace(old, new))
         elif kind == "Metaspace":
-            mark, kept = step["replacement"], step["prepend_scheme"] == "never"
+            mark = step["replacement"]
+            kept = step["prepend_scheme"] == "never"
             each(lambda p, is_first, m=mark, kept=kept: p.replace(m, "" if is_first and not kept else " "))
         elif kind == "WordPiece":
             each(lambda piece, is_first, step=step: _wordpiece(piece, is_first, step))
@@ -162,7 +170,7 @@ def _spelled_bytes(byte_of: dict[str, int]) -> Callable[[str], bytes]:
 
 
 def _check(texts: TokenTexts, backend: Any, complaint: str) -> None:
-    """Compares the text of every token, alone and behind another, with that of the tokenizer itself."""
+    """Raises unless each token, alone and after another, has the text that the tokenizer itself gives."""
     shown = [i for i, piece in enumerate(texts.later) if piece is not None]
     before = next((i for i in shown if i not in texts.fallback and texts.later[i].strip()), None)
     sequences = [[i] for i in shown] + [[before, i] for i in shown if before is not None]

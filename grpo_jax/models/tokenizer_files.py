@@ -22,7 +22,7 @@ _TOKENIZER_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
-# Notes of transformers 5 about itself, and about how the backend is made, which tokenizer.json says.
+# Notes of transformers 5 about itself, and settings of the backend that tokenizer.json has as well.
 _NOTES_OF_V5 = (
     "tokenizer_class",
     "backend",
@@ -116,7 +116,8 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, Any]:
     extra = config.get("extra_special_tokens") or []
     named = dict(config.get("model_specific_special_tokens") or {})
     if isinstance(extra, dict):
-        named, extra = named | extra, []
+        named |= extra
+        extra = []
     listed = [*(config.get("additional_special_tokens") or []), *extra]
     unique = [token for i, token in enumerate(listed) if token not in listed[:i]]
     found: dict[str, Any] = {"additional_special_tokens": unique} if unique else {}

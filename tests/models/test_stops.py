@@ -228,7 +228,7 @@ def test_an_eos_and_a_stop_string_end_whichever_comes_first(gpt2):
 def test_the_text_ends_before_the_stop_string_or_behind_it(strings, text, before, behind):
     for included, expected in ((False, before), (True, behind)):
         stops = Stops(strings=tuple(strings), included=included, table=jnp.zeros((8, 1), jnp.int16))
-        assert stops.cut(text) == expected
+        assert stops.truncate(text) == expected
 
 
 @pytest.mark.parametrize("included", [False, True])
