@@ -8,10 +8,14 @@ import jax
 import pytest
 from hypothesis.configuration import set_hypothesis_home_dir
 
-from grpo_jax.cli import enable_compilation_cache
-
 TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS))  # toy.py and oracle.py
+
+import shape_checks  # noqa: E402  needs the path above
+
+shape_checks.install()  # before the package is imported
+
+from grpo_jax.cli import enable_compilation_cache  # noqa: E402
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs a network
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -57,6 +61,13 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if is_slow(item.path):
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture
+def no_shape_checks():
+    """Lets a test pass shapes that the annotations forbid, as a user can."""
+    with shape_checks.off():
+        yield
 
 
 @pytest.fixture(scope="session")

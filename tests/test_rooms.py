@@ -83,8 +83,8 @@ DOORS = {
     "torch": set(),
 }
 # Of other people's code, all that `types` and `objective` may import, and all that one loads to read a loss.
-ALGEBRA = ("jax", "chex", "optax", "flax.struct")
-LOSS_LIBRARIES = ("jax", "chex", "optax")
+ALGEBRA = ("jax", "jaxtyping", "chex", "optax", "flax.struct")
+LOSS_LIBRARIES = ("jax", "jaxtyping", "chex", "optax")
 LOSS_MODULES = ("advantages", "kl", "surrogates", "losses", "shaping", "recipes")
 # module -> how many modules of the package one has to read to understand it, itself included
 CLOSURES = {"training.actor": 18, **{f"objective.{name}": 6 for name in LOSS_MODULES}}

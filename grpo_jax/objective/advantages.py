@@ -7,13 +7,17 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Float, Real, Shaped
 
 SCALES = ("std", "batch", "none")
 MISSING = ("drop", "skip", "renormalize")
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum", "gdpo")
 
 
-def _prepare(rewards: Array, valid: Array | None) -> tuple[Array, Array, Array]:
+def _prepare(
+    rewards: Shaped[ArrayLike, "*prompts G"], valid: Bool[ArrayLike, "*prompts G"] | None
+) -> tuple[Float[Array, "*prompts G"], Bool[Array, "*prompts G"], Float[Array, "*prompts 1"]]:
     """Returns (rewards with 0 where invalid, valid [...,G], number of valid ones [...,1])."""
     rewards = jnp.asarray(rewards)
     # Promotes integers, and types so short that a square of 300 is infinite.
@@ -26,18 +30,20 @@ def _prepare(rewards: Array, valid: Array | None) -> tuple[Array, Array, Array]:
     return rewards, valid, count
 
 
-def shrink_factor(rewards: Array, axis: int | None) -> Array:
+def shrink_factor(rewards: Float[Array, "..."], axis: int | None) -> Float[Array, "..."]:
     """Returns the power of two, mostly 1, by which rewards are multiplied to keep their squares finite."""
     return jnp.where(jnp.max(jnp.abs(rewards), axis=axis, keepdims=True) > 1e15, 2.0**-80, 1.0)
 
 
-def grow(advantages: Array, shrink: Array) -> Array:
+def grow(advantages: Float[Array, "..."], shrink: Float[Array, "..."]) -> Float[Array, "..."]:
     """Undoes `shrink_factor`. A value that no float can hold becomes the largest float."""
     largest = jnp.finfo(advantages.dtype).max
     return jnp.clip(advantages / shrink, -largest, largest)
 
 
-def _from_lowest(rewards: Array, valid: Array, axis: int | None) -> Array:
+def _from_lowest(
+    rewards: Float[Array, "*shape"], valid: Bool[Array, "*shape"], axis: int | None
+) -> Float[Array, "*shape"]:
     """Returns rewards minus the lowest valid one, 0 where invalid.
 
     Deviations from a mean do not depend on the offset, but their rounding does: the mean of 10000001 and
@@ -47,7 +53,9 @@ def _from_lowest(rewards: Array, valid: Array, axis: int | None) -> Array:
     return jnp.where(valid, rewards - jax.lax.stop_gradient(jnp.where(lowest < jnp.inf, lowest, 0)), 0)
 
 
-def _centered(rewards: Array, valid: Array, count: Array) -> Array:
+def _centered(
+    rewards: Float[Array, "*prompts G"], valid: Bool[Array, "*prompts G"], count: Float[Array, "*prompts 1"]
+) -> Float[Array, "*prompts G"]:
     """Returns rewards minus their group's mean, 0 where invalid or where the whole group is equal."""
     alive = informative_groups(rewards, valid=valid)[..., None]
     rewards = _from_lowest(rewards, valid, axis=-1)
@@ -55,7 +63,9 @@ def _centered(rewards: Array, valid: Array, count: Array) -> Array:
     return jnp.where(valid & alive, rewards - mean, 0)
 
 
-def _batch_std(values: Array, valid: Array, ddof: int) -> Array:
+def _batch_std(
+    values: Float[Array, "*shape"], valid: Bool[Array, "*shape"], ddof: int
+) -> Float[Array, "..."]:
     """Returns the standard deviation of all valid values of the array around their common mean."""
     total = jnp.sum(valid).astype(values.dtype)
     values = _from_lowest(values, valid, axis=None)
@@ -63,14 +73,18 @@ def _batch_std(values: Array, valid: Array, ddof: int) -> Array:
     return _std(jnp.where(valid, values - mean, 0), total, ddof, axis=None)
 
 
-def _std(centered: Array, count: Array, ddof: int, axis: int | None) -> Array:
+def _std(
+    centered: Float[Array, "..."], count: Float[Array, "..."], ddof: int, axis: int | None
+) -> Float[Array, "..."]:
     """Returns sqrt(sum(centered^2) / (count - ddof)), 0 where undefined, with finite gradients at 0."""
     variance = jnp.sum(centered**2, axis=axis, keepdims=True) / jnp.maximum(count - ddof, 1)
     positive = variance > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1)), 0)
 
 
-def informative_groups(rewards: Array, *, valid: Array | None = None) -> Array:
+def informative_groups(
+    rewards: Shaped[ArrayLike, "*prompts G"], *, valid: Bool[ArrayLike, "*prompts G"] | None = None
+) -> Bool[Array, "*prompts"]:
     """Says which groups carry a learning signal: at least two valid rewards that differ.
 
     Equality decides, not a small standard deviation. The mean of eight times 0.35 is not 0.35 in floating
@@ -90,8 +104,13 @@ def informative_groups(rewards: Array, *, valid: Array | None = None) -> Array:
 
 
 def group_advantages(
-    rewards: Array, *, valid: Array | None = None, scale: str = "std", ddof: int = 1, epsilon: float = 1e-4
-) -> Array:
+    rewards: Shaped[ArrayLike, "*prompts G"],
+    *,
+    valid: Bool[ArrayLike, "*prompts G"] | None = None,
+    scale: str = "std",
+    ddof: int = 1,
+    epsilon: Real[ArrayLike, ""] = 1e-4,
+) -> Float[Array, "*prompts G"]:
     """Centres each reward on its group's mean and divides by a standard deviation.
 
     GRPO, https://arxiv.org/abs/2402.03300, section 4.1.2, defines ``A = (r - mean(r)) / std(r)``.
@@ -130,7 +149,9 @@ def group_advantages(
     return centered / jnp.where(divisor > 0, divisor, 1)
 
 
-def group_stds(rewards: Array, *, valid: Array | None = None) -> Array:
+def group_stds(
+    rewards: Shaped[ArrayLike, "*prompts G"], *, valid: Bool[ArrayLike, "*prompts G"] | None = None
+) -> Float[Array, "*prompts"]:
     """Computes the standard deviation (ddof 1) of each group.
 
     Args:
@@ -146,7 +167,9 @@ def group_stds(rewards: Array, *, valid: Array | None = None) -> Array:
     return grow(_std(centered, count, 1, axis=-1), shrink)[..., 0]
 
 
-def leave_one_out_advantages(rewards: Array, *, valid: Array | None = None) -> Array:
+def leave_one_out_advantages(
+    rewards: Shaped[ArrayLike, "*prompts G"], *, valid: Bool[ArrayLike, "*prompts G"] | None = None
+) -> Float[Array, "*prompts G"]:
     """Subtracts from each reward the mean of the *others* of its group.
 
     RLOO, https://arxiv.org/abs/2402.14740, section 2.3: ``A_i = r_i - mean_{j != i} r_j``.
@@ -176,7 +199,9 @@ ADVANTAGES: dict[str, Callable[..., Array]] = {
 }
 
 
-def effective_weights(valid, weights, *, missing: str = "drop"):
+def effective_weights(
+    valid: Bool[ArrayLike, "*prompts G R"], weights: Shaped[ArrayLike, " R"], *, missing: str = "drop"
+) -> tuple[Shaped[ArrayLike, "*prompts G R"], Bool[ArrayLike, "*prompts G"]]:
     """Decides what weight each reward function has in each row, where some rewards are missing.
 
         drop         a row that misses a reward which a sibling got does not count, and a function that gave
@@ -218,13 +243,13 @@ reward_weights = effective_weights  # its name until version 0.2
 
 
 def normalize_then_sum(
-    scores: Array,
-    weights: Sequence[float] | Array,
+    scores: Shaped[ArrayLike, "*prompts G R"],
+    weights: Sequence[float] | Shaped[ArrayLike, " R"],
     *,
-    valid: Array | None = None,
+    valid: Bool[ArrayLike, "*prompts G R"] | None = None,
     advantage_fn: Callable[..., Array] = group_advantages,
     missing: str = "drop",
-) -> Array:
+) -> Float[Array, "*prompts G"]:
     """Computes advantages per reward function and adds them up with weights, as GDPO does.
 
     https://arxiv.org/abs/2601.05242, section 3, gives the reason: if the sum is taken first, rewards that
@@ -244,7 +269,8 @@ def normalize_then_sum(
     >>> [round(a, 2) for a in normalize_then_sum(jnp.array([[0., 5.], [1., 5.]]), [1., 1.]).tolist()]
     [-0.71, 0.71]
     """
-    scores, weights = jnp.asarray(scores), jnp.asarray(weights)
+    scores = jnp.asarray(scores)
+    weights = jnp.asarray(weights)
     valid = jnp.ones(scores.shape, bool) if valid is None else jnp.asarray(valid, bool)
     chex.assert_equal_shape([scores, valid])
     row_weights, _ = effective_weights(valid, weights, missing=missing)
@@ -253,7 +279,12 @@ def normalize_then_sum(
     return jnp.sum(each(scores, valid & (row_weights != 0)) * row_weights, axis=-1)
 
 
-def scale_by_batch(advantages: Array, *, valid: Array | None = None, epsilon: float = 1e-4) -> Array:
+def scale_by_batch(
+    advantages: Shaped[ArrayLike, "*prompts G"],
+    *,
+    valid: Bool[ArrayLike, "*prompts G"] | None = None,
+    epsilon: Real[ArrayLike, ""] = 1e-4,
+) -> Float[Array, "*prompts G"]:
     """Divides advantages by the standard deviation (ddof 1) of all valid ones of the batch around their mean.
 
     This is the last step of GDPO, https://arxiv.org/abs/2601.05242, section 3. It keeps the scale of the

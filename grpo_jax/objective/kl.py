@@ -18,18 +18,22 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Float, Real
 
 # exp(40) is far beyond any meaningful ratio, and even the product of two (a ratio times a ratio-corrected
 # KL) is a finite float32. A runaway token then gives a huge finite loss with zero gradient, not NaN.
 MAX_LOG_RATIO = 40.0
 
 
-def bounded_exp(x: Array) -> Array:
+def bounded_exp(x: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
     """Returns exp(x), with x capped at MAX_LOG_RATIO so that value and gradient stay finite."""
     return jnp.exp(jnp.minimum(x, MAX_LOG_RATIO))
 
 
-def kl_k1(log_probs: Array, ref_log_probs: Array) -> Array:
+def kl_k1(
+    log_probs: Float[ArrayLike, "*shape"], ref_log_probs: Float[ArrayLike, "*shape"]
+) -> Float[ArrayLike, "*shape"]:
     """Returns ``log pi - log ref``, the unbiased estimator. It has either sign.
 
     As a loss its expected gradient is zero whatever the reference is. Use it for logging or inside
@@ -46,7 +50,9 @@ def kl_k1(log_probs: Array, ref_log_probs: Array) -> Array:
     return log_probs - ref_log_probs
 
 
-def kl_k2(log_probs: Array, ref_log_probs: Array) -> Array:
+def kl_k2(
+    log_probs: Float[ArrayLike, "*shape"], ref_log_probs: Float[ArrayLike, "*shape"]
+) -> Float[ArrayLike, "*shape"]:
     """Returns ``(log pi - log ref)^2 / 2``. As a loss it has the gradient of KL(pi || ref).
 
     Args:
@@ -60,7 +66,9 @@ def kl_k2(log_probs: Array, ref_log_probs: Array) -> Array:
     return 0.5 * (log_probs - ref_log_probs) ** 2
 
 
-def kl_k3(log_probs: Array, ref_log_probs: Array) -> Array:
+def kl_k3(
+    log_probs: Float[ArrayLike, "*shape"], ref_log_probs: Float[ArrayLike, "*shape"]
+) -> Float[Array, "*shape"]:
     """Returns ``ref/pi - log(ref/pi) - 1``. As a loss it has the gradient of KL(ref || pi).
 
     This is the estimator of GRPO, https://arxiv.org/abs/2402.03300, equation 4.
@@ -77,7 +85,9 @@ def kl_k3(log_probs: Array, ref_log_probs: Array) -> Array:
     return bounded_exp(difference) - difference - 1.0
 
 
-def kl_exact(logits: Array, ref_logits: Array) -> Array:
+def kl_exact(
+    logits: Float[ArrayLike, "*shape V"], ref_logits: Float[ArrayLike, "*shape V"]
+) -> Float[Array, "*shape"]:
     """Returns ``sum_v pi_v (log pi_v - log ref_v)`` of two distributions, with its exact gradient.
 
     It is not an estimator and needs no sample. It needs the logits of both policies, so call it on a chunk
@@ -92,15 +102,20 @@ def kl_exact(logits: Array, ref_logits: Array) -> Array:
         [...], nats, not negative except for rounding.
     """
     chex.assert_equal_shape([logits, ref_logits])
-    log_probs, ref_log_probs = jax.nn.log_softmax(logits), jax.nn.log_softmax(ref_logits)
+    log_probs = jax.nn.log_softmax(logits)
+    ref_log_probs = jax.nn.log_softmax(ref_logits)
     possible = log_probs > -jnp.inf  # where it is not, 0 * log 0 = 0
     difference = jnp.where(possible, log_probs, 0) - jnp.where(possible, ref_log_probs, 0)
     return jnp.sum(jnp.where(possible, jnp.exp(log_probs), 0) * difference, axis=-1)
 
 
 def adapt_kl_coef(
-    kl_coef: float | Array, kl: float | Array, *, kl_target: float, kl_adaptation: float = 0.1
-) -> Array:
+    kl_coef: Real[ArrayLike, ""],
+    kl: Real[ArrayLike, ""],
+    *,
+    kl_target: Real[ArrayLike, ""],
+    kl_adaptation: Real[ArrayLike, ""] = 0.1,
+) -> Float[Array, ""]:
     """Moves the KL coefficient so that the measured KL approaches a target.
 
     It is the proportional controller of https://arxiv.org/abs/1909.08593, section 2.2:

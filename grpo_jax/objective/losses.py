@@ -11,67 +11,73 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Float, Int, Real
 
 from grpo_jax.objective.kl import bounded_exp, kl_k3
 from grpo_jax.objective.surrogates import *  # noqa: F403  the surrogates are part of the losses
 from grpo_jax.objective.surrogates import clipped_surrogate, with_mask
+
+TokensLike = Float[ArrayLike, "B T"]  # a caller may give NumPy arrays
+MaskLike = Bool[ArrayLike, "B T"]
+Tokens = Float[Array, "B T"]
+Mask = Bool[Array, "B T"]
+Rows = Float[Array, "B 1"]
 
 
 @chex.dataclass(frozen=True, mappable_dataclass=False)
 class LossMetrics:
     """What `grpo_loss` saw, per call. `metrics.merge_loss_metrics` joins the slices of a batch.
 
-    Means and shares are over masked-in tokens. A batch without any gives zeros.
+    All are [], or [M] of M slices. Means and shares are over masked-in tokens, 0 if there are none.
     """
 
-    policy_loss: Array  # [] sum(weights * surrogate)
-    kl: Array  # [] mean estimate of KL(pi || ref), nats; 0 without a reference
-    ratio_mean: Array  # [] mean importance ratio
-    ratio_max: Array  # [] largest importance ratio
-    clip_low: Array  # [] share of tokens whose gradient the surrogate stops at a ratio below 1
-    clip_high: Array  # [] the same at a ratio above 1
-    stale: Array  # [] share of tokens in sequences dropped as stale
-    num_tokens: Array  # [] masked-in tokens
+    policy_loss: Real[ArrayLike, "*slices"]  # sum(weights * surrogate)
+    kl: Real[ArrayLike, "*slices"]  # mean estimate of KL(pi || ref), nats; 0 without a reference
+    ratio_mean: Real[ArrayLike, "*slices"]  # mean importance ratio
+    ratio_max: Real[ArrayLike, "*slices"]  # largest importance ratio
+    clip_low: Real[
+        ArrayLike, "*slices"
+    ]  # share of tokens whose gradient the surrogate stops at a ratio below 1
+    clip_high: Real[ArrayLike, "*slices"]  # the same at a ratio above 1
+    stale: Real[ArrayLike, "*slices"]  # share of tokens in sequences dropped as stale
+    num_tokens: Real[ArrayLike, "*slices"]  # masked-in tokens
 
 
-def token_log_ratios(differences: Array, log_probs: Array, mask: Array) -> Array:
+def token_log_ratios(differences: Tokens, log_probs: Tokens, mask: Mask) -> Tokens:
     """Returns each token's own log ratio, as PPO and GRPO have it."""
     return differences
 
 
-def sequence_log_ratios(differences: Array, log_probs: Array, mask: Array) -> Array:
-    """Returns the mean log ratio of the row's tokens, the same at every token.
-
-    This is the length-normalised sequence ratio of GSPO, https://arxiv.org/abs/2507.18071, equation 7.
-    """
+def sequence_log_ratios(differences: Tokens, log_probs: Tokens, mask: Mask) -> Tokens:
+    """Returns the mean of the row's log ratios. GSPO, https://arxiv.org/abs/2507.18071, equation 7."""
     return jnp.where(mask, _row_means(differences, mask), 0)
 
 
-def sequence_token_log_ratios(differences: Array, log_probs: Array, mask: Array) -> Array:
-    """Returns the value of the sequence's log ratio with the gradient of the token's own log-prob.
-
-    This is GSPO-token, https://arxiv.org/abs/2507.18071, equation 14.
-    """
+def sequence_token_log_ratios(differences: Tokens, log_probs: Tokens, mask: Mask) -> Tokens:
+    """Returns that mean with the gradient of the token's own log-prob. GSPO-token, equation 14."""
     means = jax.lax.stop_gradient(_row_means(differences, mask))
     return jnp.where(mask, means + log_probs - jax.lax.stop_gradient(log_probs), 0)
 
 
-def _row_means(differences: Array, mask: Array) -> Array:
+def _row_means(differences: Tokens, mask: Mask) -> Rows:
     """Returns the mean [B,1] of each row's masked-in values. The other values have to be 0."""
     lengths = jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1).astype(differences.dtype)
     return jnp.sum(differences, axis=-1, keepdims=True) / lengths
 
 
-# name -> f(differences [B,T], log_probs [B,T], mask [B,T]) -> [B,T]. The differences are log(pi / pi_old) of
-# the tokens. Both are 0 at masked positions, and so is the result.
-RATIO_LEVELS: dict[str, Callable[[Array, Array, Array], Array]] = {
+# name -> f(differences, log_probs, mask). The differences are log(pi / pi_old) of the tokens. Both are 0 at
+# masked positions, and so is the result.
+RATIO_LEVELS: dict[str, Callable[[Tokens, Tokens, Mask], Tokens]] = {
     "token": token_log_ratios,
     "sequence": sequence_log_ratios,
     "sequence_token": sequence_token_log_ratios,
 }
 
 
-def log_ratios(log_probs: Array, old_log_probs: Array, mask: Array, *, level: str = "token") -> Array:
+def log_ratios(
+    log_probs: TokensLike, old_log_probs: TokensLike, mask: MaskLike, *, level: str = "token"
+) -> Tokens:
     """Computes the log importance ratios log(pi / pi_old) at one of the `RATIO_LEVELS`.
 
         token           each token's own ratio (PPO, GRPO)
@@ -111,38 +117,35 @@ class BatchSizes:
         num_microbatches: M, the number of equal slices of consecutive rows.
     """
 
-    num_rows: int | Array
+    num_rows: int | Int[Array, ""]
     max_length: int
     num_microbatches: int
 
 
-def sequence_weights(counted: Array, lengths: Array, sizes: BatchSizes) -> Array:
+def sequence_weights(counted: Tokens, lengths: Rows, sizes: BatchSizes) -> Tokens:
     """Returns 1 / (B n_i): the mean over sequences of their mean over tokens. GRPO, equation 3."""
     return counted / jnp.maximum(lengths, 1) / sizes.num_rows
 
 
-def token_weights(counted: Array, lengths: Array, sizes: BatchSizes) -> Array:
+def token_weights(counted: Tokens, lengths: Rows, sizes: BatchSizes) -> Tokens:
     """Returns 1 / sum_i n_i: the mean over all tokens of the batch. DAPO, equation 8."""
     return counted / jnp.maximum(jnp.sum(lengths), 1)
 
 
-def constant_weights(counted: Array, lengths: Array, sizes: BatchSizes) -> Array:
+def constant_weights(counted: Tokens, lengths: Rows, sizes: BatchSizes) -> Tokens:
     """Returns 1 / (B max_length), which has no length bias. Dr. GRPO, section 3.2."""
     return counted / (sizes.num_rows * sizes.max_length)
 
 
-def sequence_sum_weights(counted: Array, lengths: Array, sizes: BatchSizes) -> Array:
+def sequence_sum_weights(counted: Tokens, lengths: Rows, sizes: BatchSizes) -> Tokens:
     """Returns 1 / B: the mean over sequences of their sum over tokens. RLOO."""
     return counted / sizes.num_rows
 
 
-def local_token_weights(counted: Array, lengths: Array, sizes: BatchSizes) -> Array:
+def local_token_weights(counted: Tokens, lengths: Rows, sizes: BatchSizes) -> Tokens:
     """Returns 1 / (M sum n_i of the row's micro-batch): the mean over M micro-batches of their token means.
 
     TRL calls it "bnpo". By definition it depends on how the batch is split.
-
-    Raises:
-        ValueError: the rows do not divide into M slices.
     """
     rows = counted.shape[0]
     slices = sizes.num_microbatches
@@ -153,9 +156,9 @@ def local_token_weights(counted: Array, lengths: Array, sizes: BatchSizes) -> Ar
     return counted / jnp.maximum(per_row, 1) / slices
 
 
-# name -> f(counted [B,T], lengths [B,1], sizes) -> weights [B,T]. `counted` is 1.0 at the tokens that count
-# and 0.0 elsewhere. `lengths` are its row sums.
-REDUCTIONS: dict[str, Callable[[Array, Array, BatchSizes], Array]] = {
+# name -> f(counted, lengths, sizes). `counted` is 1.0 at the tokens that count and 0.0 elsewhere.
+# `lengths` are its row sums.
+REDUCTIONS: dict[str, Callable[[Tokens, Rows, BatchSizes], Tokens]] = {
     "sequence": sequence_weights,
     "token": token_weights,
     "constant": constant_weights,
@@ -165,13 +168,13 @@ REDUCTIONS: dict[str, Callable[[Array, Array, BatchSizes], Array]] = {
 
 
 def loss_weights(
-    mask: Array,
+    mask: MaskLike,
     *,
     reduction: str = "sequence",
     max_length: int | None = None,
-    num_sequences: int | Array | None = None,
+    num_sequences: Int[ArrayLike, ""] | None = None,
     num_microbatches: int = 1,
-) -> Array:
+) -> Tokens:
     """Turns a reduction into per-token weights. The loss is ``sum(weights * per_token_loss)``.
 
         sequence      1 / (B n_i)         mean over sequences of the mean over tokens (GRPO)
@@ -212,25 +215,25 @@ def loss_weights(
 
 
 def grpo_loss(
-    log_probs: Array,
-    old_log_probs: Array,
-    advantages: Array,
-    mask: Array,
-    weights: Array,
+    log_probs: TokensLike,
+    old_log_probs: TokensLike,
+    advantages: Float[ArrayLike, " B"],
+    mask: MaskLike,
+    weights: TokensLike,
     *,
-    ref_log_probs: Array | None = None,
+    ref_log_probs: TokensLike | None = None,
     ratio_level: str = "token",
     surrogate: Callable[..., Array] = clipped_surrogate,
-    kl_estimator: Callable[[Array, Array], Array] = kl_k3,
-    kl_coef: float | Array = 0.0,
+    kl_estimator: Callable[[Array, Array], Array] | None = kl_k3,
+    kl_coef: Real[ArrayLike, ""] = 0.0,
     kl_ratio_corrected: bool = False,
-    kls: Array | None = None,
-    at_reference: Array | None = None,
-    entropies: Array | None = None,
-    entropy_coef: float | Array = 0.0,
-    penalty_weights: Array | None = None,
-    max_staleness: float | Array | None = None,
-) -> tuple[Array, LossMetrics]:
+    kls: TokensLike | None = None,
+    at_reference: MaskLike | None = None,
+    entropies: TokensLike | None = None,
+    entropy_coef: Real[ArrayLike, ""] = 0.0,
+    penalty_weights: TokensLike | None = None,
+    max_staleness: Real[ArrayLike, ""] | None = None,
+) -> tuple[Float[Array, ""], LossMetrics]:
     """Computes the GRPO loss, https://arxiv.org/abs/2402.03300, equation 3, and its whole family.
 
     ``sum_it weights_it * surrogate_it + penalty_weights_it * (kl_coef * kl_it - entropy_coef * entropy_it)``

@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Float, Int, Real, Shaped
 
 from grpo_jax.objective.advantages import ADVANTAGES, AGGREGATIONS, MISSING, group_advantages
 from grpo_jax.objective.kl import KL_ESTIMATORS, kl_exact, kl_k1, kl_k3
@@ -46,20 +48,21 @@ class Recipe:
     advantage: Callable[..., Array] = group_advantages  # one of ADVANTAGES
     ratio_level: str = "token"  # see log_ratios
     surrogate: Callable[..., Array] = clipped_surrogate  # one of SURROGATES
-    clip: dict[str, float] = dataclasses.field(default_factory=dict)  # keywords of the surrogate
+    # keywords of the surrogate
+    clip: dict[str, Real[ArrayLike, ""]] = dataclasses.field(default_factory=dict)
     kl_estimator: Callable[[Array, Array], Array] = kl_k3  # takes log-probs, or logits if it is kl_exact
     kl_ratio_corrected: bool = False  # see grpo_loss
     kl_placement: str = "loss"  # or "reward": minus kl_coef times kl_penalty, and no KL term in the loss
-    kl_coef: float | Array = 0.0
+    kl_coef: Real[ArrayLike, ""] = 0.0
     reduction: str = "sequence"  # see loss_weights
     # around them
     aggregation: str = "sum_then_normalize"  # of several rewards: one of AGGREGATIONS
     missing: str = "drop"  # see effective_weights
     kl_on_dead_groups: bool = True  # whether groups without a signal feel the KL term
-    entropy_coef: float | None = None  # weight of the entropy bonus
-    top_entropy: float | None = None  # share of the tokens that train, see top_entropy_mask
-    max_staleness: float | None = None  # see grpo_loss
-    importance_cap: float | None = None  # see importance_weights
+    entropy_coef: Real[ArrayLike, ""] | None = None  # weight of the entropy bonus
+    top_entropy: Real[ArrayLike, ""] | None = None  # share of the tokens that train, see top_entropy_mask
+    max_staleness: Real[ArrayLike, ""] | None = None  # see grpo_loss
+    importance_cap: Real[ArrayLike, ""] | None = None  # see importance_weights
     mask_truncated: bool = False  # completions truncated at the limit do not train, nor shift the baseline
     overlong_share: float = 0.0  # buffer of overlong_penalty as a share of the limit; 0 turns it off
     overlong_buffer: int | None = None  # the same in tokens; None means that overlong_share decides
@@ -94,14 +97,21 @@ class Recipe:
             return self.overlong_buffer
         return min(max(1, round(self.overlong_share * max_length)), max_length) if self.overlong_share else 0
 
-    def advantages(self, rewards: Array, *, valid: Array | None = None) -> Array:
+    def advantages(
+        self, rewards: Shaped[ArrayLike, "N G"], *, valid: Bool[ArrayLike, "N G"] | None = None
+    ) -> Float[Array, "N G"]:
         """Calls `advantage`: this was its name until version 0.2."""
         warnings.warn("Recipe.advantages is Recipe.advantage now", DeprecationWarning, stacklevel=2)
         return self.advantage(rewards, valid=valid)
 
     def weights(
-        self, mask: Array, *, max_length: int, num_microbatches: int = 1, num_sequences=None
-    ) -> Array:
+        self,
+        mask: Bool[ArrayLike, "B T"],
+        *,
+        max_length: int,
+        num_microbatches: int = 1,
+        num_sequences: Int[ArrayLike, ""] | None = None,
+    ) -> Float[Array, "B T"]:
         """Computes the weights [B,T] of the whole optimizer batch's mask [B,T]."""
         return loss_weights(
             mask,
@@ -113,18 +123,18 @@ class Recipe:
 
     def loss(
         self,
-        log_probs: Array,
-        old_log_probs: Array,
-        advantages: Array,
-        mask: Array,
-        weights: Array,
-        ref_log_probs: Array | None = None,
+        log_probs: Float[ArrayLike, "B T"],
+        old_log_probs: Float[ArrayLike, "B T"],
+        advantages: Float[ArrayLike, " B"],
+        mask: Bool[ArrayLike, "B T"],
+        weights: Float[ArrayLike, "B T"],
+        ref_log_probs: Float[ArrayLike, "B T"] | None = None,
         *,
-        penalty_weights: Array | None = None,
-        kls: Array | None = None,
-        at_reference: Array | None = None,
-        entropies: Array | None = None,
-    ) -> tuple[Array, LossMetrics]:
+        penalty_weights: Float[ArrayLike, "B T"] | None = None,
+        kls: Float[ArrayLike, "B T"] | None = None,
+        at_reference: Bool[ArrayLike, "B T"] | None = None,
+        entropies: Float[ArrayLike, "B T"] | None = None,
+    ) -> tuple[Float[Array, ""], LossMetrics]:
         """Computes `grpo_loss` with this recipe's choices and returns (loss [], LossMetrics)."""
         if self.exact_kl and kls is None and ref_log_probs is not None:
             raise ValueError("an exact KL needs kls [B,T], see `token_log_probs_and_kls`")
@@ -315,7 +325,7 @@ def make_recipe(name: str, **choices: Any) -> Recipe:
     return recipe
 
 
-def _clip(recipe: Recipe, given: dict[str, float]) -> dict[str, float]:
+def _clip(recipe: Recipe, given: dict[str, Any]) -> dict[str, Any]:
     """Returns the keywords of the surrogate. Given ones replace the recipe's own."""
     for key in given:
         if key not in clip_keywords(recipe.surrogate):

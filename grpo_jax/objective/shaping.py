@@ -7,11 +7,15 @@
 import chex
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Float, Real, Shaped
 
 from grpo_jax.objective.kl import bounded_exp
 
 
-def overlong_penalty(lengths: Array, *, max_length: int, buffer: int) -> Array:
+def overlong_penalty(
+    lengths: Shaped[ArrayLike, "*shape"], *, max_length: int, buffer: int
+) -> Float[Array, "*shape"]:
     """Returns DAPO's soft punishment of long completions, to be added to their rewards.
 
     By https://arxiv.org/abs/2503.14476, equation 13, it is 0 up to max_length - buffer tokens. From there it
@@ -36,7 +40,9 @@ def overlong_penalty(lengths: Array, *, max_length: int, buffer: int) -> Array:
     return jnp.clip((max_length - buffer - jnp.asarray(lengths, jnp.float32)) / buffer, -1.0, 0.0)
 
 
-def kl_penalty(log_probs: Array, ref_log_probs: Array, mask: Array) -> Array:
+def kl_penalty(
+    log_probs: Float[ArrayLike, "B T"], ref_log_probs: Float[ArrayLike, "B T"], mask: Bool[ArrayLike, "B T"]
+) -> Float[Array, " B"]:
     """Returns ``sum_t (log pi - log ref)`` of every completion. The reward gets minus kl_coef times this.
 
     RLOO does so, https://arxiv.org/abs/2402.14740, section 2, and PPO-style recipes did before it,
@@ -54,7 +60,9 @@ def kl_penalty(log_probs: Array, ref_log_probs: Array, mask: Array) -> Array:
     return jnp.sum(jnp.where(mask, log_probs - ref_log_probs, 0), axis=-1)
 
 
-def top_entropy_mask(entropies: Array, mask: Array, *, share: float | Array) -> Array:
+def top_entropy_mask(
+    entropies: Float[ArrayLike, "B T"], mask: Bool[ArrayLike, "B T"], *, share: Real[ArrayLike, ""]
+) -> Bool[Array, "B T"]:
     """Says which tokens have the highest entropies of the batch. Only those train the policy.
 
     The method is that of https://arxiv.org/abs/2506.01939, section 5.1 (there the best share is 0.2). The
@@ -77,7 +85,13 @@ def top_entropy_mask(entropies: Array, mask: Array, *, share: float | Array) -> 
     return mask & (entropies >= descending[last])
 
 
-def importance_weights(log_probs: Array, sampler_log_probs: Array, mask: Array, *, cap: float) -> Array:
+def importance_weights(
+    log_probs: Float[ArrayLike, "B T"],
+    sampler_log_probs: Float[ArrayLike, "B T"],
+    mask: Bool[ArrayLike, "B T"],
+    *,
+    cap: Real[ArrayLike, ""],
+) -> Float[Array, "B T"]:
     """Returns ``min(scorer / sampler, cap)`` per token. It corrects for a sampler that computes otherwise.
 
     This is truncated importance sampling between two implementations of the same policy (other kernels,

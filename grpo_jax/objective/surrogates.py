@@ -1,7 +1,8 @@
 """The policy term of the loss, per token: one function per surrogate objective, all to be minimised.
 
 Every surrogate has the signature ``f(log_ratios [B,T], log_probs [B,T], advantages [B,1], **clip keywords)
--> [B,T]``. One that couples the tokens of a row also has a keyword `mask` [B,T] and is given the mask.
+-> [B,T]``. One that couples the tokens of a row also has a keyword `mask` [B,T] and is given the mask. The
+others work element by element, so they take any shape: in the annotations it is `*BT`.
 """
 
 import inspect
@@ -10,20 +11,22 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Float, Real
 
 from grpo_jax.objective.kl import bounded_exp
 
 
 def clipped_surrogate(
-    log_ratios: Array,
-    log_probs: Array,
-    advantages: Array,
+    log_ratios: Float[ArrayLike, "*BT"],
+    log_probs: Float[ArrayLike, "*BT"] | None,
+    advantages: Float[ArrayLike, "*#BT"],
     *,
-    clip_range: float = 0.2,
-    clip_range_high: float | None = None,
-    delta: float | None = None,
-    dual_clip: float | None = None,
-) -> Array:
+    clip_range: Real[ArrayLike, ""] = 0.2,
+    clip_range_high: Real[ArrayLike, ""] | None = None,
+    delta: Real[ArrayLike, ""] | None = None,
+    dual_clip: Real[ArrayLike, ""] | None = None,
+) -> Float[Array, "*BT"]:
     """Computes PPO's clipped objective, to be minimised.
 
     It is ``-min(rho A, clip(rho, 1 - clip_range, 1 + clip_range_high) A)``, as in PPO,
@@ -55,7 +58,13 @@ def clipped_surrogate(
     return losses
 
 
-def cispo_surrogate(log_ratios: Array, log_probs: Array, advantages: Array, *, cap: float = 5.0) -> Array:
+def cispo_surrogate(
+    log_ratios: Float[ArrayLike, "*BT"],
+    log_probs: Float[ArrayLike, "*BT"],
+    advantages: Float[ArrayLike, "*#BT"],
+    *,
+    cap: Real[ArrayLike, ""] = 5.0,
+) -> Float[Array, "*BT"]:
     """Computes CISPO's objective, to be minimised: ``-sg(min(rho, cap)) A log pi``.
 
     These are https://arxiv.org/abs/2506.13585, equations 4 and 5, without a lower bound, as in the paper's
@@ -75,8 +84,13 @@ def cispo_surrogate(log_ratios: Array, log_probs: Array, advantages: Array, *, c
 
 
 def sapo_surrogate(
-    log_ratios: Array, log_probs: Array, advantages: Array, *, tau: float = 1.0, tau_negative: float = 1.05
-) -> Array:
+    log_ratios: Float[ArrayLike, "*BT"],
+    log_probs: Float[ArrayLike, "*BT"] | None,
+    advantages: Float[ArrayLike, "*#BT"],
+    *,
+    tau: Real[ArrayLike, ""] = 1.0,
+    tau_negative: Real[ArrayLike, ""] = 1.05,
+) -> Float[Array, "*BT"]:
     """Computes SAPO's softly gated objective, to be minimised: ``-(4/tau) sigmoid(tau (rho - 1)) A``.
 
     See https://arxiv.org/abs/2511.20347, equations 4 to 6. The gradient is that of REINFORCE at ratio 1 and
@@ -101,14 +115,14 @@ def sapo_surrogate(
 
 
 def gmpo_surrogate(
-    log_ratios: Array,
-    log_probs: Array,
-    advantages: Array,
+    log_ratios: Float[ArrayLike, "*BT"],
+    log_probs: Float[ArrayLike, "*BT"] | None,
+    advantages: Float[ArrayLike, "*#BT"],
     *,
-    mask: Array,
-    log_clip_range: float = 0.4,
-    log_clip_range_high: float | None = None,
-) -> Array:
+    mask: Bool[ArrayLike, "*BT"],
+    log_clip_range: Real[ArrayLike, ""] = 0.4,
+    log_clip_range_high: Real[ArrayLike, ""] | None = None,
+) -> Float[Array, "*BT"]:
     """Computes GMPO's objective, to be minimised: ``-A`` times the geometric mean of the clipped ratios.
 
     By https://arxiv.org/abs/2507.20673, equation 3, it clips token by token in log space before it takes the
@@ -136,7 +150,11 @@ def gmpo_surrogate(
     return jnp.broadcast_to(-bounded_exp(mean) * advantages, log_ratios.shape)
 
 
-def reinforce_surrogate(log_ratios: Array, log_probs: Array, advantages: Array) -> Array:
+def reinforce_surrogate(
+    log_ratios: Float[ArrayLike, "*BT"] | None,
+    log_probs: Float[ArrayLike, "*BT"],
+    advantages: Float[ArrayLike, "*#BT"],
+) -> Float[Array, "*BT"]:
     """Returns ``-A log pi``, whose gradient is the policy gradient of Williams (1992).
 
     See https://doi.org/10.1007/BF00992696. It uses no ratio, so use it with one pass over a fresh rollout.
@@ -164,7 +182,7 @@ SURROGATES: dict[str, Callable[..., Array]] = {
 __all__ = ["SURROGATES", *(surrogate.__name__ for surrogate in SURROGATES.values())]
 
 
-def with_mask(surrogate: Callable[..., Array], mask: Array) -> Callable[..., Array]:
+def with_mask(surrogate: Callable[..., Array], mask: Bool[ArrayLike, "B T"]) -> Callable[..., Array]:
     """Returns f(log_ratios, log_probs, advantages), the surrogate with the mask if it takes one."""
     if "mask" not in inspect.signature(surrogate).parameters:
         return surrogate

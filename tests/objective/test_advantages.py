@@ -354,6 +354,7 @@ def test_group_stds():
     np.testing.assert_allclose(group_stds(rewards, valid=valid), [np.std([1, 2, 4], ddof=1), 0], rtol=1e-6)
 
 
+@pytest.mark.usefixtures("no_shape_checks")
 def test_errors():
     with pytest.raises(ValueError, match="'group'; choose 'std', 'batch' or 'none'"):
         group_advantages(jnp.zeros((2, 2)), scale="group")

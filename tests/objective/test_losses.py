@@ -522,6 +522,7 @@ def test_bfloat16_log_probs_give_a_float32_loss():
     assert loss.dtype == jnp.float32 and loss.shape == ()
 
 
+@pytest.mark.usefixtures("no_shape_checks")
 def test_errors():
     ones = jnp.ones((2, 3))
     with pytest.raises(ValueError, match="'row'; choose one of token, sequence, sequence_token"):

@@ -146,6 +146,7 @@ def test_runaway_importance_weights_are_capped(difference, expected):
 
 
 # --------------------------------------------------------------------------------------- contracts
+@pytest.mark.usefixtures("no_shape_checks")
 def test_shapes_must_agree():
     ones = jnp.ones((2, 3))
     for wrong in (

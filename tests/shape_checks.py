@@ -1,0 +1,55 @@
+"""Checks the shapes that the package's annotations promise, in tests and nowhere else.
+
+The import hook of jaxtyping wraps every function and every record of CHECKED while Python imports them.
+Without the hook, as users run the package, nobody looks at the annotations. JAXTYPING_DISABLE=1 turns the
+checks off.
+"""
+
+import contextlib
+
+import jax
+import numpy as np
+from beartype import BeartypeConf, beartype
+from jaxtyping import config, install_import_hook
+
+CHECKED = ("grpo_jax.objective",)
+# An int is good where a float is wanted, as type checkers have it.
+_check = beartype(conf=BeartypeConf(is_pep484_tower=True))
+
+
+def install():
+    """Installs the hook. It acts on modules that are imported afterwards."""
+    install_import_hook(CHECKED, "shape_checks.check_call")
+
+
+@contextlib.contextmanager
+def off():
+    """Turns the checks off for a while, to see what users see who make a mistake."""
+    before = config.jaxtyping_disable
+    config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        config.update("jaxtyping_disable", before)
+
+
+def check_call(function):
+    """Returns a function that compares its arguments with the annotations of `function`.
+
+    The records are pytrees. JAX makes them of anything as it takes them apart and puts them together, such as
+    shapes or bare objects. Such a record is not checked.
+    """
+    checked = _check(function)
+    if function.__name__ != "__init__":
+        return checked
+
+    def check_record(self, *args, **kwargs):
+        if all(map(_is_value, jax.tree.leaves((args, kwargs)))):
+            checked(self, *args, **kwargs)
+
+    return check_record
+
+
+def _is_value(leaf):
+    """Says whether a leaf is what a record holds in use: an array, a number, a name or a function."""
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | float | int | str) or callable(leaf)

@@ -1,0 +1,82 @@
+"""The shapes in the annotations are checked in tests, and only there."""
+
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import shape_checks
+from jaxtyping import TypeCheckError
+
+from grpo_jax.objective.kl import kl_exact
+from grpo_jax.objective.losses import grpo_loss, loss_weights
+
+ROOT = Path(__file__).parent.parent
+FLOATS = np.zeros((2, 3), np.float32)
+MASK = np.ones((2, 3), bool)
+ADVANTAGES = np.ones(2, np.float32)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray])
+def test_good_shapes_pass_in_every_precision(array, dtype):
+    with jax.enable_x64(True):
+        floats = array(FLOATS.astype(jnp.dtype(dtype)))
+        advantages = array(ADVANTAGES.astype(jnp.dtype(dtype)))
+        mask = array(MASK)
+        for loss in (grpo_loss, jax.jit(grpo_loss)):
+            value, _ = loss(floats, floats, advantages, mask, floats)
+            assert value == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "choices"),
+    [
+        ((FLOATS, FLOATS, np.ones(3, np.float32), MASK, FLOATS), {}),  # B of the advantages
+        ((FLOATS, FLOATS, ADVANTAGES, MASK[:, :2], FLOATS), {}),  # T of the mask
+        ((FLOATS, FLOATS, ADVANTAGES, FLOATS, FLOATS), {}),  # weights in place of the mask
+        ((FLOATS, FLOATS, ADVANTAGES, MASK, FLOATS), {"kls": FLOATS[:1]}),
+        ((FLOATS, FLOATS, ADVANTAGES, MASK, FLOATS), {"kl_coef": np.ones(2)}),
+    ],
+)
+def test_a_wrong_argument_of_a_function_is_caught(arguments, choices):
+    for loss in (grpo_loss, jax.jit(grpo_loss)):
+        with pytest.raises(TypeCheckError, match=r"checking the parameters of grpo_jax.objective.losses"):
+            loss(*arguments, **choices)
+
+
+def test_a_wrong_result_is_caught(monkeypatch):
+    monkeypatch.setattr(jax.nn, "log_softmax", lambda logits: logits[..., None])
+    with pytest.raises(TypeCheckError, match=r"checking the return value of grpo_jax.objective.kl.kl_exact"):
+        kl_exact(FLOATS, FLOATS)
+
+
+def test_off_is_off_and_ends():
+    with shape_checks.off():
+        loss_weights(FLOATS)
+    with pytest.raises(TypeCheckError):
+        loss_weights(FLOATS)
+
+
+def test_the_wrapped_functions_keep_their_signature():
+    assert list(inspect.signature(grpo_loss).parameters)[:3] == ["log_probs", "old_log_probs", "advantages"]
+    assert grpo_loss.__name__ == "grpo_loss"
+
+
+def test_without_the_hook_nothing_is_checked():
+    code = """
+import sys
+import numpy as np
+from grpo_jax.objective.losses import grpo_loss, loss_weights
+assert not hasattr(grpo_loss, "__wrapped__") and not hasattr(loss_weights, "__wrapped__")
+assert "beartype" not in sys.modules
+loss_weights(np.ones((2, 3)))  # not bool
+"""
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": "."}, check=True, timeout=120
+    )
