@@ -86,6 +86,8 @@ def _at_reference(run: Run, progress: Progress) -> bool | jax.Array:
     """
     if progress.ref_params is None or run.recipe.exact_kl:
         return False
+    if progress.left_reference is not None:
+        return progress.left_reference
     return is_reference(progress.state.params, progress.ref_params, progress.frozen)
 
 
@@ -97,20 +99,25 @@ def _update(run: Run, progress: Progress, minibatch: int) -> dict[str, float]:
     if config.algorithm.num_minibatches > 1:
         rows = slice(minibatch * size, (minibatch + 1) * size)
         experience = jax.tree.map(lambda x: x[rows], experience)
+    at_reference = _at_reference(run, progress)
     progress.state, updated = train_step(
         progress.state,
         experience,
         recipe=run.recipe.replace(kl_coef=progress.kl_coef),
         frozen=progress.frozen,
         ref_params=progress.ref_params if run.recipe.exact_kl else None,
-        at_reference=_at_reference(run, progress),
+        at_reference=at_reference,
         dropout_key=dropout_key(run, progress.step),
         group_size=config.algorithm.group_size,
         num_microbatches=config.training.num_microbatches,
         num_tokens=tokens_in_use(experience.mask, config.training.num_microbatches),
         temperature=config.sampling.temperature,
     )
-    return {name: float(value) for name, value in jax.device_get(updated).items()}
+    updated, equal = jax.device_get((updated, at_reference))
+    if not equal and not config.algorithm.ref_sync_every:
+        # A policy that has moved does not come back to a frozen reference, so nothing is compared again.
+        progress.left_reference = at_reference
+    return {name: float(value) for name, value in updated.items()}
 
 
 def _after_update(run: Run, progress: Progress, updated: dict[str, float]) -> None:

@@ -51,6 +51,8 @@ class Progress:
         remarks: what is different since the checkpoint, a line each.
         comparable: whether evaluations before and after the checkpoint can be compared.
         silences: rewards that say nothing about the rollout in use. They are not saved.
+        left_reference: False, as bool [] on the device, once the policy has left a reference that is frozen.
+            It is not saved.
     """
 
     state: TrainState
@@ -69,6 +71,7 @@ class Progress:
     remarks: tuple[str, ...] = ()
     comparable: bool = True
     silences: tuple[Silence, ...] = ()
+    left_reference: jax.Array | bool | None = None
 
     @property
     def policy_params(self) -> Params:

@@ -280,6 +280,29 @@ def test_two_programs_that_differ_as_in_bfloat16_move_nothing(rank, argv, tmp_pa
     assert calls  # the reference was scored
 
 
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({}, [True, False]),  # three updates, and the third need not ask
+        ({"algorithm__ref_sync_every": 1, "algorithm__ref_mixup_alpha": 1.0}, [True, True, True]),
+    ],
+    ids=["frozen", "moving"],
+)
+def test_a_policy_is_compared_until_it_has_left_a_frozen_reference(
+    changes, found, argv, tmp_path, monkeypatch
+):
+    compare, results = run_loop.is_reference, []
+
+    def comparing(*arguments):
+        results.append(compare(*arguments))
+        return results[-1]
+
+    monkeypatch.setattr(run_loop, "is_reference", comparing)
+    assert train_module.main(argv(tmp_path, "exact", algorithm__kl_estimator="k3", **changes)) == 0
+    assert [bool(result) for result in results] == found
+    assert all(row["grad_norm"] > 0 for row in small_run.rows(tmp_path))
+
+
 # Cut and continued
 
 
