@@ -22,6 +22,7 @@ from grpo_jax.policy.from_apply import policy_from_apply
 from grpo_jax.policy.log_probs import completion_log_probs, token_log_probs
 from grpo_jax.policy.lora import Lora, Target, init_adapters, merge_adapters
 from grpo_jax.policy.sampling import process_logits, sample_token
+from grpo_jax.training.from_rollout import experience_of
 from grpo_jax.training.learner import train_step
 from grpo_jax.training.optimizers import make_optimizer, make_schedule
 from grpo_jax.training.train_state import TrainState, init_train_state
@@ -44,6 +45,7 @@ __all__ = [
     "TrainState",
     "adapt_kl_coef",
     "completion_log_probs",
+    "experience_of",
     "effective_weights",
     "fork",
     "generate",
