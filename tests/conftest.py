@@ -30,6 +30,7 @@ SLOW = (
     "checkpoints/test_manager_damaged.py",
     "config/test_inert_settings.py",
     "models/test_any_model.py",
+    "models/test_cards.py",
     "models/test_decoder_families.py",
     "models/test_flax_families.py",
     "models/test_flax_objects.py",
