@@ -143,6 +143,15 @@ def _as_meant(argv: list[str], keys: list[str], lists: Mapping[str, type], confi
     return changed
 
 
+class _QuotingDumper(yaml.SafeDumper):
+    """Quotes every text. The parser reads more plain words as numbers than PyYAML does, such as `1e3`."""
+
+
+_QuotingDumper.add_representer(
+    str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"')
+)
+
+
 def _checked_file(path: str, keys: list[str], lists: Mapping[str, type], load: Callable[[str], Any]) -> str:
     """Returns the name of a config file, or its contents if the parser must read them differently."""
     document = read_document(path, load)
@@ -151,7 +160,7 @@ def _checked_file(path: str, keys: list[str], lists: Mapping[str, type], load: C
     if unknown := unknown_keys(document, keys, lists):
         raise ValueError(_about_unknown(unknown, keys))
     meant = _with_stop_lists(with_records(document, list(lists)), load)
-    return path if meant == document else yaml.safe_dump(meant, sort_keys=False)
+    return path if meant == document else yaml.dump(meant, Dumper=_QuotingDumper, sort_keys=False)
 
 
 def _with_stop_lists(document: dict[str, Any], load: Callable[[str], Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Config files as people write them, and the words that they bring from other projects."""
 
+import json
 import re
 import typing
 from dataclasses import is_dataclass
@@ -131,6 +132,16 @@ bf16: true
 rewards: [{function: exact_match, weights: 1}]
 sampling: {stop_strings: [x], repetition_penalty: 1.1}
 """
+
+
+@pytest.mark.parametrize("rewrite", ["rewards: [exact_match]", "sampling: {stop: '[END]'}"])
+def test_texts_stay_texts_in_a_file_that_is_rewritten(tmp_path, rewrite):
+    """Seen: the quotes of "1e3" were lost, and it became the number 1000.0."""
+    texts = ["1e3", "1_000", "yes", "012", "null", "1.", " x\n", "\u00e9 \U0001f600", "[a]"]
+    shots = [{"prompt": text, "completion": "a"} for text in texts]
+    data = json.dumps({"few_shot": shots}, ensure_ascii=False)
+    config = of_file(tmp_path, f"{rewrite}\ndata: {data}\n")
+    assert [shot["prompt"] for shot in config.data.few_shot] == texts
 
 
 def test_all_unknown_keys_of_a_file_at_once(tmp_path):
