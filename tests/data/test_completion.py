@@ -1,4 +1,4 @@
-"""Continue a text: where it is cut."""
+"""The task of continuing a text: where texts are split."""
 
 import json
 

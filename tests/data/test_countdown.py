@@ -1,4 +1,4 @@
-"""Countdown: solvable problems, disjoint sides, and a reward that cannot be cheated."""
+"""Countdown: solvable problems, disjoint splits, and a reward that cannot be cheated."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""GSM8K from a file; test_hub_data has it from the hub."""
+"""GSM8K from a file; tests/data/test_hub.py reads it from the hub."""
 
 import csv
 import json

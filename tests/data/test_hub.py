@@ -1,4 +1,4 @@
-"""Data sets of the hub: what we ask `datasets` for, and what it says no to."""
+"""Data sets of the hub: what we ask `datasets` for, and which errors it raises."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Prompts over the limit; test_runs has what a run makes of it."""
+"""Prompts above the limit of tokens: refused, dropped or truncated."""
 
 import copy
 import dataclasses

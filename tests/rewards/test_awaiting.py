@@ -1,4 +1,4 @@
-"""Async reward functions: awaited, together, in one loop, wherever they are called from."""
+"""Async reward functions are awaited together on one loop, wherever they are called from."""
 
 import asyncio
 import functools

@@ -1,4 +1,4 @@
-"""What a reward function is handed: its own copies, whatever it does with them."""
+"""Reward functions get copies of their own, whatever they do with them, and cannot end a run by an exit."""
 
 import copy
 import json

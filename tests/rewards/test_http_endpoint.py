@@ -18,7 +18,7 @@ from grpo_jax.types import Example
 
 
 class Endpoint:
-    """A scoring server: what it was asked, and what it answers."""
+    """A server that judges completions. It keeps the requests, and a test sets its answers."""
 
     def __init__(self):
         self.requests: list[dict] = []
@@ -168,7 +168,7 @@ def test_a_server_that_is_down():
 
 
 def test_a_busy_server_counts_as_up(monkeypatch):
-    """It accepts and says nothing: no reason not to start."""
+    """A server that accepts a connection but does not answer is no reason not to start."""
     monkeypatch.setattr("grpo_jax.rewards.http_endpoint._PATIENCE", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as server:
         load(f"http://127.0.0.1:{server.getsockname()[1]}/")

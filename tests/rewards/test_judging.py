@@ -1,4 +1,4 @@
-"""Judging: rows in order, messages as messages, missing values, and what a verdict says beside the scores."""
+"""Judging keeps the order of rows, messages and missing values, and a verdict also reports silences."""
 
 from types import SimpleNamespace
 

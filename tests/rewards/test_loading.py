@@ -393,7 +393,7 @@ def test_conversational_prompts_hand_over_messages():
     assert seen == ["a", messages("b")]
 
 
-# ----------------------------------------------------------------------------------------- scoring
+# ----------------------------------------------------------------------------------------- calling
 
 
 def test_scores_are_float32_with_nan_for_none():

@@ -1,4 +1,4 @@
-"""Reward functions in worker processes: the same scores, limits on time, and nobody left behind."""
+"""Reward functions in worker processes: the same rewards, time limits, and no process left behind."""
 
 import gc
 import os
@@ -132,7 +132,7 @@ def pids_of(reward) -> list[int]:
     return [worker.process.pid for worker in reward.pool._workers]
 
 
-# What comes back
+# The values that come back
 
 
 @pytest.mark.parametrize("settings", [{}, {"workers": 3}, {"workers": 2, "rows_per_call": 1}], ids=str)
@@ -193,7 +193,7 @@ def test_a_verl_function(tmp_path):
     close_rewards([reward])
 
 
-# What a worker has
+# The modules and devices of a worker
 
 
 def test_a_worker_has_no_jax(load):
@@ -204,7 +204,7 @@ def test_a_worker_that_asks_for_jax_gets_the_cpu(load):
     assert scored(load("jax_if_asked_for"), ["a"]) == [1]
 
 
-# Time and death
+# Timeouts and workers that die
 
 
 def test_a_call_over_its_time_costs_its_rows(load, tmp_path):
@@ -248,7 +248,7 @@ def test_an_async_function(load):
     assert values[::2] == [2, 3] and np.isnan(values[1]) and len(reward.pool.last_lost) == 1
 
 
-# What is wrong with a function
+# Functions with mistakes
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_arguments_that_cannot_be_handed_over():
         load_rewards([RewardConfig(function="required_words", arguments={"words": {"a"}}, timeout=1.0)])
 
 
-# Nobody is left behind
+# No process outlives the run
 
 
 def test_closing_ends_the_workers(load):

@@ -134,7 +134,7 @@ def test_any_fraction_equals_itself(x):
     assert not answers_equal(latex, str(x + 1))
 
 
-# --------------------------------------------------------------------------------------- the rest
+# ------------------------------------------------------------------- expressions, lists and words
 
 
 @pytest.mark.parametrize(
