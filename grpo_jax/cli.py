@@ -33,7 +33,7 @@ def enable_compilation_cache() -> Path:
 
 @contextlib.contextmanager
 def json_alone(wanted: bool) -> Iterator[Callable[[Any], None]]:
-    """Keeps standard output for one JSON document; whatever else is printed goes to standard error.
+    """Keeps standard output for one JSON document. Everything else that is printed goes to standard error.
 
     Reward functions print: in a call, when their file is imported, from C, from processes that they start,
     and when the process ends.

@@ -1,4 +1,4 @@
-"""Held-out evaluation of a model or a run: greedy accuracy, mean@k and pass@k; two of them compared.
+"""Held-out evaluation of a model or a run, or a comparison of two: greedy accuracy, mean@k and pass@k.
 
 python -m grpo_jax.evaluate --model runs/arithmetic
 python -m grpo_jax.evaluate --model packaged:arithmetic --config configs/grpo_config.yaml
@@ -26,14 +26,14 @@ class EvaluateArguments:
     Args:
         model: a local directory, a hub id, `packaged:<name>`, or a run directory.
         baseline: a second model or run. Both see the same prompts and the same noise, and the differences are
-            printed with 95 % intervals. None compares nothing.
-        config: a YAML config that names data and rewards, or a run directory. None takes the config of the
+            printed with 95 % intervals. `null` means that nothing is compared.
+        config: a YAML config that names data and rewards, or a run directory. `null` means the config of the
             run, also for its `hf` and `best`, or else the defaults.
-        num_prompts: number of held-out prompts. None takes that of the config.
-        num_samples: number k of sampled completions of a prompt. None takes that of the config.
-        max_new_tokens: the most tokens of a completion. None takes that of the config.
-        temperature: temperature of the sampled completions. None takes that of the config.
-        seed: seed of the sampling noise. None takes that of the config.
+        num_prompts: number of held-out prompts. `null` means that of the config.
+        num_samples: k, the number of sampled completions per prompt. `null` means that of the config.
+        max_new_tokens: largest number of completion tokens. `null` means that of the config.
+        temperature: temperature of the sampled completions. `null` means that of the config.
+        seed: seed of the sampling noise. `null` means that of the config.
         json: whether one JSON object is printed instead of lines.
     """
 
@@ -81,7 +81,7 @@ def _build_run(name: str, config: Config) -> Run:
     )
     run = build(config, model=model)
     if not run.task.evaluation:
-        raise ValueError("there are no held-out prompts: give data.eval_file, and num_prompts above 0")
+        raise ValueError("there are no held-out prompts; give data.eval_file, and num_prompts above 0")
     return run
 
 
@@ -101,18 +101,21 @@ def _print_results(arguments: EvaluateArguments, run: Run, show: Callable[[Any],
 
 
 def _print_comparison(
-    arguments: EvaluateArguments, run: Run, others: Run, show: Callable[[Any], None]
+    arguments: EvaluateArguments, run: Run, base_run: Run, show: Callable[[Any], None]
 ) -> None:
-    if others.task.evaluation != run.task.evaluation:
+    if base_run.task.evaluation != run.task.evaluation:
         raise ValueError(
             f"{arguments.model} and {arguments.baseline} drop different prompts as too long, so they "
             "cannot be compared; set data.max_prompt_length to what both take"
         )
-    outcome, baseline = (observe_run(each, each.model.params) for each in (run, others))
-    mine, theirs = summarize_run(run, outcome), summarize_run(others, baseline)
-    told = zip((arguments.model, arguments.baseline), (run, others), (outcome, baseline), strict=True)
-    notes = [f"{name}: {line}" for name, each, seen in told for line in remarks_on_run(each, seen)]
-    differences, count = compare(outcome, baseline, seed=run.config.training.seed), len(outcome.greedy)
+    outcome = observe_run(run, run.model.params)
+    baseline = observe_run(base_run, base_run.model.params)
+    mine = summarize_run(run, outcome)
+    theirs = summarize_run(base_run, baseline)
+    notes = [f"{arguments.model}: {line}" for line in remarks_on_run(run, outcome)]
+    notes += [f"{arguments.baseline}: {line}" for line in remarks_on_run(base_run, baseline)]
+    differences = compare(outcome, baseline, seed=run.config.training.seed)
+    count = len(outcome.greedy)
     if arguments.json:
         keys = ("value", "low", "high")
         document = {

@@ -63,8 +63,8 @@ def _check_key(key: str, line: int, earlier: dict[str, int]) -> None:
     if key in earlier:
         first = "" if earlier[key] == line else f", first in line {earlier[key]}"
         raise Ambiguous(
-            f"line {line}: the key `{key}` is there twice{first}; join the two or leave one out (YAML would "
-            "use the last alone)"
+            f"line {line}: the key `{key}` is given twice{first}; join the two or leave one out (YAML would "
+            "use only the last)"
         )
     earlier[key] = line
 

@@ -87,7 +87,9 @@ def check_settings(config: Config, recipe: Recipe, *, num_rewards: int) -> None:
     for section, key, works, needs in _REFUSED:
         value = getattr(getattr(config, section), key)
         if _is_given(facts, section, key) and not works(facts):
-            raise ValueError(f"{section}.{key}: {value} does nothing without {needs}; or leave it out")
+            raise ValueError(
+                f"{section}.{key}: {value} does nothing without {needs}; give that, or leave {key} out"
+            )
 
 
 def _is_given(facts: Facts, section: str, key: str) -> bool:

@@ -35,20 +35,20 @@ def parse_record(
 ) -> Any:
     """Parses a command line (and YAML files given with --config) into a frozen record.
 
-    Fields are options, nested ones with dots: ``--algorithm.kl_coef 0.05``. What stands further right
-    wins, so overrides go after --config. Values are coerced by the field's type.
+    Fields are options, nested ones with dots: ``--algorithm.kl_coef 0.05``. An option further to the right
+    wins, so overrides go after --config. Values are converted to the field's type.
 
     Args:
         record: a dataclass, whose docstring documents the options.
         argv: arguments of the command. None means those of the process.
-        command: shown in --help, such as `python -m grpo_jax.train`.
-        description: shown in --help.
+        command: name of the command in --help, such as `python -m grpo_jax.train`.
+        description: description of the command in --help.
         config_option: whether --config reads YAML files of the same keys. A directory stands for its
             config.yaml, so that a run directory may be given.
         positional: the field that is given without its name, if any.
 
     Raises:
-        ValueError: an unknown key (the message suggests the nearest), or a value of the wrong type.
+        ValueError: a key is unknown (the message suggests the nearest), or a value has the wrong type.
     """
     parser = jsonargparse.ArgumentParser(
         prog=command, description=description, exit_on_error=False, allow_abbrev=False
@@ -80,7 +80,7 @@ def _documentation(record: type) -> dict[str, str]:
 
 
 def _name_files(argv: list[str]) -> list[str]:
-    """Puts the config.yaml of a run directory in the place of the directory, in `--config` alone."""
+    """Replaces a run directory by its config.yaml, in the option `--config` alone."""
     named = []
     for before, argument in zip([None, *argv], argv, strict=False):
         option, equals, path = ("", "", argument) if before == "--config" else argument.partition("=")
@@ -98,7 +98,8 @@ def _spell_out_flags(record: type, argv: list[str]) -> list[str]:
         nested = (flags(kind, f"{prefix}{name}.") for name, kind in kinds if is_dataclass(kind))
         return {prefix + name for name, kind in kinds if kind is bool}.union(*nested)
 
-    names, spelled = flags(record, "--"), []
+    names = flags(record, "--")
+    spelled = []
     for argument, following in zip(argv, [*argv[1:], "--"], strict=False):
         spelled += [argument, "true"] if argument in names and following.startswith("--") else [argument]
     return spelled
@@ -120,7 +121,7 @@ def _as_meant(argv: list[str], keys: list[str], lists: Mapping[str, type], confi
     """Checks config files and values before the parser sees them, and makes records of names in lists.
 
     Raises:
-        ValueError: a key that is there twice, an alias, or keys that there are not.
+        ValueError: a key is given twice, a value is an alias, or keys are unknown.
     """
     load = jsonargparse.get_loader("yaml")
     changed: list[str] = []
@@ -128,7 +129,8 @@ def _as_meant(argv: list[str], keys: list[str], lists: Mapping[str, type], confi
     for argument in argv:
         name, equals, value = argument.partition("=")
         if option:
-            name, value = option, argument
+            name = option
+            value = argument
         elif not argument.startswith("--") or not equals:
             option = argument.removesuffix("+") if argument.startswith("--") else ""
             changed.append(argument)
@@ -200,7 +202,7 @@ def _checked_value(key: str, value: str, lists: Mapping[str, type], load: Callab
 
 
 def _about_unknown(unknown: list[str], keys: list[str]) -> str:
-    """Returns what to say about keys that there are not."""
+    """Returns the message about unknown keys."""
     if len(unknown) == 1:
         return f"unknown key {unknown[0]!r}; {advise(unknown[0], keys)}"
     listed = "; ".join(f"{key!r}: {advise(key, keys)}" for key in unknown)

@@ -58,7 +58,8 @@ class TrainingConfig:
     """The optimizer and the length of the run.
 
     Args:
-        batch_size: B, *completions* per optimizer step. They belong to batch_size / group_size prompts.
+        batch_size: B, the number of *completions* per optimizer step. They belong to batch_size / group_size
+            prompts.
         num_microbatches: number of slices of the batch, whose gradients are summed for one update.
         num_epochs: number of passes over the training prompts.
         num_steps: number of optimizer steps. It overrides num_epochs.

@@ -23,8 +23,10 @@ def rows_by_category(examples: Sequence[Example], column: str | None) -> dict[st
     if column is None or not examples:
         return {}
     if column not in examples[0].columns:
-        there = ", ".join(f"`{name}`" for name in examples[0].columns) or "none"
-        raise ValueError(f"evaluation.category: {column!r} is no column of the held-out prompts: {there}")
+        columns = ", ".join(f"`{name}`" for name in examples[0].columns) or "none"
+        raise ValueError(
+            f"evaluation.category: {column!r} is no column of the held-out prompts, which have {columns}"
+        )
     rows: dict[str, list[int]] = {}
     for row, example in enumerate(examples):
         value = example.columns[column]

@@ -42,7 +42,9 @@ def sample_texts(
     key = jax.random.fold_in(jax.random.key(seed), _NOISE_STEP)
     sequences = tokens_of(model, examples)
     size = min(max(1, batch_size // group_size), len(sequences))
-    texts, lengths, finished = [], [], []
+    texts = []
+    lengths = []
+    finished = []
     for start in range(0, len(sequences), size):
         part = sequences[start : start + size]
         rows = len(part) * group_size
@@ -162,7 +164,8 @@ def summarize(
         rewards: the R reward functions of its scores.
         categories: category -> rows of its prompts.
     """
-    k, valid = outcome.correct.shape[1], outcome.valid
+    k = outcome.correct.shape[1]
+    valid = outcome.valid
     # Rewards that were lost to a timeout are missing as well.
     figures = {
         f"eval/{name}": value

@@ -94,7 +94,8 @@ def _values_behind(
     rows = list(range(len(outcome.greedy)))
     for category, indices in categories.items():
         if name.startswith(f"{category}/"):
-            name, rows = name.removeprefix(f"{category}/"), list(indices)
+            name = name.removeprefix(f"{category}/")
+            rows = list(indices)
             break
     if name.startswith(("mean@", "pass@")):
         return outcome.correct[rows]

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-_DRAWS_AT_ONCE = 2_000_000  # bounds the memory of the bootstrap
+_INDICES_AT_ONCE = 2_000_000  # bounds the memory of the bootstrap
 
 
 def doublings(limit: int) -> list[int]:
@@ -83,9 +83,9 @@ def paired_bootstrap(
         baseline_sums: [N], the same for the other model.
         counts: [N], numbers of values on each prompt. None means one each.
         baseline_counts: [N], the same for the other model.
-        num_resamples: number of draws of N prompts with replacement.
-        level: share of the draws inside the interval.
-        seed: seed of the draws.
+        num_resamples: number of times that N prompts are sampled with replacement.
+        level: share of these samples inside the interval.
+        seed: seed of the samples.
 
     Returns:
         (difference, low, high).
@@ -101,11 +101,12 @@ def paired_bootstrap(
         mine, my_count, theirs, their_count = totals
         return mine / np.maximum(my_count, 1) - theirs / np.maximum(their_count, 1)
 
-    rng, size = np.random.default_rng(seed), len(sums)
-    at_once = max(1, _DRAWS_AT_ONCE // size)
+    rng = np.random.default_rng(seed)
+    size = len(sums)
+    at_once = max(1, _INDICES_AT_ONCE // size)
     found = []
     for start in range(0, num_resamples, at_once):
-        drawn = rng.integers(size, size=(min(at_once, num_resamples - start), size))
-        found.append(difference(np.stack([row[drawn].sum(axis=1) for row in rows])))
+        indices = rng.integers(size, size=(min(at_once, num_resamples - start), size))
+        found.append(difference(np.stack([row[indices].sum(axis=1) for row in rows])))
     low, high = np.quantile(np.concatenate(found), [(1 - level) / 2, (1 + level) / 2])
     return float(difference(rows.sum(axis=1))), float(low), float(high)

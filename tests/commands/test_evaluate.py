@@ -261,7 +261,7 @@ def test_command_prints_lines(run, capsys):
     [
         (
             ["--num_prompts=0"],
-            "error: there are no held-out prompts: give data.eval_file, and num_prompts above 0",
+            "error: there are no held-out prompts; give data.eval_file, and num_prompts above 0",
         ),
         (["--num_samples=0"], "error: evaluation.num_samples: 0; it must be at least 1"),
         (["--temperature=-1"], "error: sampling.temperature: -1.0;"),
@@ -370,8 +370,12 @@ def test_rows_by_category():
 @pytest.mark.parametrize(
     ("examples", "column", "message"),
     [
-        (with_column("a"), "knd", "evaluation.category: 'knd' is no column of the held-out prompts: `kind`"),
-        ([Example("1+1=", {})], "kind", "'kind' is no column of the held-out prompts: none"),
+        (
+            with_column("a"),
+            "knd",
+            "evaluation.category: 'knd' is no column of the held-out prompts, which have `kind`",
+        ),
+        ([Example("1+1=", {})], "kind", "'kind' is no column of the held-out prompts, which have none"),
         (
             with_column("a", None),
             "kind",

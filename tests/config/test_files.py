@@ -32,16 +32,16 @@ BOMB = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}
     [
         (
             "training: {seed: 1}\nrun_dir: x\ntraining: {num_steps: 2}\n",
-            "line 3: the key `training` is there tw",
+            "line 3: the key `training` is given tw",
         ),
-        ("training: {seed: 1, seed: 2}", "line 1: the key `seed` is there twice; join the two or"),
+        ("training: {seed: 1, seed: 2}", "line 1: the key `seed` is given twice; join the two or"),
         (
             "rewards:\n- function: a\n  weight: 1\n  weight: 2\n",
             "line 4: the key `weight` .*, first in line 3",
         ),
-        ("data:\n  columns:\n    a: b\n    a: b\n", "line 4: the key `a` is there twice, first in line 3"),
-        ("data: {task_arguments: {n: {b: [{c: 1, c: 2}]}}}", "line 1: the key `c` is there twice"),
-        ('run_dir: x\n"run_dir": y', "line 2: the key `run_dir` is there twice"),
+        ("data:\n  columns:\n    a: b\n    a: b\n", "line 4: the key `a` is given twice, first in line 3"),
+        ("data: {task_arguments: {n: {b: [{c: 1, c: 2}]}}}", "line 1: the key `c` is given twice"),
+        ('run_dir: x\n"run_dir": y', "line 2: the key `run_dir` is given twice"),
         (BOMB, r"line 2: `\*a0` is an alias of YAML, which is not supported"),
         ("data: {task_arguments: &a {b: *a}}", r"line 1: `\*a` is an alias"),
         ("training: &t {seed: 1}\n", None),  # an anchor alone changes nothing
@@ -73,9 +73,9 @@ def test_text_that_only_looks_so(tmp_path):
     assert parse("--data.train_file=*.jsonl").data.train_file == "*.jsonl"
     files = ["a.jsonl", "parts/*.jsonl"]
     assert parse(f"--data.train_file={files}").data.train_file == files
-    with pytest.raises(ValueError, match=r"^data\.columns: the key `a` is there twice; join"):
+    with pytest.raises(ValueError, match=r"^data\.columns: the key `a` is given twice; join"):
         parse("--data.columns={a: b, a: c}")
-    with pytest.raises(ValueError, match=r"^rewards: the key `weight` is there twice"):
+    with pytest.raises(ValueError, match=r"^rewards: the key `weight` is given twice"):
         parse("--rewards", "[{function: a, weight: 1, weight: 2}]")
     check_yaml("no: [yaml")  # the parser says so
     with pytest.raises(ValueError, match="exceeded maximum nesting depth"):

@@ -113,7 +113,7 @@ def test_seed_and_slices(monkeypatch):
     assert whole[0] == paired_bootstrap(mine, theirs, seed=4)[0] and whole != paired_bootstrap(
         mine, theirs, seed=4
     )
-    monkeypatch.setattr(statistics, "_DRAWS_AT_ONCE", 7 * 30)  # 10,000 is no multiple of 7
+    monkeypatch.setattr(statistics, "_INDICES_AT_ONCE", 7 * 30)  # 10,000 is no multiple of 7
     assert paired_bootstrap(mine, theirs, seed=3) == pytest.approx(whole, abs=1e-15)
 
 
