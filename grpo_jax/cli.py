@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from grpo_jax.cpu_tuning import use_huge_pages
+from grpo_jax.error_text import one_line
 
 
 def enable_compilation_cache() -> Path:
@@ -90,7 +91,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if os.environ.get("GRPO_JAX_TRACEBACK"):
             raise
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = one_line(error, limit=None)
         if not isinstance(error, (ValueError, ImportError)):
             text = f"{type(error).__name__}: {text}"
         print(f"error: {text}", file=sys.stderr)

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 Array = jax.Array
+Prompt = str | list[dict[str, Any]]  # a text, or the messages of a chat
 Params = Any  # a pytree of arrays
 Cache = Any  # a pytree that only the policy's own functions look into
 
@@ -90,7 +91,7 @@ class Example:
         tokens: token ids of the prompt, once a run has encoded it. They follow from the prompt.
     """
 
-    prompt: str | list[dict[str, str]]
+    prompt: Prompt
     columns: dict[str, Any] = field(default_factory=dict)
     place: str = field(default="", compare=False)
     tokens: tuple[int, ...] | None = field(default=None, compare=False, repr=False)

@@ -27,8 +27,8 @@ ROOMS = {
     "rewards": ("config", "models", "policy", "spelling"),
     "data": ("config", "models", "rewards", "spelling"),
     "evaluation": ("data", "models", "policy", "rewards", "training"),
-    "checkpoints": (),
-    "trackers": ("config",),
+    "checkpoints": ("error_text",),
+    "trackers": ("config", "error_text"),
     "run": (
         "checkpoints",
         "config",
@@ -44,11 +44,12 @@ ROOMS = {
     "cpu_tuning": (),
     "lazy_names": (),
     "moved": (),
+    "error_text": (),
     "spelling": (),
     "version": (),
     # What `from grpo_jax import ...` gives: the lower rooms only.
     "public": ("objective", "policy", "training"),
-    "cli": ("cpu_tuning",),
+    "cli": ("cpu_tuning", "error_text"),
     # It loads a command by name, when it is asked for one.
     "__main__": ("cli", "spelling", "version"),
 }

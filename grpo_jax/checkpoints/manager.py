@@ -34,6 +34,7 @@ from grpo_jax.checkpoints.format import (
     to_host,
     unseal,
 )
+from grpo_jax.error_text import one_line
 
 # What may be saved beside the state. The list is fixed, because orbax is told of every item when a directory
 # is opened.
@@ -48,7 +49,7 @@ class CorruptedCheckpoint(ValueError):
     """What is on disk is not what was saved."""
 
     def __init__(self, path: Path, cause: Exception | str):
-        super().__init__(f"corrupted checkpoint: {path}: {_one_line(cause)}")
+        super().__init__(f"corrupted checkpoint: {path}: {one_line(cause)}")
 
 
 class Checkpoints:
@@ -282,7 +283,7 @@ class Checkpoints:
         self._manager.reload()  # orbax forgets the steps that this one was to replace before it is written
         self._clean_up("*.orbax-checkpoint-tmp*")  # on a full disk its space is needed
         raise RuntimeError(
-            f"the checkpoint of step {step} could not be written to {self.directory}: {_one_line(error)}"
+            f"the checkpoint of step {step} could not be written to {self.directory}: {one_line(error)}"
         ) from error
 
     def _clean_up(self, *patterns: str) -> None:
@@ -315,7 +316,7 @@ def _check_directory(directory: Path, read_only: bool) -> None:
         with tempfile.TemporaryFile(dir=directory) as probe:
             probe.write(b"x")
     except OSError as error:
-        raise ValueError(f"checkpoint directory {directory} cannot be written: {_one_line(error)}") from error
+        raise ValueError(f"checkpoint directory {directory} cannot be written: {one_line(error)}") from error
 
 
 def _check_names(others: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -335,8 +336,3 @@ class _WithoutOrbax(logging.Filter):
 
 
 _WITHOUT_ORBAX = _WithoutOrbax()
-
-
-def _one_line(error: Exception | str) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."

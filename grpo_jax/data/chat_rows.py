@@ -4,7 +4,7 @@ import json
 import re
 from typing import Any
 
-Prompt = str | list[dict[str, str]]
+from grpo_jax.types import Prompt
 
 _ANSWERS = ("assistant", "model", "gpt", "bot", "ai")  # names of the assistant's role
 _INSTRUCTIONS = ("system", "developer")

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from grpo_jax.data.prompts import Prompt, prompt_text
-from grpo_jax.types import Example
+from grpo_jax.data.prompts import prompt_text
+from grpo_jax.types import Example, Prompt
 
 
 def note_on_few_shot(shots: Sequence[tuple[Prompt, str]], held_out: Sequence[Example]) -> str | None:

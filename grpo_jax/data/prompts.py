@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from grpo_jax.data.chat_rows import Prompt, check_text, read_prompt
+from grpo_jax.data.chat_rows import check_text, read_prompt
 from grpo_jax.data.templates import Template, compile_template, render
+from grpo_jax.types import Prompt
 
 
 @dataclass(frozen=True, kw_only=True)

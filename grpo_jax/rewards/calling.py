@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,14 +31,16 @@ from grpo_jax.rewards.http_endpoint import EndpointError
 from grpo_jax.rewards.pool import WorkerError
 from grpo_jax.rewards.reward import Reward, RewardError, named, takes
 
-Prompt = str | list[dict[str, Any]]
+if TYPE_CHECKING:  # reward workers load this module without JAX
+    from grpo_jax.types import Prompt
+
 Batch = Mapping[str, Sequence[Any]]  # prompts, completions and columns by their keywords
 _IMMUTABLE = frozenset((str, int, float, bool, type(None)))  # the types that need no copy
 
 
 def call_rewards(
     rewards: Sequence[Reward],
-    prompts: Sequence[Prompt],
+    prompts: "Sequence[Prompt]",
     completions: Sequence[Completion],
     columns: Mapping[str, Sequence[Any]],
 ) -> np.ndarray:

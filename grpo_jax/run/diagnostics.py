@@ -3,14 +3,13 @@
 Names and formulas of the metrics are in `grpo_jax.training.metrics`. The README has their healthy ranges.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from grpo_jax.trackers.jsonl import Metrics
 from grpo_jax.types import Silence
 
 _REPEAT = 100  # steps before the same line may be printed again
-
-Metrics = Mapping[str, float]
 
 
 class _Notice(NamedTuple):

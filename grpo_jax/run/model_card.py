@@ -1,7 +1,7 @@
 """The README.md of an exported model: where it comes from, how it was trained, and with what result."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,7 @@ import yaml
 from grpo_jax.config.run import Config
 from grpo_jax.config.sampling import as_list
 from grpo_jax.objective.recipes import RECIPES
-
-Row = Mapping[str, Any]  # of metrics.jsonl
+from grpo_jax.trackers.jsonl import LogRow
 
 _SECTIONS = ("algorithm", "model", "lora", "data", "sampling", "training", "evaluation")
 _TAGS = ["grpo", "reinforcement-learning", "grpo_jax"]
@@ -33,7 +32,7 @@ def write_card(config: Config, directory: str | Path, *, step: int, run_dir: str
 
 
 def model_card(
-    config: Config, rows: Sequence[Row], *, step: int, directory: str, run_dir: str | None = None
+    config: Config, rows: Sequence[LogRow], *, step: int, directory: str, run_dir: str | None = None
 ) -> str:
     """Returns the Markdown of a card, with the front matter that the Hugging Face hub reads.
 
@@ -83,7 +82,7 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _read_rows(path: Path) -> list[Row]:
+def _read_rows(path: Path) -> list[LogRow]:
     """Reads metrics.jsonl, without a last line that a kill has truncated. There may be no such file."""
     if not path.is_file():
         return []
@@ -104,7 +103,7 @@ def _base_model(name: str) -> str:
     return Path(name.removeprefix("packaged:")).resolve().name if local else name
 
 
-def _evaluation(rows: Sequence[Row], step: int) -> str:
+def _evaluation(rows: Sequence[LogRow], step: int) -> str:
     """Returns a table of the first and the last evaluation up to a step."""
     evaluated = [
         (row["step"], {key: value for key, value in row.items() if key.startswith("eval/")})

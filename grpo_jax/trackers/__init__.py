@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from grpo_jax.trackers.console import ConsoleTracker, one_line
-from grpo_jax.trackers.jsonl import JsonlTracker, Metrics, Row
+from grpo_jax.trackers.console import ConsoleTracker, describe_error
+from grpo_jax.trackers.jsonl import JsonlTracker, LogRow, Metrics
 from grpo_jax.trackers.redaction import redact
 from grpo_jax.trackers.tensorboard import TensorBoardTracker
 from grpo_jax.trackers.wandb import WandbTracker
@@ -37,7 +37,7 @@ class Tracker(Protocol):
     def log(self, step: int, metrics: Metrics) -> None:
         """Takes the metrics of a step. It may be called again for the same step with other names."""
 
-    def log_completions(self, step: int, rows: Sequence[Row]) -> None:
+    def log_completions(self, step: int, rows: Sequence[LogRow]) -> None:
         """Takes samples, each with prompt, completion, reward, advantage and rewards/<name>."""
 
     def close(self) -> None:
@@ -89,7 +89,7 @@ class Trackers:
             for tracker in (self._console, *self._others):
                 self._guard(tracker, tracker.log, step, metrics)
 
-    def log_completions(self, step: int, rows: Sequence[Row]) -> None:
+    def log_completions(self, step: int, rows: Sequence[LogRow]) -> None:
         """Hands the first num_completions rows to every tracker."""
         rows = list(rows)[: self._num_completions]
         if rows:
@@ -115,7 +115,7 @@ class Trackers:
             if name in self._failed:
                 return
             self._failed.add(name)
-            line = f"{name} failed, and the run goes on without it: {one_line(error)}"
+            line = f"{name} failed, and the run goes on without it: {describe_error(error)}"
             if tracker is self._console:
                 print(line, file=sys.stderr)
             else:

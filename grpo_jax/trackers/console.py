@@ -13,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from grpo_jax.trackers.jsonl import Metrics, Row, plain
+from grpo_jax.error_text import one_line
+from grpo_jax.trackers.jsonl import LogRow, Metrics, plain
 
 
 def printable(value: Any) -> str:
@@ -22,10 +23,11 @@ def printable(value: Any) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def one_line(error: Exception) -> str:
-    """Describes an error in one short line."""
-    text = printable(" ".join(str(error).split()))
-    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+def describe_error(error: Exception) -> str:
+    """Describes an error by its type and its text, in one short line."""
+    kind = type(error).__name__
+    text = printable(one_line(error, limit=None))
+    return kind if text == kind else f"{kind}: {text[:200]}"
 
 
 def _figure(value: float | None, spec: str = ".4g") -> str:
@@ -51,7 +53,7 @@ def bars(counts: Sequence[int]) -> str:
     return "".join("▁▂▃▄▅▆▇█"[-(-8 * count // highest) - 1] if count else "." for count in counts)
 
 
-def samples_table(title: str, rows: Sequence[Row]) -> Table:
+def samples_table(title: str, rows: Sequence[LogRow]) -> Table:
     """Makes a table of samples: prompt, completion, reward, rewards/<name> and, if given, the advantage."""
     table = Table(title=Text(printable(title)), title_justify="left")
     names = [name for name in rows[0] if name.startswith("rewards/")] if rows else []
@@ -173,7 +175,7 @@ class ConsoleTracker:
         self._tokens = tokens
         return "-" if None in (tokens, before) or not seconds else f"{(tokens - before) / seconds:.0f}"
 
-    def log_completions(self, step: int, rows: Sequence[Row]) -> None:
+    def log_completions(self, step: int, rows: Sequence[LogRow]) -> None:
         if rows:
             self._print(samples_table(f"step {step}: completions", rows))
 

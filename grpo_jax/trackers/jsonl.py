@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 Metrics = Mapping[str, float | None]
-Row = Mapping[str, Any]
+LogRow = Mapping[str, Any]
 
 
 def plain(value: Any) -> Any:
@@ -70,7 +70,7 @@ class JsonlTracker:
             rewind(path, resume_step)
             self._files[name] = path.open("a", encoding="utf-8")
 
-    def _write(self, name: str, step: int, row: Row) -> None:
+    def _write(self, name: str, step: int, row: LogRow) -> None:
         line = json.dumps({"step": int(step), **plain(row)}, allow_nan=False)
         self._files[name].write(line + "\n")
         self._files[name].flush()
@@ -79,7 +79,7 @@ class JsonlTracker:
         if metrics:
             self._write("metrics", step, metrics)
 
-    def log_completions(self, step: int, rows: Sequence[Row]) -> None:
+    def log_completions(self, step: int, rows: Sequence[LogRow]) -> None:
         for row in rows:
             self._write("completions", step, row)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.trackers.jsonl import Metrics, Row, plain
+from grpo_jax.trackers.jsonl import LogRow, Metrics, plain
 from grpo_jax.trackers.redaction import redact
 
 
@@ -54,7 +54,7 @@ class TensorBoardTracker:
                 self._write(step, summary=self._summary.scalar(name, float(value)))
         self._writer.flush()
 
-    def log_completions(self, step: int, rows: Sequence[Row]) -> None:
+    def log_completions(self, step: int, rows: Sequence[LogRow]) -> None:
         self._write_text("completions", "\n".join(json.dumps(plain(row)) for row in rows), step)
         self._writer.flush()
 

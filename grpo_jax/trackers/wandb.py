@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from grpo_jax.trackers.console import one_line
-from grpo_jax.trackers.jsonl import Metrics, Row, plain
+from grpo_jax.trackers.console import describe_error
+from grpo_jax.trackers.jsonl import LogRow, Metrics, plain
 from grpo_jax.trackers.redaction import redact
 
 
@@ -85,7 +85,7 @@ class WandbTracker:
         except Exception as error:
             if mode == "offline":
                 raise
-            message(f"wandb: it cannot be opened ({one_line(error)}), so the run is written offline")
+            message(f"wandb: it cannot be opened ({describe_error(error)}), so the run is written offline")
             self._run = self._open("offline", options)
         self._offline = self._run.settings.mode == "offline"
 
@@ -117,7 +117,7 @@ class WandbTracker:
     def log(self, step: int, metrics: Metrics) -> None:
         self._run.log({name: value for name, value in metrics.items() if value is not None}, step=step)
 
-    def log_completions(self, step: int, rows: Sequence[Row]) -> None:
+    def log_completions(self, step: int, rows: Sequence[LogRow]) -> None:
         columns = list(dict.fromkeys(name for row in rows for name in row))
         cells = [[_cell(row.get(name)) for name in columns] for row in rows]
         self._run.log({"completions": self._wandb.Table(columns=columns, data=cells)}, step=step)

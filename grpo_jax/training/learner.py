@@ -22,7 +22,6 @@ from grpo_jax.policy.log_probs import (
 from grpo_jax.policy.lora import Lora, merge_adapters
 from grpo_jax.policy.shapes import shared_rows, split_rows
 from grpo_jax.training.metrics import (
-    Metrics,
     logp_difference_max,
     loss_metrics_dict,
     merge_loss_metrics,
@@ -64,7 +63,7 @@ def experience_loss(
     num_tokens: int | None = None,
     temperature: float | Array,
     chunk_size: int,
-) -> tuple[Array, tuple[LossMetrics, Metrics]]:
+) -> tuple[Array, tuple[LossMetrics, dict[str, Array]]]:
     """Computes the recipe's loss of params: (loss [], (LossMetrics, what else is measured)).
 
     Args:
@@ -180,7 +179,7 @@ def train_step(
     num_tokens: int | None = None,
     temperature: float | Array = 1.0,
     chunk_size: int = CHUNK_SIZE,
-) -> tuple[train_state.TrainState, Metrics]:
+) -> tuple[train_state.TrainState, dict[str, Array]]:
     """Makes one optimizer update from one batch of experience. Compiled once per shape.
 
     The gradient is that of `grpo_loss` over the whole batch; micro-batches only bound memory. If the

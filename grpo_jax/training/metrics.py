@@ -95,8 +95,6 @@ from grpo_jax.objective.losses import LossMetrics
 from grpo_jax.objective.shaping import importance_weights
 from grpo_jax.types import Array, Rollout
 
-Metrics = dict[str, Array]
-
 
 def token_mean(values: Array, mask: Array) -> Array:
     """Returns the mean [] of values [B,T] over masked-in tokens; 0 if there are none."""
@@ -127,7 +125,7 @@ def merge_loss_metrics(parts: LossMetrics) -> LossMetrics:
     )
 
 
-def loss_metrics_dict(metrics: LossMetrics) -> Metrics:
+def loss_metrics_dict(metrics: LossMetrics) -> dict[str, Array]:
     """Names the fields of LossMetrics as they are logged."""
     return {
         "policy_loss": metrics.policy_loss,
@@ -141,7 +139,7 @@ def loss_metrics_dict(metrics: LossMetrics) -> Metrics:
     }
 
 
-def reward_metrics(rewards: Array, valid: Array) -> Metrics:
+def reward_metrics(rewards: Array, valid: Array) -> dict[str, Array]:
     """Computes the reward metrics of rewards [N,G], of which valid [N,G] are there."""
     valid = jnp.asarray(valid, bool)
     rewards = jnp.where(valid, rewards, 0)
@@ -184,7 +182,7 @@ def reward_means(
 
 def rollout_metrics(
     rollout: Rollout, scored_log_probs: Array | None, *, importance_cap: float | None = None
-) -> Metrics:
+) -> dict[str, Array]:
     """Computes the completion and sampling metrics of a rollout, scored again as [B,T] or not at all."""
     lengths = jnp.sum(rollout.mask, axis=1)
     finished = rollout.finished
