@@ -27,7 +27,7 @@ def use_huge_pages(share: float = 0.75) -> bool:
     is kept from then on. Beyond the share, pages are small again. GRPO_JAX_HUGE_PAGES=0 leaves malloc alone.
 
     Args:
-        share: Part of the machine's memory that the heap may take, in (0, 1].
+        share: part of the machine's memory that the heap may take, in (0, 1].
 
     Returns:
         True if malloc does so now. That is on Linux with glibc alone, and only where the kernel gives huge

@@ -204,8 +204,8 @@ def make_policy(config: HFConfig, *, dtype: Any, remat: str = "none", attention:
     Args:
         config: the transformers configuration object.
         dtype: compute dtype, jnp.float32 or jnp.bfloat16. Logits are float32 either way.
-        remat: remat of `make_decoder`.
-        attention: attention of `make_decoder`.
+        remat: what a layer's backward pass recomputes, see `make_decoder`.
+        attention: implementation of attention, see `make_decoder`.
     """
     tree = layout(config)
 

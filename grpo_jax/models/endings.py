@@ -41,7 +41,7 @@ def find_eos(
         generation_config: contents of generation_config.json.
         config: contents of config.json. Defaults of its class do not count, as the model does not name them.
         tokenizer: tokenizer. Its `eos_token` counts, and so does an `eot_token` (end of turn), if it has one.
-        vocab_size: V.
+        vocab_size: number V of ids of the model.
         source: name of the model in messages.
         required: whether it is an error if there is no such token.
 
@@ -83,7 +83,7 @@ def choose_eos(
     Args:
         tokens: ids or texts of tokens. If it is empty, only stop strings end a completion.
         tokenizer: tokenizer of the model.
-        vocab_size: V.
+        vocab_size: number V of ids of the model.
         source: name of the model in messages.
 
     Returns:

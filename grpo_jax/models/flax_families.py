@@ -126,8 +126,8 @@ def make_policy(config: HFConfig, *, dtype: Any, remat: str = "none", attention:
     Args:
         config: a configuration without `problems`.
         dtype: compute dtype, jnp.float32 or jnp.bfloat16. Logits are float32 either way.
-        remat: `none`. These classes keep everything for the backward pass.
-        attention: `shared`. These classes have their own attention.
+        remat: the word `none`. These classes keep everything for the backward pass.
+        attention: the word `shared`. These classes have their own attention.
 
     Returns:
         the policy. A length over `max_positions` is a ValueError when the function is traced.
@@ -145,21 +145,33 @@ def make_policy(config: HFConfig, *, dtype: Any, remat: str = "none", attention:
             f"remat {remat!r} is for models that our own decoder computes, and {config.model_type} is not:"
             " leave model.remat at none, and raise training.num_microbatches to save memory"
         )
-    family = FAMILIES[config.model_type]
-    base = family.embedding[0]
-    limit = max_positions(config)
-    shapes = param_shapes(config)
+    model = _FlaxModel(config, dtype)
+    return Policy(forward=model.forward, unembed=model.unembed, init_cache=model.init_cache)
 
-    @functools.lru_cache
-    def module(length: int):
+
+class _FlaxModel:
+    """Functions of a `Policy` that a Flax class of transformers computes."""
+
+    def __init__(self, config: HFConfig, dtype: Any):
+        self.config = config
+        self.dtype = dtype
+        self.embedding = FAMILIES[config.model_type].embedding
+        self.base = self.embedding[0]
+        self.shapes = param_shapes(config)
+        self.module = functools.lru_cache(self._make_module)
+
+    def _make_module(self, length: int) -> Any:
+        limit = max_positions(self.config)
         if limit is not None and length > limit:
             raise ValueError(
                 f"a sequence of {length} tokens (prompt with padding + completion) is over the model's "
                 f"{limit} positions"
             )
-        return FLAX_MODEL_MAPPING[type(config)].module_class(_module_config(config, length), dtype=dtype)
+        module_class = FLAX_MODEL_MAPPING[type(self.config)].module_class
+        return module_class(_module_config(self.config, length), dtype=self.dtype)
 
     def forward(
+        self,
         params: Params,
         tokens: Array,
         mask: Array,
@@ -169,20 +181,21 @@ def make_policy(config: HFConfig, *, dtype: Any, remat: str = "none", attention:
         num_tokens: int | None = None,
     ) -> tuple[Array, Cache]:
         del num_tokens  # these classes know rows only
-        variables = {"params": params[base]}
-        inputs = _inputs(config, tokens, mask, positions)
+        variables = {"params": params[self.base]}
+        inputs = _inputs(self.config, tokens, mask, positions)
         length = mask.shape[1]
         slots = {leaf.shape[1] for leaf in jax.tree.leaves(cache) if leaf.ndim > 1} or {tokens.shape[1]}
         if slots != {length}:
             raise ValueError(f"the mask covers {length} tokens, tokens and cache have room for {slots.pop()}")
+        module = self.module(length)
         if cache is None:
-            return module(length).apply(variables, **inputs)[0], None
-        outputs, updates = module(length).apply(variables | {"cache": cache}, **inputs, mutable=["cache"])
+            return module.apply(variables, **inputs)[0], None
+        outputs, updates = module.apply(variables | {"cache": cache}, **inputs, mutable=["cache"])
         return outputs[0], updates["cache"]
 
-    def unembed(params: Params, hidden: Array) -> Array:
-        if config.tie_word_embeddings:
-            kernel = functools.reduce(lambda tree, key: tree[key], family.embedding, params)
+    def unembed(self, params: Params, hidden: Array) -> Array:
+        if self.config.tie_word_embeddings:
+            kernel = functools.reduce(lambda tree, key: tree[key], self.embedding, params)
             axis = 1
             bias = 0.0
         else:
@@ -192,16 +205,19 @@ def make_policy(config: HFConfig, *, dtype: Any, remat: str = "none", attention:
         # Operands have the compute dtype and sums are float32. bfloat16 logits would cost 0.1 nats.
         contract = (((hidden.ndim - 1,), (axis,)), ((), ()))
         return bias + jax.lax.dot_general(
-            hidden.astype(dtype), kernel.astype(dtype), contract, preferred_element_type=jnp.float32
+            hidden.astype(self.dtype),
+            kernel.astype(self.dtype),
+            contract,
+            preferred_element_type=jnp.float32,
         )
 
-    def init_cache(batch: int, max_length: int) -> Cache:
+    def init_cache(self, batch: int, max_length: int) -> Cache:
         def trace(params):
             ones = jnp.ones((batch, max_length), jnp.int32)
-            inputs = _inputs(config, ones, ones, ones)
-            return module(max_length).apply({"params": params}, **inputs, init_cache=True, mutable=["cache"])
+            inputs = _inputs(self.config, ones, ones, ones)
+            module = self.module(max_length)
+            return module.apply({"params": params}, **inputs, init_cache=True, mutable=["cache"])
 
-        cache = jax.eval_shape(trace, shapes[base])[1]["cache"]
+        # The cache is traced and never computed, so making it costs no forward pass.
+        cache = jax.eval_shape(trace, self.shapes[self.base])[1]["cache"]
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), cache)
-
-    return Policy(forward=forward, unembed=unembed, init_cache=init_cache)

@@ -20,7 +20,7 @@ class LlamaVariant:
         head_norms: whether queries and keys are normalised.
         sandwich: whether attention and MLP have a norm behind them, too.
         gemma: whether embeddings are scaled by sqrt(width), and scales of norms are stored around 0.
-        ignored: fields that PyTorch's class does not use, though others of the line do.
+        ignored: fields that PyTorch's class does not use, though classes of other variants do.
     """
 
     activation: str = "hidden_act"

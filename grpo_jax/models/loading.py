@@ -111,9 +111,10 @@ def load_model(
         hf_model_name: a directory, a hub id (`owner/name`), or `packaged:<name>`.
         revision: branch, tag or commit of a hub id.
         dtype: compute dtype, `float32` or `bfloat16`. Parameters are float32 either way.
-        implementation: `decoder` (ours), `flax` (that of transformers), or `auto`, the first that is right.
-        remat: what a layer's backward pass recomputes, `none`, `dots` or `full`, see `make_decoder`.
-        attention: `shared`, or `cudnn` on NVIDIA in bfloat16, see `attend_flash`.
+        implementation: one of `decoder` (ours), `flax` (that of transformers), or `auto`, the first that is
+            right.
+        remat: what a layer's backward pass recomputes: `none`, `dots` or `full`, see `make_decoder`.
+        attention: one of `shared`, or `cudnn` on NVIDIA in bfloat16, see `attend_flash`.
         chat_template: way in which messages become text: `auto` (the tokenizer's own template), `plain` (a
             line `role: content` each, then `assistant:`), or the path of a Jinja file. It is exported, too.
         eos_token_ids: the tokens that end a completion, as ids or texts. None means all that the model names.
@@ -130,28 +131,16 @@ def load_model(
         FileNotFoundError: the model or one of its files is missing.
         ValueError: something about the model is not supported.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
-    if remat not in REMAT:
-        raise ValueError(f"remat {remat!r}: choose one of {', '.join(REMAT)}")
-    check_attention(attention, DTYPES[dtype])
+    _check_settings(dtype, remat, attention)
     directory = find_directory(hf_model_name, revision=revision)
-    raw = read_json(directory / "config.json")
-    check_no_adapter(directory, hf_model_name)
-    if raw is None:
-        raise FileNotFoundError(f"{hf_model_name}: no config.json in {directory}")
+    raw = _read_raw_config(directory, hf_model_name)
     config = read_config(raw, hf_model_name)
     implementation = choose_implementation(config, implementation, source=hf_model_name)
     tokenizer = load_tokenizer(directory, hf_model_name)
     set_chat_template(tokenizer, chat_template)
     check_arguments(tokenizer, chat_template_arguments or {}, hf_model_name)
     now = start_of_run() if chat_template_date is None else read_date(chat_template_date)
-    if (largest := max(tokenizer.get_vocab().values(), default=-1)) >= config.vocab_size:
-        raise ValueError(
-            f"{hf_model_name}: the tokenizer has {len(tokenizer)} tokens with ids up to {largest}, and the "
-            f"model's vocabulary has {config.vocab_size}: resize the embedding or use the model's own "
-            "tokenizer"
-        )
+    largest = _largest_id(tokenizer, config.vocab_size, hf_model_name)
     generation_config = read_json(directory / "generation_config.json") or {}
     known = {"vocab_size": config.vocab_size, "source": hf_model_name}
     if stop is None:
@@ -162,7 +151,6 @@ def load_model(
     else:
         eos = choose_eos(eos_token_ids, tokenizer, **known)
     stops = make_stops(stop, tokenizer, included=include_stop, **known)
-
     chosen = load_implementation(implementation)
     params = tensor_files.read_params(
         directory,
@@ -187,6 +175,33 @@ def load_model(
         stops=stops,
         chat=ChatSettings(arguments=dict(chat_template_arguments or {}), now=now),
     )
+
+
+def _check_settings(dtype: str, remat: str, attention: str) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    if remat not in REMAT:
+        raise ValueError(f"remat {remat!r}: choose one of {', '.join(REMAT)}")
+    check_attention(attention, DTYPES[dtype])
+
+
+def _read_raw_config(directory: Path, source: str) -> dict[str, Any]:
+    raw = read_json(directory / "config.json")
+    check_no_adapter(directory, source)
+    if raw is None:
+        raise FileNotFoundError(f"{source}: no config.json in {directory}")
+    return raw
+
+
+def _largest_id(tokenizer: PreTrainedTokenizerFast, vocab_size: int, source: str) -> int:
+    """Returns the largest id of a tokenizer, -1 if it is empty. Raises if the model does not have it."""
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= vocab_size:
+        raise ValueError(
+            f"{source}: the tokenizer has {len(tokenizer)} tokens with ids up to {largest}, and the "
+            f"model's vocabulary has {vocab_size}: resize the embedding or use the model's own tokenizer"
+        )
+    return largest
 
 
 def set_endings(

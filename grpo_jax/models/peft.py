@@ -38,10 +38,10 @@ def make_lora(
 
     Args:
         model: a loaded model.
-        rank: r.
+        rank: rank r of the adapters.
         alpha: numerator of the factor alpha / rank of the product.
-        targets: patterns of `match_targets`.
-        dropout: dropout of `Lora`.
+        targets: patterns of the dense layers' names, see `match_targets`.
+        dropout: probability that an input of an adapter is zeroed, see `Lora`.
 
     Raises:
         ValueError: a target matches no dense layer. The message lists the dense layers.

@@ -27,8 +27,8 @@ class Stops:
     Args:
         strings: the stop strings.
         included: whether texts keep the stop string that ended them.
-        table: int16 [states, V], see `stop_table`.
-        unspellable: those of the strings that no tokens of the model can write.
+        table: table int16 [states, V] of the search, see `stop_table`.
+        unspellable: strings among them that no tokens of the model can write.
     """
 
     strings: tuple[str, ...]
@@ -57,7 +57,7 @@ def make_stops(
     Args:
         strings: the stop strings, checked. If it is empty, there are none.
         tokenizer: the fast tokenizer of the model.
-        vocab_size: V.
+        vocab_size: number V of ids of the model.
         source: name of the model in messages.
         included: whether texts keep the stop string that ended them.
 

@@ -29,7 +29,7 @@ class TokenTexts:
     Args:
         first: bytes of each token as the first of a text. None means that it is left out, as special tokens
             are.
-        later: bytes of each token after others, likewise.
+        later: bytes of each token after others, or None likewise.
         fallback: token -> byte, for the byte tokens whose runs become text as a whole.
         strip: the one character that is taken off the beginning of a text.
         num_strips: number of times that it is taken off at most.
@@ -70,7 +70,7 @@ def token_texts(tokenizer: Any, *, vocab_size: int, source: str) -> TokenTexts:
 
     Args:
         tokenizer: a fast tokenizer.
-        vocab_size: V. Ids that the tokenizer does not have add nothing.
+        vocab_size: number V of ids of the model. Ids that the tokenizer does not have add nothing.
         source: name of the model in messages.
 
     Raises:

@@ -22,26 +22,26 @@ class Architecture:
     """Everything that tells one decoder from another, apart from its weights.
 
     Args:
-        vocab_size: V.
-        max_positions: Length of the longest sequence in tokens, padding included.
-        width: D.
-        num_layers: Number of layers.
-        num_heads: Number of query heads.
-        num_kv_heads: Number of key-value heads, a divisor of num_heads.
-        head_dim: Width of a head.
-        norm: `layer` or `rms`.
-        norm_epsilon: Number added to the variance.
-        norm_offset: Number added to a norm's scale. Gemma stores its scales around 0.
-        activation: A key of ACTIVATIONS.
-        gated: Whether the activation of one projection multiplies another.
-        rotary: Rotary embedding of each layer. If it is empty, positions are learned.
-        windows: Attention window of each layer. A query sees the keys at most window - 1 positions back.
+        vocab_size: number V of ids.
+        max_positions: length of the longest sequence in tokens, padding included.
+        width: width D of the residual stream.
+        num_layers: number of layers.
+        num_heads: number of query heads.
+        num_kv_heads: number of key-value heads, a divisor of num_heads.
+        head_dim: width of a head.
+        norm: kind of the norms, `layer` or `rms`.
+        norm_epsilon: number added to the variance.
+        norm_offset: number added to a norm's scale. Gemma stores its scales around 0.
+        activation: a key of ACTIVATIONS.
+        gated: whether the activation of one projection multiplies another.
+        rotary: rotary embedding of each layer. If it is empty, positions are learned.
+        windows: attention window of each layer. A query sees the keys at most window - 1 positions back.
             None means that it sees all keys before it.
-        attention_scale: Factor of the attention scores.
-        attention_softcap: Cap of the scores, cap * tanh(scores / cap). None means no cap.
-        logit_softcap: Cap of the logits, likewise.
-        embedding_scale: Factor of the token embeddings.
-        transposed_kernels: Whether dense kernels are stored [out, in].
+        attention_scale: factor of the attention scores.
+        attention_softcap: cap of the scores, cap * tanh(scores / cap). None means no cap.
+        logit_softcap: cap of the logits, likewise.
+        embedding_scale: factor of the token embeddings.
+        transposed_kernels: whether dense kernels are stored [out, in].
     """
 
     vocab_size: int

@@ -83,14 +83,14 @@ def make_segment(
     """Makes the segment of the tokens at `positions`, which says what each of them may see.
 
     Args:
-        windows: Attention window of each layer. A query sees the keys at most window - 1 positions back.
+        windows: attention window of each layer. A query sees the keys at most window - 1 positions back.
             None means that it sees all keys before it.
-        mask: Mask [B,s+t] bool, True at real tokens and at slots that may be filled. The rows of a group
+        mask: mask [B,s+t] bool, True at real tokens and at slots that may be filled. The rows of a group
             agree on the first s.
-        positions: Positions [B,K] int32 of the queries. They count real tokens, so padding moves nothing.
-        num_prompts: Number n of prompts, a divisor of B.
-        prefix_length: Number s of slots of a prompt.
-        num_tokens: Upper bound on the number of real tokens among the B*K. If it is given, and if the keys
+        positions: positions [B,K] int32 of the queries. They count real tokens, so padding moves nothing.
+        num_prompts: number n of prompts, a divisor of B.
+        prefix_length: number s of slots of a prompt.
+        num_tokens: upper bound on the number of real tokens among the B*K. If it is given, and if the keys
             belong to the same tokens, the tokens are packed. None means no bound.
 
     Returns:
@@ -146,13 +146,13 @@ def attend(
     """Mixes values by one softmax of the scores over own and shared keys. It computes in float32.
 
     Args:
-        query: Queries [n,k,g,r,K,d].
-        own: Keys and values of each row, each [n,k,g,t,d].
-        prefix: Keys and values of each prompt, each [n,k,s,d]. None means that there is no shared prompt.
-        visible: Masks of the segment.
-        window: Attention window of the layer, a key of the masks.
-        scale: Factor of the scores.
-        cap: Cap of the scaled scores, see `softcap`.
+        query: queries [n,k,g,r,K,d].
+        own: keys and values of each row, each [n,k,g,t,d].
+        prefix: keys and values of each prompt, each [n,k,s,d]. None means that there is no shared prompt.
+        visible: masks of the segment.
+        window: attention window of the layer, a key of the masks.
+        scale: factor of the scores.
+        cap: cap of the scaled scores, see `softcap`.
 
     Returns:
         [n,k,g,r,K,d].
@@ -199,7 +199,7 @@ def attend_flash(
     soft-capped scores have no such kernel, so both are left to `attend`.
 
     Args:
-        implementation: Kernel of `jax.nn.dot_product_attention`: `cudnn` (NVIDIA, bfloat16), or `xla`.
+        implementation: kernel of `jax.nn.dot_product_attention`: `cudnn` (NVIDIA, bfloat16), or `xla`.
 
     Returns:
         [n,k,g,r,K,d], as `attend` does, whose arguments are the other ones.

@@ -59,18 +59,18 @@ def make_decoder(
     """Makes the policy of an architecture.
 
     Args:
-        architecture: Architecture of the model.
-        view: Function that renames a parameter pytree, without computing anything, to
+        architecture: architecture of the model.
+        view: function that renames a parameter pytree, without computing anything, to
             {"embedding" [V,D], "positions" [P,D] if learned, "layers", "final_norm", "head" unless tied}.
             A layer has the norms "attention_norm", "mlp_norm" and, in some families, "query_norm",
             "key_norm", "post_attention_norm", "post_mlp_norm". It has the dense layers "qkv" (one, or three),
             "output", "up" (one, or gate and up) and "down". A norm is {"scale", "bias"?}, a dense layer
             {"kernel", "bias"?}.
-        dtype: Compute dtype. Norms, scores and logits are float32 either way.
-        remat: What the backward pass of a layer recomputes instead of keeping it, a key of REMAT: nothing
+        dtype: compute dtype. Norms, scores and logits are float32 either way.
+        remat: what the backward pass of a layer recomputes instead of keeping it, a key of REMAT: nothing
             (`none`), all but the results of dense layers (`dots`), or everything from the layer's input
             (`full`). It changes neither values nor gradients.
-        attention: A key of ATTENTION: `shared`, or `cudnn` (flash attention on NVIDIA, in bfloat16).
+        attention: a key of ATTENTION: `shared`, or `cudnn` (flash attention on NVIDIA, in bfloat16).
 
     Returns:
         a Policy, whose forward raises ValueError when it is traced for more than max_positions.

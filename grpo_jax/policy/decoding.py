@@ -20,7 +20,7 @@ def pad_prompts(sequences: Sequence[Sequence[int]], length: int) -> Prompts:
 
     Args:
         sequences: N lists of token ids.
-        length: S, the padded length.
+        length: padded length S.
 
     Returns:
         Prompts [N,S] of NumPy arrays. Pads are id 0 under a False mask.
@@ -50,7 +50,7 @@ def prefill(policy: Policy, params: Params, prompts: Prompts) -> tuple[Array, Ca
     Args:
         policy: the model's functions.
         params: the model's parameters.
-        prompts: [N,S], prompts, left-padded.
+        prompts: prompts [N,S], left-padded.
 
     Returns:
         (hidden [N,D] at each prompt's last token, cache with N rows).
@@ -167,13 +167,13 @@ def generate(
     Args:
         policy: the model's functions.
         params: the model's parameters.
-        prompts: [N,S], prompts, left-padded.
+        prompts: prompts [N,S], left-padded.
         key: PRNG key of this step. It is not consumed but folded with each row's index and each position,
             so completion g of prompt n is the same in whatever batch it is generated.
-        group_size: G.
-        max_new_tokens: T.
-        eos_ids: int32 [E], traced, ids that end a completion. If it is empty, no id does.
-        stop_table: int16 [states,V], traced, table of what each token does to the search for stop strings,
+        group_size: number G of completions of each prompt.
+        max_new_tokens: limit T of the tokens of a completion.
+        eos_ids: ids [E] int32, traced, that end a completion. If it is empty, no id does.
+        stop_table: table [states,V] int16, traced, of what each token does to the search for stop strings,
             see `grpo_jax.models.stops.stop_table`. None means that there are no stop strings.
         temperature: temperature of `process_logits`, traced like the next three. 0 is greedy.
         top_k: top_k of `process_logits`.

@@ -191,14 +191,14 @@ def run_layers(a, tree, frame, tokens, caches, dtype, remat, attend) -> tuple[li
     matrix products larger and half as many, with one gradient per kernel.
 
     Args:
-        a: Architecture of the model.
-        tree: Parameters as a view gives them.
-        frame: Frame of the call.
-        tokens: Tokens [B,K] of each segment.
+        a: architecture of the model.
+        tree: parameters as a view gives them.
+        frame: frame of the call.
+        tokens: tokens [B,K] of each segment.
         caches: (prefix, own, size) of each layer, see `layers_of`.
-        dtype: Compute dtype.
-        remat: Wrapper of a layer, a value of REMAT.
-        attend: Function that mixes the values, a value of ATTENTION.
+        dtype: compute dtype.
+        remat: wrapper of a layer, a value of REMAT.
+        attend: function that mixes the values, a value of ATTENTION.
 
     Returns:
         (final hidden states [B,K,D] of each segment, keys and values of the last segment by layer).

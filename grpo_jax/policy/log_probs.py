@@ -84,8 +84,8 @@ def token_log_probs(
     Args:
         policy: the model's functions.
         params: the model's parameters.
-        hidden: [B,T,D].
-        tokens: [B,T] int32.
+        hidden: hidden states [B,T,D], each of which predicts a token.
+        tokens: tokens [B,T] int32.
         temperature: divisor of the logits. 0 counts as 1, as in `generate`.
         chunk_size: number of tokens whose logits exist at a time.
         packing: packing of the [B,T] tokens. Only those it packs get a value, and the others get 0. None
@@ -178,9 +178,9 @@ def token_log_probs_and_kls(
         policy: the model's functions.
         params: the model's parameters.
         ref_params: parameters of the reference. No gradient flows into them.
-        hidden: [B,T,D], hidden states under params.
-        ref_hidden: [B,T,D], hidden states under ref_params.
-        tokens: [B,T] int32.
+        hidden: hidden states [B,T,D] under params.
+        ref_hidden: hidden states [B,T,D] under ref_params.
+        tokens: tokens [B,T] int32.
         temperature: temperature of both distributions, as in `token_log_probs`.
         chunk_size: number of tokens whose two sets of logits exist at a time.
         packing: packing of the tokens, as in `token_log_probs`.
@@ -262,7 +262,7 @@ def completion_log_probs(
     Args:
         policy: the model's functions.
         params: the model's parameters.
-        rollout: B rows, with prompts left-padded and completions right-padded.
+        rollout: record of B rows, with prompts left-padded and completions right-padded.
         temperature: the temperature it was sampled with, traced.
         group_size: number of consecutive rows that have the same prompt, which is then run once per slice.
         num_microbatches: number of slices run one after the other. Memory falls, and the result stays.
@@ -276,7 +276,7 @@ def completion_log_probs(
 
     shared = shared_rows(rollout.mask.shape[0], group_size, num_microbatches)
 
-    def score(part):
+    def log_probs_of(part):
         hidden = completion_hidden(policy, params, part, group_size=shared, num_tokens=num_tokens)
         return token_log_probs(
             policy,
@@ -289,10 +289,10 @@ def completion_log_probs(
         )
 
     if num_microbatches == 1:
-        log_probs, entropies = score(rollout)
+        log_probs, entropies = log_probs_of(rollout)
     else:
         parts = split_rows(rollout, num_microbatches)
-        log_probs, entropies = (x.reshape(rollout.mask.shape) for x in jax.lax.map(score, parts))
+        log_probs, entropies = (x.reshape(rollout.mask.shape) for x in jax.lax.map(log_probs_of, parts))
     return jnp.where(rollout.mask, log_probs, 0), jnp.where(rollout.mask, entropies, 0)
 
 

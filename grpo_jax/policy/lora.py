@@ -59,10 +59,10 @@ class Lora:
     """What is adapted, and how. It is hashable, because to `jit` it is part of the program.
 
     Args:
-        rank: r, the number of columns of A and of rows of B.
+        rank: number r of columns of A and of rows of B.
         alpha: numerator of the factor alpha / rank of the product.
         targets: the kernels.
-        dropout: p, the probability that an input of an adapter is zeroed in an update.
+        dropout: probability p that an input of an adapter is zeroed in an update.
     """
 
     rank: int

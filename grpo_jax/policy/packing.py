@@ -35,8 +35,8 @@ def make_packing(mask: Array, num_tokens: int) -> Packing:
     """Finds the real tokens of a batch.
 
     Args:
-        mask: Mask [B,K] bool, True at real tokens.
-        num_tokens: Number P of packed tokens. Real tokens beyond it, in row-major order, are lost. The
+        mask: mask [B,K] bool, True at real tokens.
+        num_tokens: number P of packed tokens. Real tokens beyond it, in row-major order, are lost. The
             caller has to see that there are none.
     """
     flat = mask.reshape(-1)

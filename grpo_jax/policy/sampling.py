@@ -13,8 +13,8 @@ def scale_logits(logits: Array, temperature: float | Array) -> Array:
     """Returns float32 logits / temperature. Temperature 0 leaves them as they are.
 
     Args:
-        logits: [..., V].
-        temperature: [] or 0-d number, not negative.
+        logits: logits [..., V].
+        temperature: number or 0-d array, not negative.
 
     Returns:
         float32 [..., V].
@@ -78,7 +78,7 @@ def process_logits(
     nothing. One that is on costs 32 passes over V instead of a sort.
 
     Args:
-        logits: [..., V].
+        logits: logits [..., V].
         temperature: number, not negative. 0 means greedy, so that only the (first) most likely token is kept.
         top_k: number of most likely tokens that are kept, with all ties of the last one. 0 is off.
         top_p: probability that the smallest set of most likely tokens has at least, which is kept. 1 is off.
@@ -132,8 +132,8 @@ def sample_token(logits: Array, uniforms: Array) -> Array:
     by the blocks' sums, and then the token inside it.
 
     Args:
-        logits: float32 [..., V], -inf for tokens that must not be sampled. At least one is finite.
-        uniforms: float32 [...], in [0, 1).
+        logits: logits [..., V], float32, -inf for tokens that must not be sampled. At least one is finite.
+        uniforms: uniform numbers [...], float32, in [0, 1).
 
     Returns:
         int32 [...], never a token of probability 0.

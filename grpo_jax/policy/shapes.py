@@ -31,7 +31,7 @@ def padded_length(prompt_length: int, max_new_tokens: int, max_positions: int | 
 
     Args:
         prompt_length: number of tokens of the longest prompt.
-        max_new_tokens: T.
+        max_new_tokens: limit T of the tokens of a completion.
         max_positions: number of positions of the model. `None` means that it has no limit.
     """
     left = max(prompt_length, (max_positions or 10**9) - max_new_tokens)

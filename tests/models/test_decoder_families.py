@@ -1,4 +1,4 @@
-"""config.json as an architecture: values, parameters, and every refusal. (Logits are test_families.py.)"""
+"""config.json as an architecture: values, parameters, and every refusal. Logits are in test_flax_families."""
 
 import json
 from pathlib import Path

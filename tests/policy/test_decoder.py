@@ -1,4 +1,4 @@
-"""The decoder's own promises; tests/test_families.py holds it against PyTorch."""
+"""The decoder's own promises. tests/models/test_flax_families.py holds it against PyTorch."""
 
 import jax
 import jax.numpy as jnp
