@@ -145,20 +145,20 @@ class Rollout:
     prompt_mask: Array  # [B,S] bool
     tokens: Array  # [B,T] int32, 0 after the completion's end
     mask: Array  # [B,T] bool, True up to and including the first eos or the end of a stop string
-    log_probs: Array  # [B,T] float32, of the temperature-scaled full distribution; 0 where masked
-    kept_mass: Array  # [B,T] float32, probability left by top-k/top-p/min-p, 1 without them; 0 where masked
-    finished: Array  # [B] bool, an eos or a stop string ended it (False: cut off at the limit)
+    log_probs: Array  # [B,T] float32, of the temperature-scaled full distribution, 0 where masked
+    kept_mass: Array  # [B,T] float32, probability left by top-k/top-p/min-p, 1 without them, 0 where masked
+    finished: Array  # [B] bool, True where an eos or a stop string ended it, False where the limit did
 
 
 @flax.struct.dataclass(kw_only=True)
 class Totals:
-    """What the rewards of B completions add up to, in whole groups: see `add_up_rewards`.
+    """What the rewards of B completions, in whole groups, add up to: see `add_up_rewards`.
 
     A completion that does not train (see `Recipe.mask_truncated`) is still logged. Its group is added up once
     with it, for the log, and once without it, for the training.
     """
 
-    rewards: Array  # [B] float32, weighted sums with the overlong penalty; 0 where they are not valid
+    rewards: Array  # [B] float32, weighted sums with the overlong penalty, 0 where they are not valid
     valid: Array  # [B] bool, False where the policy for missing rewards drops the completion
     penalty: Array  # [B] float32, the overlong penalty alone
     train_rewards: Array  # [B] float32, as rewards, but of the completions that train
@@ -182,7 +182,7 @@ class Judged:
 
 @flax.struct.dataclass(kw_only=True)
 class Experience:
-    """Everything one optimizer batch needs. All of it is data: no gradient flows into it."""
+    """Everything that one optimizer batch needs. All of it is data, and no gradient flows into it."""
 
     prompt_tokens: Array  # [B,S] int32
     prompt_mask: Array  # [B,S] bool
@@ -190,10 +190,10 @@ class Experience:
     mask: Array  # [B,T] bool
     advantages: Array  # [B] float32
     weights: Array  # [B,T] float32, from loss_weights over the whole optimizer batch
-    old_log_probs: Array | None  # [B,T] float32, under the policy that sampled; None: that is the one being
-    # trained, so they are its log-probs and every ratio is 1
-    ref_log_probs: Array | None = None  # [B,T] float32, under the reference; None when there is no KL term
-    penalty_weights: Array | None = None  # [B,T] float32, of KL and entropy terms; None: weights
-    sampler_log_probs: Array | None = (
-        None  # [B,T] float32, as the sampler recorded them; measured, not trained
-    )
+    # [B,T] float32, under the policy that sampled. None means that this is the policy being trained, so they
+    # are its own log-probs and every ratio is 1.
+    old_log_probs: Array | None
+    ref_log_probs: Array | None = None  # [B,T] float32, under the reference. None without a KL estimate.
+    penalty_weights: Array | None = None  # [B,T] float32, of KL and entropy terms. None means weights.
+    # [B,T] float32, as the sampler recorded them. They are measured and not trained on.
+    sampler_log_probs: Array | None = None

@@ -1,4 +1,4 @@
-"""The actor: prompts -> rollout -> rewards -> Experience. The boundary between device and host."""
+"""The actor makes an Experience of prompts: it samples, judges and adds up, on the device and on the host."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,20 +19,20 @@ from grpo_jax.training.metrics import reward_means, reward_metrics, rollout_metr
 from grpo_jax.training.reference import is_reference
 from grpo_jax.types import Array, Example, Experience, Judged, Params, Policy, Rollout, Silence, Verdict
 
-# round -> (examples of its N prompts, key of its noise); rounds are counted from 0 within a rollout
+# round -> (examples of its N prompts, key of its noise). A rollout counts its rounds from 0.
 NextPrompts = Callable[[int], tuple[Sequence[Example], Array]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Actor:
-    """What stays the same from step to step.
+    """The settings and functions of sampling and judging, which stay the same from step to step.
 
     Args:
         policy: functions of the model.
         recipe: the objective.
         encode: (N examples) -> the token ids of their prompts.
-        decode: (tokens [B,T], mask [B,T]) -> the B texts of completions.
-        judge: (B examples, B texts) -> what the reward functions make of them.
+        decode: (tokens [B,T], mask [B,T]) -> the texts of the B completions.
+        judge: (B examples, B texts) -> the verdict of the reward functions.
         reward_weights: name -> weight of the R rewards, in the order of the columns of scores.
         eos_ids: tokens that end a completion, see `generate`.
         stop_table: stop strings that end a completion, see `generate`.
@@ -40,8 +40,8 @@ class Actor:
         prompt_length: S of every Experience. No prompt may be longer.
         max_new_tokens: T.
         sampling: temperature, top_k, top_p, min_p of `generate`.
-        num_microbatches: slices of each optimizer batch in scoring.
-        num_minibatches: number of optimizer batches that one rollout is cut into.
+        num_microbatches: number of slices of each optimizer batch in which log-probs are computed.
+        num_minibatches: number of optimizer batches in one rollout.
         max_rounds: largest number of rounds of sampling, for a recipe with dynamic sampling. Others make one.
         rescores_rollout: whether the log-probs of the completions are computed again, under the policy that
             sampled. Otherwise the update takes its own log-probs as the old ones. These are the same numbers
@@ -68,15 +68,15 @@ class Actor:
 
 @dataclass(frozen=True, kw_only=True)
 class Collected:
-    """One rollout, judged: what the learner needs, what the log needs, what a human wants to read."""
+    """One judged rollout: an Experience for the learner, metrics for the log and samples for a human."""
 
     experience: Experience
     metrics: dict[str, float]
     samples: list[dict[str, Any]]  # one per row: prompt, completion, reward, advantage, rewards/<name>
     num_tokens: int  # prompt and completion tokens of everything sampled
-    num_rounds: int  # rounds of prompts drawn
-    leftovers: Groups | None = None  # informative groups that found no room
-    silences: tuple[Silence, ...] = ()  # rewards that said nothing, first of all rounds
+    num_rounds: int  # rounds of prompts that were sampled
+    leftovers: Groups | None = None  # informative groups beyond the batch
+    silences: tuple[Silence, ...] = ()  # rewards that said nothing, the first of all rounds
 
 
 def collect(
@@ -86,17 +86,18 @@ def collect(
     next_prompts: NextPrompts,
     leftovers: Groups | None = None,
 ) -> Collected:
-    """Samples completions of N prompts, scores and rewards them.
+    """Samples completions of N prompts, judges them and computes their log-probs.
 
-    With dynamic sampling only groups with a signal train: further rounds are drawn until there are enough of
-    them or max_rounds is reached; groups too many are returned for the next rollout.
+    With dynamic sampling only groups with a signal train. More rounds are sampled until there are enough of
+    them or max_rounds is reached. Groups beyond the batch are returned for the next rollout.
 
     Args:
-        actor: what stays the same.
-        params: of the policy that samples.
-        ref_params: of the reference, for a KL estimate; None: no KL term, or an exact one.
-        next_prompts: what each round samples.
-        leftovers: of the rollout before.
+        actor: settings and functions.
+        params: parameters of the policy that samples.
+        ref_params: parameters of the reference, for a KL estimate. None means that there is no KL term or
+            an exact one.
+        next_prompts: function that gives the prompts and the key of each round.
+        leftovers: groups that the rollout before left over.
 
     Raises:
         RewardError: a reward function failed.
@@ -105,12 +106,14 @@ def collect(
     rounds: list[_Round] = []
     if not actor.recipe.dynamic_sampling:
         rounds.append(_sample_round(actor, params, ref_params, *next_prompts(0)))
-        batch, num_live, leftovers = rounds[0].groups, None, None
+        batch = rounds[0].groups
+        num_live = None
+        leftovers = None
     else:
         batch, num_live, leftovers = _informative_batch(
             actor, params, ref_params, next_prompts, leftovers, rounds
         )
-        if leftovers is not None:  # one shape, whatever the length bucket of the round
+        if leftovers is not None:  # A checkpoint has one shape, whatever the bucket of the round is.
             judged = widen_prompts(leftovers.judged, actor.prompt_length)
             leftovers = Groups(judged=judged, samples=leftovers.samples)
     started = time.perf_counter()
@@ -154,6 +157,8 @@ def collect(
 
 @dataclass(frozen=True, kw_only=True)
 class _Round:
+    """The judged completions of N prompts."""
+
     groups: Groups
     times: dict[str, float]
     silences: Sequence[Silence] = ()
@@ -171,8 +176,10 @@ def _all_silences(rounds: Sequence[_Round]) -> tuple[Silence, ...]:
 
 
 def _informative_batch(actor, params, ref_params, next_prompts, leftovers, rounds: list[_Round]):
-    """Samples round after round, appended to `rounds`; returns what `fill_batch` does."""
-    informative, dead, count = [] if leftovers is None else [leftovers], None, None
+    """Samples rounds, which it appends to `rounds`, and returns what `fill_batch` returns."""
+    informative = [] if leftovers is None else [leftovers]
+    dead = None
+    count = None
     found = sum(len(part.samples) // actor.group_size for part in informative)
     while len(rounds) < actor.max_rounds and (count is None or found < count):
         one = _sample_round(actor, params, ref_params, *next_prompts(len(rounds)))
@@ -216,12 +223,15 @@ def _sample_round(actor, params, ref_params, examples: Sequence[Example], key: A
     texts = actor.decode(np.asarray(rollout.tokens), np.asarray(rollout.mask))
     generated = time.perf_counter()
 
-    # Dispatched, not awaited: the device scores while the host rewards.
-    old_log_probs, entropies = _log_probs(actor, params, rollout) if actor.rescores_rollout else (None, None)
+    # This is dispatched and not awaited, so the device computes log-probs while the host calls the rewards.
+    old_log_probs = None
+    entropies = None
+    if actor.rescores_rollout:
+        old_log_probs, entropies = _log_probs(actor, params, rollout)
     ref_log_probs = None if ref_params is None else _log_probs(actor, ref_params, rollout)[0]
     if ref_log_probs is not None and old_log_probs is not None:
-        # A KL in the reward is then exactly 0, whatever a program rounds. The choice is made on the device:
-        # an `if` on the host would wait for the scores.
+        # The KL in the reward of a policy that is its reference is exactly 0, whatever a program rounds. The
+        # choice is made on the device, because an `if` on the host would wait for the log-probs.
         same = is_reference(params, ref_params)
         ref_log_probs = jnp.where(same, old_log_probs, ref_log_probs)
     repeated = [example for example in examples for _ in range(actor.group_size)]

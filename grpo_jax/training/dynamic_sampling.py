@@ -1,7 +1,7 @@
-"""Whole groups of judged completions: choosing those that teach something, and keeping the rest for later.
+"""Dynamic sampling: batches of whole groups that teach something.
 
-DAPO's dynamic sampling, https://arxiv.org/abs/2503.14476, equation 11, in static shapes: a batch always has
-the same number of rows, and where informative groups are missing the rest of it is filled and masked.
+This is DAPO's equation 11, https://arxiv.org/abs/2503.14476, in static shapes. A batch always has the same
+number of rows. If there are too few informative groups, the rest of it is filled with dead groups and masked.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ class Groups:
 
     Args:
         judged: N*G rows.
-        samples: N*G dictionaries, what a human reads of each row.
+        samples: N*G dictionaries with what a human reads of each row.
     """
 
     judged: Judged
@@ -35,9 +35,9 @@ def take_groups(groups: Groups, indices: Sequence[int] | np.ndarray, group_size:
 
 
 def join_groups(parts: Sequence[Groups]) -> Groups:
-    """Puts groups one after the other; one part is returned as it is.
+    """Puts groups one after the other. One part is returned as it is.
 
-    Prompts padded to different lengths are padded, on the left, to the longest.
+    Prompts of different lengths are padded on the left to the longest.
     """
     if len(parts) == 1:
         return parts[0]
@@ -51,9 +51,9 @@ def fill_batch(informative: Groups | None, dead: Groups | None, *, count: int, g
     """Makes a batch of exactly `count` groups, informative ones first.
 
     Args:
-        informative: groups that teach something; None: none.
-        dead: groups that do not, used to fill the shape; None: none are needed.
-        count: groups of the batch.
+        informative: groups that teach something, or None.
+        dead: groups that teach nothing, which fill the shape. They may be None if none are needed.
+        count: number of groups in the batch.
         group_size: G.
 
     Returns:

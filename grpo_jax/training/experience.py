@@ -1,4 +1,4 @@
-"""From judged completions to an Experience: rewards, advantages and weights, as the recipe says."""
+"""Rewards, advantages and weights of judged completions, which make an Experience, as the recipe says."""
 
 from collections.abc import Sequence
 
@@ -26,20 +26,21 @@ def combine(
     Args:
         scores: [B, R], NaN where a function gave none.
         weights: R factors.
-        missing: what becomes of a completion that misses some rewards, see `effective_weights`.
-        group_size: G, a divisor of B: that many consecutive rows are a group. None: all of them are one.
+        missing: the policy for completions that miss some rewards, see `effective_weights`.
+        group_size: G, a divisor of B. So many consecutive rows are a group. None means that all rows are one.
 
     Returns:
-        (rewards [B] float32, the weighted sum over the functions that gave a value, within what float32
-        holds; valid [B] bool, False with reward 0 where nothing counts).
+        (rewards [B] float32, valid [B] bool). A reward is the weighted sum over the functions that gave a
+        value, clipped to what float32 holds. Where nothing counts, valid is False and the reward is 0.
     """
-    scores, weights = np.asarray(scores, np.float64), np.asarray(weights, np.float64)
+    scores = np.asarray(scores, np.float64)
+    weights = np.asarray(weights, np.float64)
     if scores.ndim != 2 or scores.shape[1] != len(weights):
         raise ValueError(f"scores have the shape {scores.shape}, weights are {len(weights)}")
     groups = scores.reshape(-1, group_size or len(scores) or 1, len(weights))
     factors, valid = effective_weights(~np.isnan(groups), weights, missing=missing)
     total = np.zeros(len(scores))
-    # Column by column: the same order of additions in every row, so equal scores give equal rewards.
+    # Every row adds its columns in the same order, so equal scores give equal rewards.
     for column, factor in zip(np.nan_to_num(scores).T, factors.reshape(scores.shape).T, strict=True):
         total += column * factor
     return np.clip(total, -_LARGEST, _LARGEST).astype(np.float32), valid.reshape(-1)
@@ -76,12 +77,14 @@ def add_up_rewards(
         return np.where(valid, sums + penalty, 0), valid
 
     rewards, valid = add_up(scores)
-    train_rewards, train_valid = rewards, valid
+    train_rewards = rewards
+    train_valid = valid
     if recipe.mask_truncated:
-        # What only a row that does not train was given decides nothing either.
+        # A function that judged only rows that do not train decides nothing either.
         trains = _training_rows(finished, recipe)
         train_rewards, train_valid = add_up(np.where(trains[:, None], scores, np.nan))
-    compared, counts = train_rewards[:, None], train_valid[:, None]
+    compared = train_rewards[:, None]
+    counts = train_valid[:, None]
     if recipe.aggregation != "sum_then_normalize":
         compared = np.column_stack([scores, penalty])
         counts = ~np.isnan(compared) & counts & (np.array([*reward_weights, 1.0]) != 0)
@@ -98,7 +101,7 @@ def add_up_rewards(
 
 
 def _length_penalty(lengths: np.ndarray, recipe: Recipe, max_length: int) -> np.ndarray:
-    """Returns the recipe's `overlong_penalty` of completions of lengths [B] tokens: [B], 0 without one."""
+    """Returns the recipe's `overlong_penalty` of lengths [B] in tokens: [B], 0 if the recipe has none."""
     buffer = recipe.overlong_tokens(max_length)
     if not buffer:
         return np.zeros(len(lengths), np.float32)
@@ -106,7 +109,7 @@ def _length_penalty(lengths: np.ndarray, recipe: Recipe, max_length: int) -> np.
 
 
 def _training_rows(finished: np.ndarray, recipe: Recipe) -> np.ndarray:
-    """Says which rows train, bool [B]. The others leave the statistics of their group as well."""
+    """Says which rows train, bool [B]. The other rows have no part in the statistics of their group."""
     finished = np.asarray(finished, bool)
     return finished if recipe.mask_truncated else np.ones_like(finished)
 
@@ -130,19 +133,22 @@ def make_experience(
         recipe: the objective.
         reward_weights: [R].
         group_size: G.
-        prompt_length: S of the result; the rollout's prompts are padded up to it.
+        prompt_length: S of the result. The rollout's prompts are padded to it.
         max_length: T, the completion limit in tokens.
-        num_live: only the first num_live groups count; the others are there to fill the shape. None: all.
-        num_minibatches: optimizer batches in the rollout, equal numbers of consecutive rows. Weights are
-            those of each.
-        num_microbatches: slices of each optimizer batch, for reductions that are local to them.
+        num_live: number of groups, from the first on, that count. The others only fill the shape. None means
+            that all groups count.
+        num_minibatches: number of optimizer batches in the rollout. Each has the same number of consecutive
+            rows, and weights of its own.
+        num_microbatches: number of slices of each optimizer batch, for reductions that are local to them.
     """
-    rollout, rows = judged.rollout, judged.rollout.tokens.shape[0]
+    rollout = judged.rollout
+    rows = rollout.tokens.shape[0]
     live = np.arange(rows) < (rows if num_live is None else num_live * group_size)
     mask = jnp.asarray(rollout.mask) & live[:, None]
     training = _training_rows(rollout.finished, recipe)
     signal = judged.totals.signal & live
-    weights, penalty_weights = [], []
+    weights = []
+    penalty_weights = []
     for part in np.split(np.arange(rows), num_minibatches):
         trained = mask[part] & training[part, None]
         base = recipe.weights(
@@ -171,7 +177,7 @@ def make_experience(
 
 
 def _policy_factors(judged: Judged, recipe: Recipe, trained: Array, part: np.ndarray) -> Array:
-    """Returns what multiplies the weights of the policy term in the rows `part`: [rows,T], or 1."""
+    """Returns the factors of the weights of the policy term in the rows `part`: [rows,T], or 1."""
     factors = jnp.ones((), jnp.float32)
     if recipe.top_entropy is not None:
         factors = factors * top_entropy_mask(judged.entropies[part], trained, share=recipe.top_entropy)

@@ -64,24 +64,25 @@ def experience_loss(
     temperature: float | Array,
     chunk_size: int,
 ) -> tuple[Array, tuple[LossMetrics, dict[str, Array]]]:
-    """Computes the recipe's loss of params: (loss [], (LossMetrics, what else is measured)).
+    """Computes the recipe's loss of params: (loss [], (LossMetrics, other metrics)).
 
     Args:
         params: the parameters being trained.
         policy: the model's functions.
-        experience: B rows, or a slice of them (weights are those of the whole batch).
+        experience: B rows, or a slice of them. Weights are those of the whole batch.
         recipe: the objective.
-        lora: what params are adapters of; None: they are the policy's parameters.
+        lora: what params are adapters of. None means that they are the policy's parameters.
         frozen: parameters of the base, with LoRA.
-        ref_params: of the reference, for an exact KL term; None: the KL term, if any, is an estimate.
-        at_reference: the policy is the reference: see `grpo_loss`.
-        has_signal: the whole batch has something to learn but the KL. Without, an estimated KL counts only
-            on tokens where it is more than the rounding between two programs.
-        dropout_key: see `merge_adapters`.
-        group_size: see `completion_hidden`.
-        num_tokens: see `completion_hidden`; the loss is NaN if there are more.
+        ref_params: parameters of the reference, for an exact KL term. None means that the KL term, if there
+            is one, is an estimate.
+        at_reference: whether the policy equals the reference, see `grpo_loss`.
+        has_signal: whether the whole batch has something to learn beside the KL. If not, an estimated KL
+            counts only on tokens where it is more than the rounding between two programs.
+        dropout_key: key of the dropout, see `merge_adapters`.
+        group_size: number of consecutive rows with the same prompt, see `completion_hidden`.
+        num_tokens: largest number of tokens, see `completion_hidden`. The loss is NaN if there are more.
         temperature: the sampling temperature.
-        chunk_size: see `token_log_probs`.
+        chunk_size: number of tokens whose logits exist at once, see `token_log_probs`.
     """
     e = experience
     if lora is not None:
@@ -89,7 +90,8 @@ def experience_loss(
     hidden_of = functools.partial(
         completion_hidden, policy, rollout=e, group_size=group_size, num_tokens=num_tokens
     )
-    hidden, kls = hidden_of(params), None
+    hidden = hidden_of(params)
+    kls = None
     packing = pack_completions(e.mask, num_tokens)
     settings = {"temperature": temperature, "chunk_size": chunk_size, "packing": packing}
     if ref_params is None:
@@ -117,13 +119,13 @@ def experience_loss(
     if num_tokens is not None:
         loss = jnp.where(jnp.sum(e.mask) <= num_tokens, loss, jnp.nan)
     measured = {"entropy": jax.lax.stop_gradient(token_mean(entropies, e.mask))}
-    if e.sampler_log_probs is not None and dropout_key is None:  # with dropout they are of another policy
+    if e.sampler_log_probs is not None and dropout_key is None:  # Dropout makes another policy of it.
         measured["sampling/logp_difference_max"] = logp_difference_max(e.sampler_log_probs, current, e.mask)
     return loss, (metrics, measured)
 
 
 def _gradients(state, experience, num_microbatches, loss_fn):
-    """Returns (gradients, loss, LossMetrics, what else is measured) of the batch, one slice at a time."""
+    """Returns (gradients, loss, LossMetrics, other metrics) of the batch, one slice at a time."""
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     if num_microbatches == 1:
         (loss, aux), grads = value_and_grad(state.params, state.policy, experience)
@@ -182,43 +184,43 @@ def train_step(
 ) -> tuple[train_state.TrainState, dict[str, Array]]:
     """Makes one optimizer update from one batch of experience. Compiled once per shape.
 
-    The gradient is that of `grpo_loss` over the whole batch; micro-batches only bound memory. If the
+    The gradient is that of `grpo_loss` over the whole batch, and micro-batches only bound memory. If the
     loss or any gradient is not finite, parameters and optimizer stay as they are and the update is
-    counted as skipped. They also stay if every gradient is exactly 0, as when all groups are dead:
-    without a signal neither momentum nor weight decay moves the policy, and the update is counted as idle.
+    counted as skipped. They also stay if every gradient is exactly 0, as when all groups are dead. Without a
+    signal, neither momentum nor weight decay moves the policy, and the update is counted as idle.
 
-    Where all groups are dead and the policy is the reference, the KL has no gradient either. Rounding must
-    not become one, since an optimizer like Adam makes a full step of a gradient of any size. So the KL of
-    such a batch is exactly 0 if the caller says `at_reference`, if ref_params are the policy's, and on tokens
-    whose log-probs under both are within 3e-5 nats, which is more than float32 programs differ by.
+    Where all groups are dead and the policy equals the reference, the KL has no gradient either. Rounding
+    must not become one, since an optimizer like Adam makes a full step of a gradient of any size. So the KL
+    of such a batch is exactly 0 if the caller says `at_reference` or if ref_params are the policy's. It is
+    also 0 on tokens whose log-probs under both are within 3e-5 nats. Float32 programs differ by less.
 
     Args:
-        state: of `init_train_state`: its arrays are donated, so do not use it afterwards. Or a plain flax
-            `TrainState` (a subclass as well) of a Flax causal language model of transformers, with
-            `apply_fn=model.__call__` and `params=model.params`. It is copied, not donated, and a state of its
-            class comes back. It counts no updates but `step`, so `skipped_updates` and `idle_updates` are
-            those of this call, 0 or 1.
+        state: the state that `init_train_state` made. Its arrays are donated, so do not use it afterwards.
+            It may also be a plain flax `TrainState`, or a subclass, of a Flax causal language model of
+            transformers, with `apply_fn=model.__call__` and `params=model.params`. That is copied, not
+            donated, and a state of its class comes back. It counts no updates but `step`, so
+            `skipped_updates` and `idle_updates` are those of this call, 0 or 1.
         experience: B rows.
-        recipe: the objective. Its kl_coef and clip values are traced; the rest is static.
-        frozen: parameters of the base that the state's adapters belong to; with LoRA, and only then.
-        ref_params: of the frozen reference, needed only by a recipe with an exact KL term.
-        at_reference: [] bool, traced: whether the policy is the reference, see `is_reference`. Its KL is then
-            exactly 0, also where groups have a signal.
-        dropout_key: PRNG key of this update's dropout; with adapters that have one, and only then. All
-            micro-batches have the same.
-        group_size: that many consecutive rows have the same prompt, which is then run once for them.
-        num_microbatches: slices of the batch, a divisor of B.
-        num_tokens: of each slice at most, see `tokens_in_use`; None: all B*T. More is an update skipped as
-            not finite.
-        temperature: the temperature the rollout was sampled with.
-        chunk_size: see `token_log_probs`.
+        recipe: the objective. Its numbers, such as kl_coef, are traced, and the rest is static.
+        frozen: parameters of the base of the adapters. They are given with LoRA, and only then.
+        ref_params: parameters of the frozen reference, which only a recipe with an exact KL term needs.
+        at_reference: [] bool, traced, whether the policy equals the reference, see `is_reference`. If so, its
+            KL is exactly 0, also where groups have a signal.
+        dropout_key: PRNG key of this update's dropout, the same for all micro-batches. It is given with
+            adapters that have dropout, and only then.
+        group_size: number of consecutive rows with the same prompt, which is run once for them.
+        num_microbatches: number of slices of the batch, a divisor of B.
+        num_tokens: largest number of tokens in a slice, see `tokens_in_use`. None means all B*T. If there are
+            more, the loss is not finite and the update is skipped.
+        temperature: the temperature that the rollout was sampled with.
+        chunk_size: number of tokens whose logits exist at once, see `token_log_probs`.
 
     Returns:
-        (new state, metrics: scalars by their logged names, see `grpo_jax.training.metrics`).
+        (new state, metrics). Metrics are scalars by their logged names, see `grpo_jax.training.metrics`.
 
     Raises:
-        ValueError: num_microbatches does not divide B; ref_params and the kind of KL do not go together, or
-            frozen or dropout_key and the state; the state is of no model that we know.
+        ValueError: num_microbatches does not divide B, ref_params do not fit the kind of KL, frozen or
+            dropout_key do not fit the state, or the model of the state is unknown.
     """
     check_frozen(state, frozen)
     if (dropout_key is not None) != (state.lora is not None and state.lora.dropout > 0):

@@ -1,19 +1,19 @@
 """Metrics by definition: every name that a run logs. Names are TRL's where it has one for the same thing.
 
 Shapes are those of `grpo_jax.types`. In the formulas, ``sum_it`` runs over the n completion tokens of one
-optimizer batch, those of weight 0 included; only rows that fill a batch for which dynamic sampling found too
+optimizer batch, those of weight 0 included. Only rows that fill a batch for which dynamic sampling found too
 few groups are left out. ``mean_it`` is that sum over n, and ``[...]`` is 1 where the condition holds, else 0.
 Without any token all of them are 0. w [B,T] are the weights, v [B,T] the penalty weights (w, unless the
-recipe tells them apart), A [B] the advantages, rho [B,T] the ratios pi / pi_old at the recipe's ratio level.
+recipe has two kinds), A [B] the advantages, rho [B,T] the ratios pi / pi_old at the recipe's ratio level.
 
 The update, in every row (`train_step`):
 
-    loss                        policy_loss + sum_it v_it (kl_coef kl_it - entropy_coef H_it); no KL term
-                                where KL is in the reward
-    policy_loss                 sum_it w_it surrogate_it, without stale rows; near 0 on-policy with centred A
-    kl                          mean_it(kl_it), nats: what the recipe's estimator (times rho, if it is
-                                corrected) gives, or the exact KL(pi || ref); 0 without a reference, and
-                                exactly 0 where the policy is the reference
+    loss                        policy_loss + sum_it v_it (kl_coef kl_it - entropy_coef H_it), without the KL
+                                term where KL is in the reward
+    policy_loss                 sum_it w_it surrogate_it, without stale rows. Near 0 on-policy with centred A
+    kl                          mean_it(kl_it), nats, of the recipe's estimator (times rho, if it is
+                                corrected), or the exact KL(pi || ref). It is 0 without a reference, and
+                                exactly 0 where the policy equals the reference
     entropy                     mean_it(H_it), H = -sum_v pi_v log pi_v over the vocabulary, nats
     ratio/mean, ratio/max       mean_it(rho_it), max_it(rho_it)
     clip_ratio/low_mean         mean_it([A_i != 0, rho_it < 1 and the surrogate's gradient is 0 there])
@@ -21,62 +21,63 @@ The update, in every row (`train_step`):
     clip_ratio/region_mean      the sum of both
     stale_tokens                mean_it([row i was dropped as stale, see max_staleness])
     grad_norm                   Euclidean norm of the gradient of loss, before max_grad_norm clips it
-    skipped_updates             updates so far that changed nothing as loss or gradient was not finite
+    skipped_updates             updates so far that changed nothing because loss or gradient was not finite
     skipped_updates_in_a_row    the same since the last one that was finite
-    idle_updates                updates so far that changed nothing as the gradient was exactly 0
+    idle_updates                updates so far that changed nothing because the gradient was exactly 0
     learning_rate               schedule(c), c the updates before this one that were neither skipped nor idle
-    kl_coef                     the coefficient of this update; kl_target moves it between updates
+    kl_coef                     the coefficient of this update, which kl_target moves between updates
     num_tokens                  prompt and completion tokens of everything sampled since the run began
 
 The rollout, in the row of every update that is made from it (`collect`). B and N count everything sampled for
-it: with dynamic sampling all rounds, whether a group trains or not. r [N,G] is the weighted sum of what the
-reward functions gave, plus the overlong penalty, without any KL; valid where `missing` lets it count:
+it. With dynamic sampling these are all rounds, whether a group trains or not. r [N,G] is the weighted sum of
+the rewards plus the overlong penalty, without any KL. It is valid where `missing` lets it count:
 
     reward                      mean of the valid r
-    reward_std                  mean over the groups with a valid r of their standard deviation (ddof 1; 0 for
+    reward_std                  mean over the groups with a valid r of their standard deviation (ddof 1, 0 for
                                 a single one), whatever the advantages are divided by
-    frac_reward_zero_std        share of the N groups without a signal, among the rows that train: all valid r
-                                equal; where aggregation normalises first, all valid values of every function
-                                (and penalties) equal
-    rewards/<name>/mean         of one function: mean of the values it gave, without its weight
-    rewards/<name>/std          their standard deviation over the B completions (ddof 1; 0 for a single one);
-                                both are absent if it gave none
+    frac_reward_zero_std        share of the N groups without a signal. In the rows that train all valid r
+                                are equal, or, where aggregation normalises first, all valid values of every
+                                function (and penalties) are
+    rewards/<name>/mean         mean of the values that one function gave, without its weight
+    rewards/<name>/std          their standard deviation over the B completions (ddof 1, and 0 for a single
+                                one). Both are absent if it gave none
     rewards/<name>/missing      share of the B completions for which it gave none
-    rewards/<name>/timeouts     with a timeout: share of the B completions whose call ran over it or killed
-                                its worker; they are missing as well
+    rewards/<name>/timeouts     with a timeout, share of the B completions whose call ran over it or killed
+                                its worker. They are missing as well
     completions/mean_length     mean over the B completions of their tokens, the eos included
     completions/min_length      the shortest
     completions/max_length      the longest
     completions/clipped_ratio   share of the B completions that hit the limit without an end
-    completions/mean_terminated_length  mean length of the others; 0 if there are none
-    sampling/logp_difference_max  max_it |sampler's - scorer's log-prob| of the sampled tokens, nats; where
-                                one update is made from a rollout, that is the scorer, of what it trains on
-                                (and absent with lora.dropout, which is no difference of theirs)
+    completions/mean_terminated_length  mean length of the others, or 0 if there are none
+    sampling/logp_difference_max  max_it |sampler's - scorer's log-prob| of the sampled tokens, nats. Where
+                                one update is made from a rollout, the update is the scorer, and the tokens
+                                are those that it trains on. Then it is absent with lora.dropout, which makes
+                                a difference of its own
     sampling/kept_mass          mean_it of the probability that top-k, top-p and min-p left to sample from
     sampling/importance_mean    with importance_cap: mean_it(min(q_it, importance_cap)), q = scorer / sampler
     sampling/importance_capped  with importance_cap: mean_it([q_it > importance_cap])
     dynamic_sampling/rounds     with dynamic_sampling: rounds of N prompts that were sampled
-    dynamic_sampling/missing_groups  groups with a signal that the batch lacks; filled up, and masked
+    dynamic_sampling/missing_groups  groups with a signal that the batch lacks. Masked groups fill their place
     dynamic_sampling/leftover_groups  groups with a signal beyond the batch, kept for the next rollout
 
-Seconds; the first three are 0 where an earlier rollout is used again:
+Seconds. The first three are 0 where an earlier rollout is used again:
 
     time/generate               sampling, and decoding to text, of all rounds
-    time/reward                 in the reward functions; the device scores meanwhile
+    time/reward                 in the reward functions, while the device computes log-probs
     time/score                  waiting for old and reference log-probs, and making the Experience
     time/update                 in `train_step`
     step_time                   all of the step, without logging, evaluation and checkpoints
     compilations                programs of `generate`, `completion_log_probs` and `train_step` that training
-                                has compiled or read from the cache in this process; the plan bounds them
+                                has compiled or read from the cache in this process. The plan bounds them
 
-Evaluation, in rows of its own; evaluation.correct says when a completion is correct (`verdicts`):
+Evaluation, in rows of its own. evaluation.correct says when a completion is correct (`verdicts`):
 
     eval/greedy_accuracy        share of the held-out prompts whose greedy completion is correct
     eval/mean@k                 share of correct ones among all k samples of every prompt
-    eval/pass@k                 share of the prompts with a correct one among k samples; for k = 2, 4, ...
-                                below their number the mean over all choices of k of them
+    eval/pass@k                 share of the prompts with a correct one among k samples. For k = 2, 4, ...
+                                below their number it is the mean over all choices of k of them
     eval/reward                 mean over the valid samples of the weighted sum, without overlong penalty
-    eval/rewards/<name>/mean    as above, of the samples; functions of evaluation.rewards included
+    eval/rewards/<name>/mean    as above, of the samples, functions of evaluation.rewards included
     eval/rewards/<name>/missing  share of the samples for which it gave none, where that is above 0
     eval/mean_length            mean tokens of the samples, the eos included
     eval/clipped_ratio          share of the samples that hit the limit without an end
@@ -97,7 +98,7 @@ from grpo_jax.types import Array, Rollout
 
 
 def token_mean(values: Array, mask: Array) -> Array:
-    """Returns the mean [] of values [B,T] over masked-in tokens; 0 if there are none."""
+    """Returns the mean [] of values [B,T] over masked-in tokens, or 0 without any."""
     return jnp.sum(jnp.where(mask, values, 0)) / jnp.maximum(jnp.sum(mask), 1)
 
 
@@ -109,7 +110,7 @@ def logp_difference_max(sampler_log_probs: Array, log_probs: Array, mask: Array)
 def merge_loss_metrics(parts: LossMetrics) -> LossMetrics:
     """Joins the LossMetrics of the slices of one batch, stacked on axis 0, as if it were one slice.
 
-    `policy_loss` adds up (its weights are those of the whole batch), means are weighed by tokens.
+    `policy_loss` is a sum, since its weights are those of the whole batch. Means are weighed by tokens.
     """
     tokens = parts.num_tokens
     share = tokens / jnp.maximum(jnp.sum(tokens), 1)
@@ -140,13 +141,13 @@ def loss_metrics_dict(metrics: LossMetrics) -> dict[str, Array]:
 
 
 def reward_metrics(rewards: Array, valid: Array) -> dict[str, Array]:
-    """Computes the reward metrics of rewards [N,G], of which valid [N,G] are there."""
+    """Computes the reward metrics of rewards [N,G], of which only the valid ones [N,G] count."""
     valid = jnp.asarray(valid, bool)
     rewards = jnp.where(valid, rewards, 0)
-    shrink = shrink_factor(rewards, axis=None)  # a sum of float32 may be more than a float32 holds
-    there = jnp.any(valid, axis=1)
+    shrink = shrink_factor(rewards, axis=None)  # A sum of float32 may be more than a float32 holds.
+    has_valid = jnp.any(valid, axis=1)
     means = jnp.sum(rewards * shrink) / jnp.maximum(jnp.sum(valid), 1)
-    stds = jnp.sum(group_stds(rewards, valid=valid) * shrink) / jnp.maximum(jnp.sum(there), 1)
+    stds = jnp.sum(group_stds(rewards, valid=valid) * shrink) / jnp.maximum(jnp.sum(has_valid), 1)
     return {
         "reward": grow(means, shrink)[0, 0],
         "reward_std": grow(stds, shrink)[0, 0],
@@ -165,10 +166,11 @@ def reward_means(
         num_lost: rows lost to the timeout, by name, of those functions that have one.
 
     Returns:
-        rewards/<name>/mean and /std (ddof 1) over the values that each function gave, absent if there are
-        none, and /missing, the share of the rows without one. /timeouts is the share of the lost rows.
+        rewards/<name>/mean and /std (ddof 1) over the values that each function gave, absent if it gave none,
+        and /missing, the share of the rows without one. /timeouts is the share of the lost rows.
     """
-    metrics, num_lost = {}, num_lost or {}
+    metrics = {}
+    num_lost = num_lost or {}
     for name, column in zip(names, scores.astype(np.float64).T, strict=True):
         values = column[~np.isnan(column)]
         if values.size:
@@ -183,7 +185,13 @@ def reward_means(
 def rollout_metrics(
     rollout: Rollout, scored_log_probs: Array | None, *, importance_cap: float | None = None
 ) -> dict[str, Array]:
-    """Computes the completion and sampling metrics of a rollout, scored again as [B,T] or not at all."""
+    """Computes the completion and sampling metrics of a rollout.
+
+    Args:
+        rollout: B completions.
+        scored_log_probs: [B,T], their log-probs as computed again, or None.
+        importance_cap: largest importance weight, see `importance_weights`. None means that there are none.
+    """
     lengths = jnp.sum(rollout.mask, axis=1)
     finished = rollout.finished
     metrics = {

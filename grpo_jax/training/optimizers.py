@@ -10,16 +10,16 @@ import optax
 def make_schedule(
     learning_rate: float, *, lr_schedule: str = "constant", warmup_steps: int = 0, num_steps: int = 0
 ) -> optax.Schedule:
-    """Returns the learning rate as a function of the optimizer step (the first step is 0).
+    """Returns the learning rate as a function of the optimizer step, which starts at 0.
 
     Args:
         learning_rate: peak value.
         lr_schedule: "constant", "linear" (to 0) or "cosine" (to 0) over the steps after the warmup.
-        warmup_steps: steps of linear warmup; step k of it uses (k + 1) / warmup_steps of the peak.
-        num_steps: length of the run, needed by all but "constant".
+        warmup_steps: number of steps of linear warmup. Step k of it uses (k + 1) / warmup_steps of the peak.
+        num_steps: number of steps of the run, which all schedules but "constant" need.
 
     Raises:
-        ValueError: unknown schedule, or a warmup that does not end before the run does.
+        ValueError: the schedule is unknown, or the warmup does not end before the run does.
     """
     if lr_schedule not in ("constant", "linear", "cosine"):
         raise ValueError(f"lr_schedule: {lr_schedule!r}; choose 'constant', 'linear' or 'cosine'")
@@ -40,11 +40,11 @@ def make_schedule(
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     """Scales gradients down to a global norm, https://arxiv.org/abs/1211.5063.
 
-    As `optax.clip_by_global_norm`, in one product per element: a select between gradients and quotients is
-    one more array of the size of the parameters, written and read.
+    It computes what `optax.clip_by_global_norm` does, with one product per element. A select between
+    gradients and quotients would write and read one more array of the size of the parameters.
 
     Args:
-        max_norm: above 0.
+        max_norm: the largest norm, above 0.
     """
 
     def update(updates, state, params=None):
@@ -70,7 +70,7 @@ def make_optimizer(
         weight_decay: decoupled decay, on arrays with two or more axes only (no biases, no norms).
         adam_b1: decay of the first moment, in [0, 1).
         adam_b2: decay of the second moment, in [0, 1).
-        max_grad_norm: gradients with a larger global norm are scaled down to it; 0: off.
+        max_grad_norm: the largest global norm. Longer gradients are scaled down to it. 0 turns this off.
     """
     adamw = optax.adamw(
         learning_rate,

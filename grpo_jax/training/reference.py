@@ -1,4 +1,4 @@
-"""The reference that a KL term compares with: whether the policy is it, and how it moves."""
+"""The reference that a KL term compares with: whether the policy equals it, and how it moves."""
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +10,14 @@ from grpo_jax.types import Array, Params
 
 @jax.jit
 def is_reference(params: Params, ref_params: Params, frozen: Params | None = None) -> Array:
-    """Says whether the policy is its reference, parameter by parameter: bool [].
+    """Says whether every parameter of the policy equals that of its reference: bool [].
 
-    Then the KL between them is 0, and whatever two programs make of it is rounding.
+    If so, the KL between them is 0, and any other value that two programs give is rounding.
 
     Args:
-        params: of the state.
-        ref_params: of the reference.
-        frozen: parameters of the base; with LoRA, and only then.
+        params: parameters of the state.
+        ref_params: parameters of the reference.
+        frozen: parameters of the base. They are given with LoRA, and only then.
     """
     if frozen is not None:
         return adds_nothing(params) & is_reference(frozen, ref_params)
@@ -29,9 +29,9 @@ def is_reference(params: Params, ref_params: Params, frozen: Params | None = Non
 def mix_params(params: Params, ref_params: Params, alpha: float | Array) -> Params:
     """Moves a reference towards the policy: ``alpha * params + (1 - alpha) * ref_params``.
 
-    The soft update of TR-DPO, https://arxiv.org/abs/2404.09656; alpha 1 copies the policy. The
-    result is a tree of its own, whatever becomes of the arguments. What is equal in both stays as it is.
+    This is the soft update of TR-DPO, https://arxiv.org/abs/2404.09656. An alpha of 1 copies the policy. The
+    result shares no array with its arguments. A parameter that is equal in both stays as it is.
     """
     mixed = optax.incremental_update(params, ref_params, alpha)
-    # 0.6 x + 0.4 x may round to another number than x, and a reference that is the policy must stay it.
+    # 0.6 x + 0.4 x may round to another number than x, but a reference that equals the policy must stay so.
     return jax.tree.map(lambda new, p, r: jnp.where(p == r, r, new), mixed, params, ref_params)

@@ -16,22 +16,23 @@ from grpo_jax.types import Array, Params, Policy
 class TrainState(train_state.TrainState):
     """A flax TrainState that knows the policy's functions and counts skipped updates.
 
-    `step` counts calls of `train_step`, skipped ones included: it is the clock of the run, from which
-    noise and data order follow. It holds no key. With LoRA, params are the adapters alone.
-    `init_train_state` makes it. `train_step` also takes the plain flax class.
+    `step` counts calls of `train_step`, skipped ones included. It is the clock of the run, which decides
+    noise and data order. The state holds no key. With LoRA, params are the adapters alone.
+    `init_train_state` makes a state, and `train_step` also takes the plain flax class.
     """
 
     policy: Policy
     skipped: Array  # [] int32, updates skipped since the start because something was not finite
-    skipped_in_a_row: Array  # [] int32, since the last good one
-    idle: Array  # [] int32, updates without any gradient since the start: nothing moved
-    lora: Lora | None = flax.struct.field(pytree_node=False, default=None)  # None: params are the policy's
+    skipped_in_a_row: Array  # [] int32, the same since the last update that was finite
+    idle: Array  # [] int32, updates since the start that moved nothing because no gradient was above 0
+    # What params are adapters of. None means that they are the policy's parameters.
+    lora: Lora | None = flax.struct.field(pytree_node=False, default=None)
 
     @classmethod
     def create(
         cls, *, apply_fn: Callable, params: Params, tx: optax.GradientTransformation, **kwargs: Any
     ) -> "TrainState":
-        """Makes the state as flax's own class does; see `init_train_state` and `train_step` for arguments."""
+        """Makes the state as flax's own class does. `init_train_state` and `train_step` explain arguments."""
         if kwargs:
             raise ValueError(f"TrainState.create: unknown {', '.join(kwargs)}; see init_train_state")
         return init_train_state(_policy_of(apply_fn, params), params, tx)
@@ -44,12 +45,13 @@ def init_train_state(
 
     Args:
         policy: the model's functions.
-        params: float32 parameters; lower precision would swallow small updates. With LoRA, the adapters.
+        params: float32 parameters, since lower precision would swallow small updates. With LoRA these are the
+            adapters.
         optimizer: an optax transformation, see `make_optimizer`.
         lora: what params are adapters of. None means that they are the policy's parameters.
 
     Raises:
-        ValueError: a parameter that is not float32.
+        ValueError: a parameter is not float32.
     """
     params = _copy_of_float32(params)
     return _new_state(policy, params, optimizer, optimizer.init(params), jnp.zeros((), jnp.int32), lora)
@@ -94,7 +96,7 @@ def policy_params(state: TrainState, frozen: Params | None = None) -> Params:
         frozen: parameters of the base. They are given with LoRA, and only then.
 
     Raises:
-        ValueError: the state is one of LoRA and there is no base, or the other way round.
+        ValueError: the state has adapters and there is no base, or the other way round.
     """
     check_frozen(state, frozen)
     return state.params if state.lora is None else merge_adapters(state.lora, frozen, state.params)
@@ -119,7 +121,7 @@ def own_state(state: train_state.TrainState) -> TrainState:
 
 
 def _policy_of(apply_fn: Any, params: Params) -> Policy:
-    from grpo_jax.models.flax_objects import check_params, policy_of  # transformers; others need none of it
+    from grpo_jax.models.flax_objects import check_params, policy_of  # loads transformers
 
     policy = policy_of(apply_fn)
     check_params(apply_fn, params)
