@@ -30,6 +30,47 @@ def test_files_it_names_exist():
     assert [name for name in sorted(names) if not (ROOT / name).exists()] == []
 
 
+TREE = README[README.index("\ngrpo_jax/\n") + 1 :].split("```")[0].splitlines()
+
+
+def paths(lines: list[str]) -> list[str]:
+    """Returns the paths that a tree names. Two spaces of indentation are one folder.
+
+    A file or folder that a description names is in the folder that it describes, or beside the file.
+    """
+    found, folders = [], []
+    for line in lines:
+        name, _, description = line.strip().partition("  ")
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders[depth:] = [name] if name.endswith("/") else []
+        beside = "".join(folders)
+        found += [beside] if name.endswith("/") else [beside + file for file in name.split()]
+        found += [beside + file for file in re.findall(r"\w+\.py|\w+/", description)]
+    return found
+
+
+def test_how_a_tree_is_read():
+    lines = [
+        "a/  has x.py and y/",
+        "  b.py c.py   beside d.py",
+        "  d/   a folder",
+        "    e.py",
+        "  f.py",
+        "g/",
+    ]
+    assert paths(lines) == [
+        *("a/", "a/x.py", "a/y/", "a/b.py", "a/c.py", "a/d.py", "a/d/", "a/d/e.py", "a/f.py", "g/")
+    ]
+
+
+def test_the_tree_names_what_exists_and_every_room():
+    named = paths(TREE)
+    assert [name for name in named if not (ROOT / name).exists()] == []
+    folders = [path for path in (ROOT / "grpo_jax").iterdir() if any(path.glob("*.py"))]
+    assert {f"grpo_jax/{folder.name}/" for folder in folders} <= set(named)
+    assert len(TREE) <= 30
+
+
 def test_the_packaged_config_is_that_of_the_main_job():
     shown = ROOT / "configs" / "grpo_config.yaml"
     assert DEFAULT.read_text() == shown.read_text(), f"copy {shown} to {DEFAULT}"
