@@ -261,7 +261,7 @@ class Checkpoints:
         args = ocp.args.PyTreeRestore(item=dict.fromkeys(saved, 0), restore_args=restore_args)
         try:
             leaves = self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
-        except Exception as error:  # as above
+        except Exception as error:  # whatever orbax makes of a damaged file
             raise CorruptedCheckpoint(path, error) from error
         for leaf, description in saved.items():
             if describe(leaves[leaf]) != description:

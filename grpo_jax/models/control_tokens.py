@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 _PREFIX = 3  # number of characters by which tokens are looked up in a text
-_FOUND: weakref.WeakKeyDictionary = (
-    weakref.WeakKeyDictionary()
-)  # tokenizer -> (its state, its control tokens)
+# tokenizer -> (its state, its control tokens)
+_FOUND: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class ControlTokens:
 def control_tokens(tokenizer: Any) -> ControlTokens:
     """Returns the control tokens of a fast tokenizer.
 
-    They are kept, because transformers re-creates its table of added tokens at every access. That takes
+    The result is kept, because transformers re-creates its table of added tokens at every access. That takes
     milliseconds if there are thousands of them.
     """
     state = (tokenizer.__len__(), tokenizer.special_tokens_map)

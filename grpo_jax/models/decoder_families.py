@@ -19,7 +19,7 @@ from grpo_jax.policy.decoder import make_decoder
 from grpo_jax.policy.rotary import LinearScaling, Llama3Scaling, Rotary
 from grpo_jax.types import Params, Policy
 
-# The names in config.json -> ours. Three of them are the tanh approximation.
+# Name of an activation in config.json -> our name. Three of them are the tanh approximation.
 ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
@@ -29,7 +29,7 @@ ACTIVATIONS = {
     "swish": "silu",
     "relu": "relu",
 }
-_SCALINGS = {  # rope_type -> what it needs
+_SCALINGS = {  # rope_type -> the other fields that it needs
     "default": set(),
     "linear": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
@@ -50,7 +50,7 @@ def problems(config: HFConfig) -> Problems:
     if s.get("add_cross_attention") or s.get("is_encoder_decoder"):
         yield "it is one half of an encoder-decoder model"
     if s.get("pruned_heads"):
-        yield "pruned_heads: heads that are left out"
+        yield "pruned_heads leaves heads out, which the decoder cannot"
     yield from _gpt2_problems(s) if config.model_type == "gpt2" else _llama_problems(s)
 
 
@@ -88,7 +88,7 @@ def _llama_problems(s: Settings) -> Problems:
     if head_dim_of(s) % 2:
         yield f"head_dim={head_dim_of(s)}; rotary positions need an even one"
     if s.get("partial_rotary_factor", 1.0) != 1.0:
-        yield f"partial_rotary_factor={s['partial_rotary_factor']}: positions of a part of each head"
+        yield f"partial_rotary_factor={s['partial_rotary_factor']} rotates only a part of each head"
     yield from _scaling_problems(s.get("rope_scaling") or {"rope_type": "default"})
     if variant.windows != "none":
         window = s["sliding_window"]

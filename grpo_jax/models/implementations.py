@@ -14,7 +14,7 @@ def load_implementation(name: str) -> Implementation:
         ImportError: it is `flax`, and transformers has no Flax classes, as from version 5 on.
     """
     if name == "flax":
-        from grpo_jax.models import flax_families  # not above: most models do without it
+        from grpo_jax.models import flax_families  # Most models do without it, and without Flax classes.
 
         return flax_families
     return decoder_families
@@ -42,7 +42,7 @@ def choose_implementation(config: HFConfig, wanted: str, *, source: str) -> str:
         if not reasons[name]:
             return name
     if wanted == "auto":
-        # The first one that knows the type at all is the one that would have to do it.
+        # The reasons that matter are those of the first implementation that knows the model type at all.
         blamed = "decoder" if config.model_type in MODEL_TYPES else "flax"
         setting = ""
     else:

@@ -36,7 +36,7 @@ import jax.numpy as jnp
 from grpo_jax.policy.packing import Packing, make_packing
 from grpo_jax.types import Array
 
-_MASKED = -1e30  # finite: a row without any visible key gets a mean, not NaN
+_MASKED = -1e30  # It is finite, so that a row without any visible key gets a mean and not NaN.
 
 KeysValues = tuple[Array, Array]
 

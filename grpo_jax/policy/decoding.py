@@ -82,7 +82,7 @@ class _Rows:
     row: Array  # [b] index among the B rows
     cache: Cache
     cache_mask: Array  # [b,L]
-    prompt_size: Array  # [b] prompt tokens
+    prompt_size: Array  # [b] number of prompt tokens
     stop_state: Array | None  # [b] rows of the stop table, or None without one
     key: Array  # [b]
     last: Array  # [b] the token sampled last
@@ -93,7 +93,7 @@ class _Rows:
 class _Decode:
     """What the decoding loop carries."""
 
-    step: Array  # [] completion tokens sampled so far
+    step: Array  # [] number of completion tokens sampled so far
     rows: _Rows
     tokens: Array  # [B,T], like the next three
     mask: Array

@@ -15,7 +15,7 @@ from grpo_jax.policy.sampling import scale_logits
 from grpo_jax.policy.shapes import shared_rows, split_rows
 from grpo_jax.types import Array, Experience, Params, Policy, Prompts, Rollout
 
-CHUNK_SIZE = 1024  # tokens whose logits exist at a time, unless said otherwise
+CHUNK_SIZE = 1024  # number of tokens whose logits exist at a time, unless a caller gives another one
 
 
 def completion_hidden(
@@ -43,7 +43,7 @@ def completion_hidden(
         hidden [B,T,D]. Position t is the state that predicts completion token t, if that is real.
     """
     prompt_length = rollout.prompt_tokens.shape[1]
-    # The last completion token predicts nothing we need.
+    # What the last completion token predicts is not needed.
     tokens = rollout.tokens[:, :-1]
     mask = rollout.mask[:, :-1]
     whole_mask = jnp.concatenate([rollout.prompt_mask, mask], axis=1)

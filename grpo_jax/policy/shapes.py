@@ -9,9 +9,10 @@ import math
 import jax
 import numpy as np
 
-PACKED_FROM = 32  # completion limits below it are not worth packing
-_EIGHTHS = (1, 2, 3, 4, 6)  # of a batch's tokens: the buckets that packed completions get
-NUM_BUCKETS = len(_EIGHTHS) + 1  # and all of it
+PACKED_FROM = 32  # Completions with a lower limit are not worth packing.
+# Packed completions get one of these eighths of a batch's tokens, or all of them.
+_EIGHTHS = (1, 2, 3, 4, 6)
+NUM_BUCKETS = len(_EIGHTHS) + 1
 
 
 def bucket_length(length: int, limit: int) -> int:
