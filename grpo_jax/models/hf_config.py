@@ -53,8 +53,9 @@ def read_config(raw: dict, source: str) -> HFConfig:
         )
     try:
         return CONFIG_MAPPING[model_type].from_dict(_older_rope(raw))
-    except Exception as error:  # whatever a configuration class raises
-        raise ValueError(f"{source}: config.json is no {model_type} configuration: {error}") from None
+    except Exception as error:  # whatever a configuration class raises, in several lines from version 5 on
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{source}: config.json is no {model_type} configuration: {reason}") from None
 
 
 def settings_of(config: HFConfig) -> Settings:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from grpo_jax.models import decoder_families, flax_families
+from grpo_jax.models import decoder_families
 from grpo_jax.models.decoder_layout import layout
 from grpo_jax.models.hf_config import read_config
 from grpo_jax.policy.rotary import LinearScaling, Llama3Scaling, Rotary
@@ -160,6 +160,8 @@ def test_every_reason_is_given():
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2_untied", "gemma", "llama", "mistral"])
 def test_parameters_are_those_of_the_flax_class(name):
+    from grpo_jax.models import flax_families  # the other tests need no Flax classes
+
     ours, theirs = (module.param_shapes(config_of(name)) for module in (decoder_families, flax_families))
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     jax.tree.map(lambda a, b: np.testing.assert_equal((a.shape, a.dtype), (b.shape, b.dtype)), ours, theirs)
