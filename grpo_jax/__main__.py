@@ -6,7 +6,7 @@ A command is loaded when it is asked for, so the list of them and the version ar
 import importlib
 import sys
 
-from grpo_jax.spelling import nearest
+from grpo_jax.spelling import suggest
 from grpo_jax.version import __version__
 
 COMMANDS = {
@@ -58,8 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     if name == "":
         print(usage(), file=sys.stderr)
         return 2
-    near = nearest(name, COMMANDS)
-    advice = f"did you mean `{near}`?" if near else f"the commands are {', '.join(COMMANDS)}"
+    advice = suggest(name, COMMANDS, f"the commands are {', '.join(COMMANDS)}")
     print(f"error: there is no command `{name}`; {advice}", file=sys.stderr)
     return 2
 

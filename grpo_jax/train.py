@@ -74,7 +74,7 @@ def train(config: Config) -> int:
     print(make_plan(run).text(), flush=True)
 
     if progress is None:
-        # A run cut before its first checkpoint starts anew, from a model that may have changed since.
+        # A run that was killed before its first checkpoint starts again, and its model may have changed.
         shutil.rmtree(directory / "reference", ignore_errors=True)
         forget_best(config.run_dir)
     checkpoints = Checkpoints(directory, keep=config.checkpoints.keep)

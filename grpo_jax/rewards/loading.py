@@ -15,7 +15,7 @@ from grpo_jax.rewards.pool import RewardPool
 from grpo_jax.rewards.reward import Reward, RewardError, named, parameters_of
 from grpo_jax.rewards.sources import find_function
 from grpo_jax.rewards.verl import PREFIX, TRUTHS, adapt_compute_score, check_truth
-from grpo_jax.spelling import nearest
+from grpo_jax.spelling import suggest
 
 if TYPE_CHECKING:  # reward workers load this module without JAX
     from grpo_jax.config.run import RewardConfig
@@ -127,8 +127,7 @@ def _check_reward(reward: Reward) -> None:
             raise ValueError(f"{who}: `{name}` cannot be given in its arguments")
         if name not in parameters and (not takes_any or reward.source == "built in"):
             known = [p for p in parameters if p not in ("prompts", "completions")]
-            near = nearest(name, known)
-            hint = f"did you mean `{near}`?" if near else f"it takes {', '.join(known) or 'none'}"
+            hint = suggest(name, known, f"it takes {', '.join(known) or 'none'}")
             raise ValueError(f"{who} takes no argument `{name}`; {hint}")
     if reward.source == "built in":
         _try_arguments(reward, parameters)

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from grpo_jax.rewards.error_places import user_frame
-from grpo_jax.spelling import nearest
+from grpo_jax.spelling import nearest, suggest
 
 
 def find_function(spec: str, *, built_in: Sequence[str] = ()) -> tuple[str, Callable[..., Any], str]:
@@ -36,8 +36,7 @@ def find_function(spec: str, *, built_in: Sequence[str] = ()) -> tuple[str, Call
     """
     where, colon, name = spec.rpartition(":")
     if not colon or not where or not name:
-        near = nearest(spec, built_in)
-        hint = f"did you mean `{near}`?" if near else f"built in are {', '.join(built_in)}."
+        hint = suggest(spec, built_in, f"built in are {', '.join(built_in)}.")
         if not colon and "." in spec and not spec.endswith(".py"):
             hint = f"did you mean `{':'.join(spec.rsplit('.', 1))}`?"
         raise ValueError(

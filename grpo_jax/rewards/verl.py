@@ -14,7 +14,7 @@ from typing import Any
 from grpo_jax.rewards.awaiting import is_async
 from grpo_jax.rewards.builtin import Completion, completion_text
 from grpo_jax.rewards.calling import own_copy
-from grpo_jax.spelling import nearest
+from grpo_jax.spelling import suggest
 
 PREFIX = "verl:"
 # The data must have one of these columns. If it has several, the first counts.
@@ -114,6 +114,5 @@ def _check(function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
             raise ValueError(f"`{name}` cannot be given in its arguments")
         if name not in names and not takes_any:
             own = [n for n in names if n not in _GIVEN]
-            near = nearest(name, own)
-            hint = f"did you mean `{near}`?" if near else f"it takes {', '.join(own) or 'none'}"
+            hint = suggest(name, own, f"it takes {', '.join(own) or 'none'}")
             raise ValueError(f"it takes no argument `{name}`; {hint}")

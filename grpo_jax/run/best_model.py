@@ -87,7 +87,7 @@ def read_best(run_dir: str | Path) -> dict[str, Any] | None:
 
 
 def keep_best(run: Run, step: int, metrics: Mapping[str, float], params: Params) -> str | None:
-    """Exports the model to run_dir/best if its evaluation is better than that of the one there.
+    """Exports the model to run_dir/best if its evaluation is better than that of the model in it.
 
     A value that is missing or not finite is no improvement. An equal one is none either, unless the metric
     has had this one value in every evaluation. It then says nothing, and the newest model is kept, so that

@@ -33,12 +33,12 @@ class Plan:
     prompt_length: int  # S
     max_new_tokens: int  # T
     generate_shapes: tuple[int, ...]  # prompt buckets that generation may be compiled for
-    num_compilations: int  # of training, at most: see _num_compilations
+    num_compilations: int  # upper bound for training, see _num_compilations
     num_evaluation_compilations: int
     memory: dict[str, int]  # bytes by purpose
     endings: str = ""  # what ends a completion
     first_prompt: tuple[str, ...] = ()  # lines that show it as tokens
-    notes: tuple[str, ...] = ()  # of the run
+    notes: tuple[str, ...] = ()  # lines for the user
 
     @property
     def checkpoint_size(self) -> int:

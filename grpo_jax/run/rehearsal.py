@@ -19,7 +19,7 @@ from grpo_jax.trackers.console import spread
 from grpo_jax.training.experience import add_up_rewards
 from grpo_jax.types import Example, Silence, Totals
 
-_BINS = 8  # of a histogram
+_BINS = 8  # number of bins in a histogram
 # The figures of a distribution that are reported.
 QUANTILES = {"min": 0.0, "25%": 0.25, "50%": 0.5, "75%": 0.75, "max": 1.0}
 
@@ -35,8 +35,8 @@ class Rehearsal:
     scores: np.ndarray  # [N*n,R] float32, NaN for missing
     rewards: np.ndarray  # [N*n] float32, what trains: the weighted sum and the overlong penalty
     valid: np.ndarray  # [N*n] bool, where rewards count
-    tokens_per_second: float  # of sampling, compiled
-    seconds_per_call: dict[str, float]  # of each reward function
+    tokens_per_second: float  # speed of sampling, without the compilation
+    seconds_per_call: dict[str, float]  # reward function -> mean seconds of a call
     rows_per_call: int
     silences: tuple[Silence, ...] = ()  # rewards that say nothing, each with a row
 
@@ -83,7 +83,7 @@ def rehearse(run: Run, *, num_prompts: int, num_samples: int) -> Rehearsal:
     seconds = time.perf_counter() - started
 
     repeated = [example for example in examples for _ in range(num_samples)]
-    rows = config.num_prompts * config.algorithm.group_size  # of one rollout
+    rows = config.num_prompts * config.algorithm.group_size  # rows of one rollout
     scores, seconds_per_call, lost = _judge(run, repeated, texts, rows)
     totals = _add_up(run, scores, lengths, finished, group_size=num_samples)
     return Rehearsal(
@@ -240,7 +240,7 @@ def advice(figures: dict[str, Any], *, group_size: int, silences: Sequence[Silen
         elif reward["missing"] == 1:
             lines.append(
                 f"the reward {name} gives no value at all and takes no part: None is not 0. Does it look "
-                "for a column or a format that is not there?"
+                "for a column or a format that does not exist?"
             )
         elif reward["missing"] >= 0.5:
             lines.append(f"the reward {name} gives no value for {reward['missing']:.0%} of the completions")

@@ -39,7 +39,7 @@ def test_help_shows_the_options_and_their_docs(command, capsys):
     assert f"usage: python -m grpo_jax.{command}" in out
     shown = (
         "--training.batch_size",
-        "B, *completions* per optimizer step",
+        "B, the number of *completions* per optimizer step",
         "weight of the KL term",
         "--config",
     )
@@ -50,7 +50,7 @@ def test_help_shows_the_options_and_their_docs(command, capsys):
 def test_help_of_generate():
     done = small_run.command("generate", "--help")
     assert done.returncode == 0 and done.stderr == ""
-    assert "--num_samples" in done.stdout and "0 is greedy" in " ".join(done.stdout.split())
+    assert "--num_samples" in done.stdout and "0 decodes greedily" in " ".join(done.stdout.split())
 
 
 TYPOS = [

@@ -190,7 +190,9 @@ def test_a_configs_temperature_rewards_and_category(model, results, tmp_path):
 
 def test_a_reward_of_evaluation_has_no_weight(model, tmp_path):
     changes = {"evaluation__rewards": "[{function: exact_match, weight: 2}]"}
-    with pytest.raises(ValueError, match=r"evaluation.rewards: exact_match has the weight 2.0, but they are"):
+    with pytest.raises(
+        ValueError, match=r"evaluation.rewards: exact_match has the weight 2.0, but these rewards"
+    ):
         build(small_run.config(tmp_path, **changes), model=model)
 
 

@@ -177,7 +177,7 @@ KEYS = sorted(set(keys_of()))
         ("sampling.stop_strings", "`sampling.stop`"),
         ("sampling.num_beams", "not supported"),
         ("model.chat_template_kwargs", "`model.chat_template_arguments`"),
-        ("data.shuffle", "not supported: prompts are always shuffled"),
+        ("data.shuffle", "not supported: each pass shuffles the prompts again"),
         ("training.lr", "`training.learning_rate`"),
         ("lora.r", "`lora.rank`"),
         ("seed", "did you mean 'training.seed'?"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grpo_jax.config.checks import Ranges, check_ranges
-from grpo_jax.spelling import nearest
+from grpo_jax.spelling import suggest
 from grpo_jax.types import Example
 
 
@@ -78,8 +78,8 @@ def check_arguments(name: str, function: Callable[..., Any], arguments: Mapping[
     types = typing.get_type_hints(function)
     for argument, value in arguments.items():
         if argument not in known:
-            near = nearest(argument, known, likeness=0.5)
-            hint = f"did you mean {near!r}?" if near else f"it takes {', '.join(known) or 'none'}"
+            otherwise = f"it takes {', '.join(known) or 'none'}"
+            hint = suggest(argument, known, otherwise, likeness=0.5, quote="'")
             raise ValueError(f"data.task_arguments: {name} has no argument {argument!r}; {hint}")
         if type(value) is not types[argument]:
             raise ValueError(
