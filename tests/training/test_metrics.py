@@ -25,7 +25,7 @@ from grpo_jax.train import train
 from grpo_jax.training import actor as actor_module
 from grpo_jax.training import metrics as metrics_module
 from grpo_jax.training.actor import Actor, collect
-from grpo_jax.training.experience import make_experience
+from grpo_jax.training.experience import add_up_rewards, make_experience
 from grpo_jax.training.learner import train_step
 from grpo_jax.training.metrics import (
     loss_metrics_dict,
@@ -369,6 +369,13 @@ def judged(toy_policy) -> Judged:
     )
 
 
+def experience_of(judged, recipe, **changes):
+    settings = {"reward_weights": [1.0, 0.5], "group_size": G, "max_length": T}
+    lengths = np.sum(judged.rollout.mask, axis=1)
+    totals = add_up_rewards(judged.scores, lengths, judged.rollout.finished, recipe, **settings)
+    return make_experience(judged.replace(totals=totals), recipe, prompt_length=S, **settings, **changes)
+
+
 @pytest.mark.parametrize("num_microbatches", [1, 4])
 @pytest.mark.parametrize("name", UPDATES)
 def test_an_update_by_value(toy_policy, judged, name, num_microbatches):
@@ -378,9 +385,7 @@ def test_an_update_by_value(toy_policy, judged, name, num_microbatches):
     ref_params = jax.tree.map(lambda x: x * 1.1, params)
     ref_log_probs, _ = completion_log_probs(policy, ref_params, judged.rollout, temperature=TEMPERATURE)
     judged = judged.replace(ref_log_probs=None if recipe.exact_kl else ref_log_probs)
-    e = make_experience(
-        judged, recipe, reward_weights=[1.0, 0.5], group_size=G, prompt_length=S, max_length=T, num_live=3
-    )
+    e = experience_of(judged, recipe, num_live=3)
     functions = {function: key for key, function in SURROGATES.items()}
     names = {"surrogate": functions[recipe.surrogate], "kl_estimator": recipe.kl_estimator.__name__[3:]}
     names |= {key: value for key, value in choices.items() if key in names}
@@ -405,8 +410,7 @@ def test_an_update_by_value(toy_policy, judged, name, num_microbatches):
 def test_counters_of_updates(toy_policy, judged):
     """Good, not finite, not finite, without a gradient, not finite, good."""
     policy, params = toy_policy
-    settings = {"reward_weights": [1.0, 0.5], "group_size": G, "prompt_length": S, "max_length": T}
-    good = make_experience(judged, dr_grpo, **settings)
+    good = experience_of(judged, dr_grpo)
     bad = good.replace(advantages=good.advantages.at[0].set(jnp.nan))
     dead = good.replace(advantages=jnp.zeros_like(good.advantages))
     state, seen = init_train_state(policy, params, SGD), []
