@@ -15,12 +15,12 @@ from grpo_jax.policy.shapes import decode_stages
 from grpo_jax.types import Array, Cache, Params, Policy, Prompts, Rollout
 
 
-def pad_prompts(sequences: Sequence[Sequence[int]], length: int) -> Prompts:
+def pad_prompts(sequences: Sequence[Sequence[int]], length: int | None = None) -> Prompts:
     """Left-pads token ids to one length.
 
     Args:
-        sequences: N lists of token ids.
-        length: padded length S.
+        sequences: N lists or arrays of token ids.
+        length: padded length S. `None` means that of the longest. Each length compiles `generate` again.
 
     Returns:
         Prompts [N,S] of NumPy arrays. Pads are id 0 under a False mask.
@@ -28,12 +28,14 @@ def pad_prompts(sequences: Sequence[Sequence[int]], length: int) -> Prompts:
     Raises:
         ValueError: a sequence is longer than `length`.
     """
+    if length is None:
+        length = max(map(len, sequences), default=0)
     tokens = np.zeros((len(sequences), length), np.int32)
     mask = np.zeros((len(sequences), length), bool)
     for i, sequence in enumerate(sequences):
         if len(sequence) > length:
             raise ValueError(f"prompt {i} has {len(sequence)} tokens, over the length {length}")
-        if sequence:
+        if len(sequence):  # it may be an array
             tokens[i, -len(sequence) :] = sequence
             mask[i, -len(sequence) :] = True
     return Prompts(tokens=tokens, mask=mask)

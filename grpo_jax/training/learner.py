@@ -196,10 +196,11 @@ def train_step(
 
     Args:
         state: the state that `init_train_state` made. Its arrays are donated, so do not use it afterwards.
-            It may also be a plain flax `TrainState`, or a subclass, of a Flax causal language model of
-            transformers, with `apply_fn=model.__call__` and `params=model.params`. That is copied, not
-            donated, and a state of its class comes back. It counts no updates but `step`, so
-            `skipped_updates` and `idle_updates` are those of this call, 0 or 1.
+            It may also be a plain flax `TrainState`, or a subclass, of any causal language model. Its
+            apply_fn is what `grpo_jax.policy_of` takes, such as `model.__call__` of a Flax model of
+            transformers or `module.apply` of a linen module. That is copied, not donated, and a state of its
+            class comes back. It counts no updates but `step`, so `skipped_updates` and `idle_updates` are
+            those of this call, 0 or 1.
         experience: B rows.
         recipe: the objective. Its numbers, such as kl_coef, are traced, and the rest is static.
         frozen: parameters of the base of the adapters. They are given with LoRA, and only then.

@@ -128,6 +128,13 @@ def test_the_function_gets_what_is_promised():
     np.testing.assert_allclose(hidden[mask], expected[mask], atol=2e-5)
 
 
+def test_prompts_are_padded_to_the_longest_and_may_be_arrays():
+    prompts = pad_prompts([np.array([3, 4]), [5], []])
+    np.testing.assert_array_equal(prompts.tokens, [[3, 4], [0, 5], [0, 0]])
+    np.testing.assert_array_equal(prompts.mask, [[True, True], [False, True], [False, False]])
+    assert pad_prompts([], 3).tokens.shape == (0, 3)
+
+
 def test_one_function_is_one_policy():
     assert policy_from_apply(bare) is BARE
     assert policy_from_apply(blind) != BARE
