@@ -25,6 +25,7 @@ from fnmatch import fnmatchcase
 
 import jax
 import jax.numpy as jnp
+from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from grpo_jax.types import Array, Params
@@ -51,7 +52,8 @@ class Target:
     @property
     def module(self) -> str:
         """Returns the dotted name of the dense layer in PyTorch, such as `model.layers.0.mlp.up_proj`."""
-        return ".".join(self.path[:-1] if self.path[-1] == "kernel" else self.path)
+        path = self.path[:-1] if self.path[-1] == "kernel" else self.path
+        return ".".join(map(str, path))  # an nnx.List numbers its modules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +153,13 @@ def merge_adapters(lora: Lora, base: Params, adapters: Params, *, dropout_key: A
 
     Raises:
         KeyError: base or adapters lack a target.
+        ValueError: base is no nested dict.
     """
+    if not isinstance(base, dict | FrozenDict):
+        raise ValueError(
+            f"LoRA needs the base's parameters as nested dicts, and they are a {type(base).__name__}: for an "
+            "nnx module give nnx.to_pure_dict(nnx.state(module, nnx.Param))"
+        )
     flat = flatten_dict(base)
     pairs = flatten_dict(adapters)
     kernels = [flat[target.path] for target in lora.targets]

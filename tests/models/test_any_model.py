@@ -15,9 +15,13 @@ from transformers import FlaxAutoModelForCausalLM, GPT2Config
 
 from grpo_jax import (
     Experience,
+    Lora,
+    Target,
     completion_log_probs,
+    experience_of,
     generate,
     grpo_loss,
+    init_adapters,
     init_train_state,
     loss_weights,
     make_recipe,
@@ -201,6 +205,26 @@ def test_a_pure_dict_of_an_nnx_module_is_its_parameters_too():
     rollout = generate(policy_of(NNX), pure, PROMPTS, KEY, group_size=1, max_new_tokens=1, eos_ids=1)
     expected = log_probs_by_hand(nnx_function, NNX_PARAMS, rollout)
     np.testing.assert_allclose(rollout.log_probs, expected, atol=2e-5)
+
+
+def test_lora_of_an_nnx_module_has_a_pure_dict_as_its_base():
+    """The gradient of B at the start is A^T times the gradient of the kernel."""
+    policy = policy_of(NNX)
+    base = nnx.to_pure_dict(NNX_PARAMS)
+    rollout = generate(policy, NNX_PARAMS, PROMPTS, KEY, group_size=G, max_new_tokens=T, eos_ids=1)
+    lora = Lora(rank=2, alpha=2.0, targets=(Target(path=("head", "kernel"), inputs=D, outputs=V),))
+    state = init_train_state(policy, init_adapters(lora, KEY), optax.sgd(1.0), lora=lora)
+    recipe = make_recipe("dr_grpo")
+    experience = experience_of(rollout, recipe, advantages=np.arange(B).reshape(N, G) - 3.0)
+    plain = init_train_state(policy, base, optax.sgd(1.0))
+    expected = (
+        base["head"]["kernel"] - train_step(plain, experience, recipe=recipe)[0].params["head"]["kernel"]
+    )
+    a = state.params["head"]["kernel"]["a"].copy()
+    new, _ = train_step(state, experience, recipe=recipe, frozen=base)
+    np.testing.assert_allclose(-new.params["head"]["kernel"]["b"], a.T @ expected, atol=1e-6)
+    with pytest.raises(ValueError, match=r"nested dicts, and they are a State: for an nnx.*to_pure_dict"):
+        train_step(new, experience, recipe=recipe, frozen=NNX_PARAMS)
 
 
 def test_a_graphdef_of_parameters_alone():
