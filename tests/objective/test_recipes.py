@@ -340,10 +340,10 @@ def test_clip_keywords_of_another_surrogate_are_errors():
     [
         ("advantage", "std, batch, none, leave_one_out"),
         ("ratio_level", "token, sequence, sequence_token"),
-        ("surrogate", "clipped, cispo, sapo, gmpo, reinforce"),
+        ("surrogate", ", ".join(SURROGATES)),
         ("kl_estimator", "k1, k2, k3, ratio_k1, ratio_k3, exact"),
         ("kl_placement", "loss, reward"),
-        ("reduction", "sequence, token, constant, sequence_sum, local_token"),
+        ("reduction", ", ".join(REDUCTIONS)),
         ("aggregation", "sum_then_normalize, normalize_then_sum, gdpo"),
         ("missing", "drop, skip, renormalize"),
     ],

@@ -1,6 +1,7 @@
 """Each surrogate against the loop, token by token or row by row, and where it lets a gradient through."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from grpo_jax.objective.surrogates import (
     SURROGATES,
     cispo_surrogate,
+    clip_keywords,
     clipped_surrogate,
     gmpo_surrogate,
     reinforce_surrogate,
@@ -179,6 +181,25 @@ def test_every_surrogate_has_the_one_signature(name):
         by_ratio, by_log_prob = gradient(log_ratios, log_probs)
         # At ratio 1 each is the policy gradient, to be minimised.
         np.testing.assert_allclose(by_ratio + by_log_prob, [[-2.0] * 3, [1.0] * 3], rtol=1e-6)
+
+
+@pytest.mark.parametrize("advantage", [1.5, -1.5])
+@pytest.mark.parametrize("name", SURROGATES)
+def test_every_surrogate_is_its_loop(name, advantage):
+    """A new surrogate needs a row of the oracle and no test of its own. Its numbers are the defaults."""
+    rng = np.random.default_rng(0)
+    log_ratios, log_probs, weights = 0.4 * rng.normal(size=(3, 12)) - [[0], [2], [-3]]
+    function = SURROGATES[name]
+    clip = {key: inspect.signature(function).parameters[key].default for key in clip_keywords(function)}
+    with jax.enable_x64(True):
+        surrogate = with_mask(function, jnp.ones((1, 12), bool))
+        total, slopes = jax.value_and_grad(
+            lambda d, x: jnp.sum(weights * surrogate(d, x, jnp.full((1, 1), advantage))), argnums=(0, 1)
+        )(jnp.asarray(log_ratios[None]), jnp.asarray(log_probs[None]))
+        expected, *loops, _ = oracle.row_surrogate(name, log_ratios, log_probs, advantage, weights, **clip)
+        np.testing.assert_allclose(total, expected, rtol=1e-12)
+        for slope, loop in zip(slopes, loops, strict=True):
+            np.testing.assert_allclose(slope[0], loop, rtol=1e-12, atol=1e-15)
 
 
 def test_with_mask_gives_the_mask_to_those_that_name_it():
