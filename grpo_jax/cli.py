@@ -81,7 +81,7 @@ def _end_of_output() -> None:
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Runs a command and exits: errors in what the user gave become one line and exit code 2.
+    """Runs a command and exits: an error in what the user gave becomes one line, and exit code 2.
 
     GRPO_JAX_TRACEBACK=1 shows the traceback instead.
     """
@@ -91,7 +91,9 @@ def run_command(main: Callable[[], int | None]) -> None:
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if os.environ.get("GRPO_JAX_TRACEBACK"):
             raise
-        text = one_line(error, limit=None)
+        # Several problems of a config have a line each. Any other message is one line.
+        problems = getattr(error, "lines", None)
+        text = str(error) if problems else one_line(error, limit=None)
         if not isinstance(error, (ValueError, ImportError)):
             text = f"{type(error).__name__}: {text}"
         print(f"error: {text}", file=sys.stderr)

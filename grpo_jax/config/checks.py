@@ -8,6 +8,28 @@ from typing import Any
 Ranges = Sequence[tuple[str, Callable[[Any], bool], str]]
 
 
+class Problems(ValueError):
+    """Several things that are wrong with what a user gave, each in a line of its own.
+
+    Args:
+        lines: what is wrong, two lines or more.
+    """
+
+    def __init__(self, lines: Sequence[str]):
+        self.lines = tuple(lines)
+        super().__init__("\n  ".join([f"{len(self.lines)} problems with the config:", *self.lines]))
+
+
+def problem_lines(error: ValueError) -> tuple[str, ...]:
+    """Returns what an error says, one line for each problem."""
+    return error.lines if isinstance(error, Problems) else (str(error),)
+
+
+def as_error(lines: Sequence[str]) -> ValueError:
+    """Returns a plain ValueError for one line, and `Problems` for more."""
+    return ValueError(lines[0]) if len(lines) == 1 else Problems(lines)
+
+
 def check_ranges(prefix: str, values: Mapping[str, Any], ranges: Ranges) -> None:
     """Checks values against a table. A value of None means that the setting is left out, and passes.
 
@@ -17,16 +39,21 @@ def check_ranges(prefix: str, values: Mapping[str, Any], ranges: Ranges) -> None
         ranges: the table.
 
     Raises:
-        ValueError: the message names the setting, its value and the range.
+        ValueError: the message names the setting, its value and the range. With several such values it is a
+            `Problems`.
 
     >>> check_ranges("training.", {"seed": -1}, [("seed", lambda x: x >= 0, "0 or more")])
     Traceback (most recent call last):
     ValueError: training.seed: -1; it must be 0 or more
     """
+    found = []
     for names, holds, wanted in ranges:
         for name in names.split():
             value = values[name]
-            require(value is None or holds(value), f"{prefix}{name}: {value!r}; it must be {wanted}")
+            if value is not None and not holds(value):
+                found.append(f"{prefix}{name}: {value!r}; it must be {wanted}")
+    if found:
+        raise as_error(found)
 
 
 def require(condition: bool, message: str) -> None:

@@ -1,9 +1,9 @@
 """Config files as people write them. What YAML would silently read as something else is refused."""
 
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -79,31 +79,73 @@ def _check_scalar(event: yaml.ScalarEvent, line: int) -> None:
         )
 
 
-def unknown_keys(document: dict[Any, Any], known: Collection[str], lists: Collection[str]) -> list[str]:
-    """Returns the unknown keys of a config file, in the order of the file.
+class Entry(NamedTuple):
+    """A setting of a config file: its key with dots, its value, and whether there is such a key."""
+
+    key: str
+    value: Any
+    known: bool
+
+
+def read_entries(
+    document: Mapping[Any, Any],
+    known: Collection[str],
+    lists: Collection[str],
+    *,
+    is_word: Callable[[str], bool] = lambda key: False,
+) -> Iterator[Entry]:
+    """Yields the settings of a config file in its order.
 
     Args:
         document: content of the file.
         known: all keys. Those in a section are written with a dot, and those of a list's items as
             `rewards.weight`.
-        lists: keys whose values are lists of records.
+        lists: keys whose values are lists of records. If an item has an unknown key, the list is left out.
+        is_word: function that says whether an unknown key is a word of another project. Such a key is one
+            entry; of another unknown section every key is one.
     """
 
-    def walk(content: dict[Any, Any], section: str) -> Iterator[str]:
+    def walk(content: Mapping[Any, Any], section: str) -> Iterator[Entry]:
         for name, value in content.items():
             key = f"{section}{name}"
             inside = any(other.startswith(f"{key}.") for other in known)
             if key in lists:
                 items = value if isinstance(value, list) else [value]
-                for item in items:
-                    yield from walk(item, f"{key}.") if isinstance(item, dict) else ()
+                inner = [entry for item in items if isinstance(item, dict) for entry in walk(item, f"{key}.")]
+                unknown = [entry for entry in inner if not entry.known]
+                yield from unknown or [Entry(key, value, True)]
             elif inside and isinstance(value, dict):
                 yield from walk(value, f"{key}.")
-            elif key not in known:
-                nested = isinstance(value, dict) and value and not section
-                yield f"{key}.{next(iter(value))}" if nested else key
+            elif key in known:
+                yield Entry(key, value, True)
+            elif isinstance(value, dict) and value and not is_word(key):
+                yield from walk(value, f"{key}.")
+            else:
+                yield Entry(key, value, False)
 
-    return list(walk(document, ""))
+    return walk(document, "")
+
+
+def key_lines(text: str) -> dict[str, list[int]]:
+    """Returns the lines in which each key of a YAML text is, with the key's section before it.
+
+    >>> key_lines("a:\\n  b: 1\\nc: [{d: 1}, {d: 2}]")
+    {'a': [1], 'a.b': [2], 'c': [3], 'c.d': [3, 3]}
+    """
+    lines: dict[str, list[int]] = {}
+
+    def walk(node: yaml.Node, section: str) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                name = f"{section}{key.value}"
+                lines.setdefault(name, []).append(key.start_mark.line + 1)
+                walk(value, f"{name}.")
+        elif isinstance(node, yaml.SequenceNode):
+            for item in node.value:
+                walk(item, section)
+
+    walk(yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)), "")
+    return lines
 
 
 def as_records(value: Any, key: str = "function") -> Any:

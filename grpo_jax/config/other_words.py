@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 _BATCHES = "it is `training.batch_size` here: completions of one update, all prompts and devices together"
 _ONE_LOOP = "not supported: our own compiled loop samples the completions, and there is no second engine"
@@ -239,6 +240,23 @@ OTHER_WORDS: dict[str, str] = {
 }
 
 
+def is_foreign(key: str) -> bool:
+    """Says whether a key, with or without its section, is in the table."""
+    return _entry(key) is not None
+
+
+def _entry(key: str) -> str | None:
+    """Returns the advice on a word of another project, or None."""
+    section, _, word = key.lower().rpartition(".")
+    nearer = f"{section.rpartition('.')[2]}.{word}"
+    return next((OTHER_WORDS[name] for name in (key.lower(), nearer, word) if name in OTHER_WORDS), None)
+
+
+def say_unknown(key: str, known: Iterable[str], *, value: Any = None) -> str:
+    """Returns the sentence about an unknown key, see `advise`."""
+    return f"unknown key {key!r}; {advise(key, known)}"
+
+
 def advise(key: str, known: Iterable[str]) -> str:
     """Returns advice on an unknown key.
 
@@ -250,10 +268,10 @@ def advise(key: str, known: Iterable[str]) -> str:
         a clause that names the intended key, or says why there is none. If no key is near, it is
         `--help lists the keys`.
     """
+    entry = _entry(key)
+    if entry is not None:
+        return entry
     section, _, word = key.rpartition(".")
-    for name in (key.lower(), word.lower()):
-        if name in OTHER_WORDS:
-            return OTHER_WORDS[name]
     near = nearest_key(section, word, known)
     return f"did you mean {near!r}?" if near else "--help lists the keys"
 

@@ -1,10 +1,9 @@
 """Reads a frozen record from a command line and from YAML files, with one-line errors."""
 
 import json
-import re
 import sys
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,21 @@ import docstring_parser
 import jsonargparse
 import yaml
 
+from grpo_jax.config.checks import as_error
 from grpo_jax.config.files import (
     Ambiguous,
+    Entry,
     as_records,
     check_yaml,
     read_document,
-    unknown_keys,
+    read_entries,
     with_records,
 )
-from grpo_jax.config.other_words import advise
+from grpo_jax.config.other_words import is_foreign
+from grpo_jax.config.parser_messages import explain
+from grpo_jax.config.problems import Reader, find_problems
+
+_EPILOG = "GRPO_JAX_TRACEBACK=1 in the environment shows the traceback of an error instead of one line."
 
 
 def parse_record(
@@ -51,7 +56,7 @@ def parse_record(
         ValueError: a key is unknown (the message suggests the nearest), or a value has the wrong type.
     """
     parser = jsonargparse.ArgumentParser(
-        prog=command, description=description, exit_on_error=False, allow_abbrev=False
+        prog=command, description=description, epilog=_EPILOG, exit_on_error=False, allow_abbrev=False
     )
     if config_option:
         parser.add_argument("--config", action="config", help="YAML file with any of the options below")
@@ -61,17 +66,49 @@ def parse_record(
     lists = _lists_of_records(record)
     keys = [action.dest for action in parser._actions]
     keys += [f"{name}.{f.name}" for name, item in lists.items() for f in fields(item)]
+    load = jsonargparse.get_loader("yaml")
+
+    def parse(options: Sequence[str]) -> jsonargparse.Namespace:
+        try:
+            parsed = parser.parse_args(list(options))
+        except (jsonargparse.ArgumentError, TypeError, OSError) as error:
+            raise ValueError(explain(str(error), keys)) from error
+        _check_sections(record, parsed)
+        return parsed
+
+    def build(options: Sequence[str]) -> dict[str, Any]:
+        return parser.instantiate(parse(options)).as_dict()
+
+    def finish(options: Sequence[str]) -> Any:
+        values = build(options)
+        if config_option:
+            values.pop("config")
+        return record(**values)
+
+    def as_meant(options: Sequence[str]) -> list[str]:
+        return _as_meant(list(options), lists, config_option, load)
+
     argv = _spell_out_flags(record, sys.argv[1:] if argv is None else argv)
-    argv = _as_meant(_name_files(argv) if config_option else argv, keys, lists, config_option)
+    argv = _name_files(argv) if config_option else argv
     try:
-        parsed = parser.parse_args(argv)
-    except (jsonargparse.ArgumentError, TypeError, OSError) as error:
-        raise ValueError(_explain(str(error), keys)) from error
-    _check_sections(record, parsed)
-    values = parser.instantiate(parsed).as_dict()
-    if config_option:
-        values.pop("config")
-    return record(**values)
+        return finish(as_meant(argv))
+    except ValueError as error:
+        reader = Reader(
+            parse=parse,
+            build=build,
+            finish=finish,
+            entries=lambda path: _entries(path, keys, lists, load),
+            options_of=lambda entry: _options_of(entry, lists, load),
+            meant=as_meant,
+            read_text=lambda path: Path(path).read_text(encoding="utf-8"),
+            keys=keys,
+            sections=[name for name, kind in typing.get_type_hints(record).items() if is_dataclass(kind)],
+            config_option=config_option,
+        )
+        problems = find_problems(argv, reader)
+        if not problems:  # then it is none of one setting alone
+            raise
+        raise as_error(problems) from error
 
 
 def _documentation(record: type) -> dict[str, str]:
@@ -117,27 +154,27 @@ def _lists_of_records(record: type, prefix: str = "") -> dict[str, type]:
     return found
 
 
-def _as_meant(argv: list[str], keys: list[str], lists: Mapping[str, type], config_option: bool) -> list[str]:
+def _as_meant(
+    argv: list[str], lists: Mapping[str, type], config_option: bool, load: Callable[[str], Any]
+) -> list[str]:
     """Checks config files and values before the parser sees them, and makes records of names in lists.
 
     Raises:
-        ValueError: a key is given twice, a value is an alias, or keys are unknown.
+        ValueError: a key that is there twice, or an alias.
     """
-    load = jsonargparse.get_loader("yaml")
     changed: list[str] = []
     option = ""  # the option whose value is next
     for argument in argv:
         name, equals, value = argument.partition("=")
         if option:
-            name = option
-            value = argument
+            name, value = option, argument
         elif not argument.startswith("--") or not equals:
             option = argument.removesuffix("+") if argument.startswith("--") else ""
             changed.append(argument)
             continue
         key = name.removeprefix("--").removesuffix("+")
         if key == "config" and config_option:
-            value = _checked_file(value, keys, lists, load)
+            value = _checked_file(value, lists, load)
         elif value.lstrip().startswith(("{", "[")) or key in lists:
             value = _checked_value(key, value, lists, load)
         changed.append(value if option else f"{name}={value}")
@@ -154,15 +191,35 @@ _QuotingDumper.add_representer(
 )
 
 
-def _checked_file(path: str, keys: list[str], lists: Mapping[str, type], load: Callable[[str], Any]) -> str:
+def _checked_file(path: str, lists: Mapping[str, type], load: Callable[[str], Any]) -> str:
     """Returns the name of a config file, or its contents if the parser must read them differently."""
     document = read_document(path, load)
     if not isinstance(document, dict):
         return path
-    if unknown := unknown_keys(document, keys, lists):
-        raise ValueError(_about_unknown(unknown, keys))
     meant = _with_stop_lists(with_records(document, list(lists)), load)
-    return path if meant == document else yaml.dump(meant, Dumper=_QuotingDumper, sort_keys=False)
+    return path if meant == document else _dump(meant)
+
+
+def _dump(document: dict[str, Any]) -> str:
+    return yaml.dump(document, Dumper=_QuotingDumper, sort_keys=False)
+
+
+def _entries(
+    path: str, keys: list[str], lists: Mapping[str, type], load: Callable[[str], Any]
+) -> list[Entry]:
+    """Returns the entries of a config file; none if it has no keys, which the parser explains better."""
+    document = read_document(path, load)
+    if not isinstance(document, dict):
+        return []
+    return list(read_entries(document, keys, list(lists), is_word=is_foreign))
+
+
+def _options_of(entry: Entry, lists: Mapping[str, type], load: Callable[[str], Any]) -> list[str]:
+    """Returns arguments that give the parser one entry of a config file."""
+    document = entry.value
+    for name in reversed(entry.key.split(".")):
+        document = {name: document}
+    return ["--config", _dump(_with_stop_lists(with_records(document, list(lists)), load))]
 
 
 def _with_stop_lists(document: dict[str, Any], load: Callable[[str], Any]) -> dict[str, Any]:
@@ -201,65 +258,8 @@ def _checked_value(key: str, value: str, lists: Mapping[str, type], load: Callab
     return value if meant == content else json.dumps(meant)
 
 
-def _about_unknown(unknown: list[str], keys: list[str]) -> str:
-    """Returns the message about unknown keys."""
-    if len(unknown) == 1:
-        return f"unknown key {unknown[0]!r}; {advise(unknown[0], keys)}"
-    listed = "; ".join(f"{key!r}: {advise(key, keys)}" for key in unknown)
-    return f"{len(unknown)} unknown keys. {listed}"
-
-
 def _check_sections(record: type, parsed: jsonargparse.Namespace) -> None:
     for name, kind in typing.get_type_hints(record).items():
         if is_dataclass(kind) and not isinstance(parsed[name], jsonargparse.Namespace):
             keys = ", ".join(f.name for f in fields(kind))
             raise ValueError(f"{name}: {parsed[name]!r} is not a section of keys ({keys})")
-
-
-# How jsonargparse says that a key is unknown, on the command line, in a section, at the top, in a list item.
-_UNKNOWN = (
-    (r"Unrecognized arguments: --([\w.]+)", ""),
-    (r"Key ['\"]?([\w.]+)['\"]? is not expected", ""),
-    (r"Group '(?P<section>[\w.]+)' does not accept option '([\w.]+)'", "section"),
-    (r"Parser key \"(?P<section>[\w.]+)\": .*Option '([\w.]+)' is not accepted", "section"),
-    (r"Option '([\w.]+)' is not accepted", ""),
-)
-
-
-# How jsonargparse says other things, and how we do. An optional value is a union of its type and null.
-_PLAIN = (
-    (r'^Parser key "config":\s*', "--config: "),
-    (r'^Parser key "([\w.]+)":\s*', r"\1: "),
-    (r"^Unexpected config: *(.*)", r"--config: expected keys and values, got '\1'"),
-    (r"^Problems parsing config", "--config: not YAML"),
-    (r" in \"<unicode string>\",", ","),
-    (
-        r"^(\w*\.?eos_token_ids): Does not validate .* Given value: (.*)",
-        r"\1: expected ids or texts of tokens, such as [2, </s>]. Got value: \2",
-    ),
-    (
-        r"^(\w*\.?stop): Does not validate .* Given value: (.*)",
-        r"\1: expected a text or a list of texts, such as [</answer>]. Got value: \2",
-    ),
-    (
-        r"Does not validate against any of the Union subtypes Subtypes: .* Errors: - (.*?) "
-        r"- Expected a <class 'NoneType'> Given value type: .* Given value: (.*)",
-        r"\1 or null. Got value: \2",
-    ),
-    (r"a typing\.Literal", "one of "),
-    (r"[Ee]xpected a <class '(\w+)'>", r"expected a value of type \1"),
-)
-
-
-def _explain(message: str, keys: list[str]) -> str:
-    """Shortens a message of jsonargparse to one line, and names the key that was probably meant."""
-    message = re.sub(r"\s*\n\s*", " ", message).strip()
-    for pattern, section in _UNKNOWN:
-        if found := re.search(pattern, message, re.IGNORECASE):
-            key = found[found.re.groups]
-            if section:
-                key = f"{found['section']}.{key}"
-            return _about_unknown([key], keys)
-    for pattern, plain in _PLAIN:
-        message = re.sub(pattern, plain, message)
-    return message

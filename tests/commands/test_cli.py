@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import jax
 import pytest
 import small_run
+import yaml
 from safetensors.numpy import load_file, save_file
 
 from grpo_jax import evaluate, plan, score, train
@@ -65,7 +66,9 @@ TYPOS = [
 @pytest.mark.parametrize(("content", "key", "nearest"), TYPOS, ids=lambda v: str(v)[:30])
 def test_unknown_key_in_a_file(content, key, nearest, tmp_path, capsys):
     path = small_run.write_yaml(tmp_path / "a.yaml", content)
-    assert fails("plan", "--config", path, capsys=capsys) == f"unknown key {key!r}; did you mean {nearest!r}?"
+    assert fails("plan", "--config", path, capsys=capsys) == (
+        f"{path}, line {len(yaml.dump(content).splitlines())}: unknown key {key!r}; did you mean {nearest!r}?"
+    )
 
 
 @pytest.mark.parametrize(
@@ -109,7 +112,9 @@ def test_missing_config_file(tmp_path, capsys):
 
 def test_section_left_empty(tmp_path, capsys):
     (tmp_path / "a.yaml").write_text("training:\n  # seed: 1\nrun_dir: x\n")
-    assert fails("plan", "--config", tmp_path / "a.yaml", capsys=capsys).startswith("training: ")
+    path = tmp_path / "a.yaml"
+    message = fails("plan", "--config", path, capsys=capsys)
+    assert message.startswith(f"{path}, line 1: training: None is not a section")
 
 
 @pytest.fixture
@@ -278,6 +283,23 @@ def test_parse_record_coerces_by_type():
     assert isinstance(parse("--inner.rate", "2").inner.rate, float)
     with pytest.raises(ValueError, match="unknown key 'config'"):
         parse("--config", "x.yaml")
+
+
+def test_problems_of_a_config_have_a_line_each(capsys):
+    with pytest.raises(SystemExit) as exited:
+        run_command(lambda: plan.main(["--training.seed=-1", "--rundir=x"]))
+    assert exited.value.code == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "error: 2 problems with the config:",
+        "  unknown key 'rundir'; did you mean 'run_dir'?",
+        "  training.seed: -1; it must be in [0, 2**31)",
+    ]
+
+
+def test_help_names_the_switch_for_tracebacks(capsys):
+    with pytest.raises(SystemExit):
+        plan.main(["--help"])
+    assert "GRPO_JAX_TRACEBACK=1" in capsys.readouterr().out
 
 
 def test_arguments_of_the_process(monkeypatch):

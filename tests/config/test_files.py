@@ -148,13 +148,94 @@ def test_all_unknown_keys_of_a_file_at_once(tmp_path):
     """Seen: 20 keys of a TRL file were 20 runs with one error each (user-front-door)."""
     with pytest.raises(ValueError) as caught:
         of_file(tmp_path, TRL)
-    assert str(caught.value) == (
-        "8 unknown keys. 'model_name_or_path': it is `model.hf_model_name` here; 'learning_rate': did you "
-        "mean 'training.learning_rate'?; 'beta': it is `algorithm.kl_coef` here; 'num_generations': it is "
-        "`algorithm.group_size` here; 'bf16': it is `model.dtype: bfloat16` here; 'rewards.weights': did you "
-        "mean 'rewards.weight'?; 'sampling.stop_strings': it is `sampling.stop` here; "
-        "'sampling.repetition_penalty': not supported in sampling; there is a reward of that name"
+    lines = (
+        "line 2: unknown key 'model_name_or_path'; it is `model.hf_model_name` here",
+        "line 3: unknown key 'learning_rate'; did you mean 'training.learning_rate'?",
+        "line 4: unknown key 'beta'; it is `algorithm.kl_coef` here",
+        "line 5: unknown key 'num_generations'; it is `algorithm.group_size` here",
+        "line 6: unknown key 'bf16'; it is `model.dtype: bfloat16` here",
+        "line 7: unknown key 'rewards.weights'; did you mean 'rewards.weight'?",
+        "line 8: unknown key 'sampling.stop_strings'; it is `sampling.stop` here",
+        "line 8: unknown key 'sampling.repetition_penalty'; not supported in sampling; there is a reward of "
+        "that name",
     )
+    assert str(caught.value).splitlines() == [
+        "8 problems with the config:",
+        *(f"  {tmp_path}/a.yaml, {line}" for line in lines),
+    ]
+    assert caught.value.lines == tuple(f"{tmp_path}/a.yaml, {line}" for line in lines)
+
+
+WRONG = """
+training:
+  seed: -1
+  learning_rate: fast
+  num_stpes: 3
+algorithm: {group_size: 1, kl_estimator: k9, top_entropy: 2.0}
+lora: {alpha: 3, rank: many}
+data: {columns: {a: b}, dataset: x/y}
+rewards:
+- {function: exact_match, weight: heavy}
+- {function: exact_match, timeout: -1}
+sampling: 7
+"""
+
+
+def test_everything_that_is_wrong_at_once(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(WRONG)
+    other = tmp_path / "b.yaml"
+    other.write_text("evaluation: {num_samples: 0}\n")
+    argv = ["--config", str(path), f"--config={other}", "--trainin.seed=1", "--checkpoints.every", "0"]
+    with pytest.raises(ValueError) as caught:
+        parse(*argv)
+    expected = [
+        (4, "training.learning_rate: expected a value of type float. Got value: fast"),
+        (5, "unknown key 'training.num_stpes'; did you mean 'training.num_steps'?"),
+        (6, "algorithm.kl_estimator: Expected one of ['k1', 'k2', 'k3', 'ratio_k1'"),
+        (7, "lora.rank: expected a value of type int. Got value: many"),
+        (9, "rewards: "),
+        (12, "sampling: 7 is not a section of keys (max_new_tokens"),
+        (None, "unknown key 'trainin.seed'; did you mean 'training.seed'?"),
+        (3, "training.seed: -1; it must be in [0, 2**31)"),
+        (6, "algorithm.group_size: 1; it must be at least 2"),
+        (6, "algorithm.top_entropy: 2.0; it must be in (0, 1]"),
+        (None, f"{other}, line 1: evaluation.num_samples: 0; it must be at least 1"),
+        (None, "checkpoints.every: 0; it must be at least 1"),
+    ]
+    starts = [f"{path}, line {line}: {text}" if line else text for line, text in expected]
+    assert len(caught.value.lines) == len(starts)
+    for said, start in zip(caught.value.lines, starts, strict=True):
+        assert said.startswith(start) and "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        # A condition that joins settings says nothing while one of them is wrong, and is said as ever if not.
+        ("lora: {alpha: 3, rank: -1}", "a.yaml, line 1: lora.rank: -1; it must be"),
+        ("lora: {alpha: 3}", "a.yaml, line 1: lora.alpha is given, but lora.rank is 0"),
+        ("training: {batch_size: 30}", "training.batch_size 30 counts completions and must be a multiple"),
+        (
+            "actor_rollout_ref:\n  rollout: {n: 8}",
+            "a.yaml, line 2: unknown key 'actor_rollout_ref.rollout.n'",
+        ),
+    ],
+)
+def test_one_problem_is_one_line(tmp_path, text, message):
+    with pytest.raises(ValueError) as caught:
+        of_file(tmp_path, text)
+    assert type(caught.value) is ValueError and "\n" not in str(caught.value)
+    assert str(caught.value).removeprefix(f"{tmp_path}/").startswith(message)
+
+
+def test_a_mistake_beside_an_argument_that_is_missing():
+    from grpo_jax import evaluate
+
+    with pytest.raises(ValueError, match=r"^unknown key 'modle'; did you mean 'model'\?$"):
+        evaluate.main(["--modle=x"])
+    with pytest.raises(ValueError, match=r"^2 problems with the config:\n.* 'a'; .*\n.* 'b'; .*$"):
+        evaluate.main(["--a=1", "--b", "2"])
 
 
 def keys_of(record=Config, prefix=""):
