@@ -10,18 +10,21 @@ A mask is bool and is a *length*, never ``ids != pad_id``: a prompt may contain 
 models pad with it.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import flax.struct
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Float, Int
 
-Array = jax.Array
 Prompt = str | list[dict[str, Any]]  # a text, or the messages of a chat
 Params = Any  # a pytree of arrays
 Cache = Any  # a pytree that only the policy's own functions look into
+STATIC = {"static": True}  # metadata of a field that is no child of the pytree
 
 
 def repeat_rows(cache: Cache, group_size: int) -> Cache:
@@ -38,12 +41,13 @@ def pad_slots(cache: Cache, max_length: int) -> Cache:
     return jax.tree.map(lambda x: pad(x) if jnp.ndim(x) else x, cache)
 
 
-def take_rows(cache: Cache, rows: Array) -> Cache:
+def take_rows(cache: Cache, rows: Int[ArrayLike, " b"]) -> Cache:
     """Keeps rows [b] of a cache whose arrays have the batch as axis 0 and whose scalars are shared."""
     return jax.tree.map(lambda x: x[rows] if jnp.ndim(x) else x, cache)
 
 
-@flax.struct.dataclass(kw_only=True)
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
 class Policy:
     """A causal language model as a record of pure functions of its parameters.
 
@@ -57,26 +61,26 @@ class Policy:
     # A keyword num_tokens promises that at most that many of the B*K tokens are real; hidden states of the
     # others are then undefined, and a policy may save the work on them. It is passed only where a caller
     # gives num_tokens, so a policy for callers who never do may leave it out.
-    forward: Callable[..., tuple[Array, Cache]] = flax.struct.field(pytree_node=False)
+    forward: Callable[..., tuple[Array, Cache]] = field(metadata=STATIC)
     # (params, hidden [...,D]) -> logits [...,V], float32
-    unembed: Callable[[Params, Array], Array] = flax.struct.field(pytree_node=False)
+    unembed: Callable[[Params, Array], Array] = field(metadata=STATIC)
     # (batch, max_length) -> cache
-    init_cache: Callable[[int, int], Cache] = flax.struct.field(pytree_node=False)
+    init_cache: Callable[[int, int], Cache] = field(metadata=STATIC)
     # (full cache of N rows, group_size) -> full cache of N*group_size rows, prompt-major
-    fork_cache: Callable[[Cache, int], Cache] = flax.struct.field(pytree_node=False, default=repeat_rows)
+    fork_cache: Callable[[Cache, int], Cache] = field(metadata=STATIC, default=repeat_rows)
     # (cache, max_length) -> the same with room for more
-    grow_cache: Callable[[Cache, int], Cache] = flax.struct.field(pytree_node=False, default=pad_slots)
+    grow_cache: Callable[[Cache, int], Cache] = field(metadata=STATIC, default=pad_slots)
     # (cache, rows [b]) -> cache of those rows
-    take_cache: Callable[[Cache, Array], Cache] = flax.struct.field(pytree_node=False, default=take_rows)
+    take_cache: Callable[[Cache, Array], Cache] = field(metadata=STATIC, default=take_rows)
     # (params, number of rows at the end) -> params laid out for decoding down to so many rows, which the
     # other functions take as well. None: as they are.
-    for_decoding: Callable[[Params, int], Params] | None = flax.struct.field(pytree_node=False, default=None)
+    for_decoding: Callable[[Params, int], Params] | None = field(metadata=STATIC, default=None)
     # (params, Prompts [N,S], tokens [B,K], mask [B,K], num_tokens=None)
     #     -> (hidden [N,D] of each prompt's last token, hidden [B,K,D])
     # Prompts and their continuations, in one pass. None: the policy has no such pass, and a cache is forked.
-    forward_groups: Callable[..., tuple[Array, Array]] | None = flax.struct.field(
-        pytree_node=False, default=None
-    )
+    forward_groups: Callable[..., tuple[Array, Array]] | None = field(metadata=STATIC, default=None)
+
+    replace = dataclasses.replace
 
 
 @dataclass(frozen=True)
@@ -124,76 +128,135 @@ class Silence:
 class Verdict:
     """What the reward functions make of B completions."""
 
-    scores: Any  # [B,R] float32 on the host, NaN where a reward function gave none
+    scores: Float[ArrayLike, "B R"]  # float32 on the host, NaN where a reward function gave no value
     silences: Sequence[Silence] = ()  # rewards that say nothing
     num_lost: Mapping[str, int] = field(default_factory=dict)  # reward with a timeout -> rows that it lost
 
 
-@flax.struct.dataclass(kw_only=True)
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
 class Prompts:
     """Left-padded prompts."""
 
-    tokens: Array  # [N,S] int32
-    mask: Array  # [N,S] bool, False on the left padding
+    tokens: Int[ArrayLike, "N S"]
+    mask: Bool[ArrayLike, "N S"]  # False on the left padding
+
+    replace = dataclasses.replace
 
 
-@flax.struct.dataclass(kw_only=True)
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """Prompts and the completions that a policy sampled for them."""
+    """Prompts and the completions that a policy sampled for them.
 
-    prompt_tokens: Array  # [B,S] int32
-    prompt_mask: Array  # [B,S] bool
-    tokens: Array  # [B,T] int32, 0 after the completion's end
-    mask: Array  # [B,T] bool, True up to and including the first eos or the end of a stop string
-    log_probs: Array  # [B,T] float32, of the temperature-scaled full distribution, 0 where masked
-    kept_mass: Array  # [B,T] float32, probability left by top-k/top-p/min-p, 1 without them, 0 where masked
-    finished: Array  # [B] bool, True where an eos or a stop string ended it, False where the limit did
+    Its arrays and those of an `Experience` have one more axis in front where `split_rows` stacks slices.
+
+    Args:
+        prompt_tokens: [B,S], token ids of the left-padded prompts.
+        prompt_mask: [B,S], False on the left padding.
+        tokens: [B,T], token ids of the completions, 0 after their end.
+        mask: [B,T], True up to and including the first eos or the end of a stop string.
+        log_probs: [B,T] float32, log-probs of the tokens under the temperature-scaled full distribution. They
+            are 0 where masked.
+        kept_mass: [B,T] float32, probability that top-k, top-p and min-p left. It is 1 without them and 0
+            where masked.
+        finished: [B], whether an eos or a stop string ended the completion. It is False where the limit
+            truncated it.
+    """
+
+    prompt_tokens: Int[ArrayLike, "*slices B S"]
+    prompt_mask: Bool[ArrayLike, "*slices B S"]
+    tokens: Int[ArrayLike, "*slices B T"]
+    mask: Bool[ArrayLike, "*slices B T"]
+    log_probs: Float[ArrayLike, "*slices B T"]
+    kept_mass: Float[ArrayLike, "*slices B T"]
+    finished: Bool[ArrayLike, "*slices B"]
+
+    replace = dataclasses.replace
 
 
-@flax.struct.dataclass(kw_only=True)
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
 class Totals:
     """What the rewards of B completions, in whole groups, add up to: see `add_up_rewards`.
 
     A completion that does not train (see `Recipe.mask_truncated`) is still logged. Its group is added up once
     with it, for the log, and once without it, for the training.
+
+    Args:
+        rewards: [B] float32, weighted sums with the overlong penalty, 0 where they are not valid.
+        valid: [B], False where the policy for missing rewards drops the completion.
+        penalty: [B] float32, the overlong penalty alone.
+        train_rewards: [B] float32, the same sums as `rewards`, but of the completions that train.
+        train_valid: [B], the same as `valid`, but also False where the completion does not train.
+        signal: [B], whether the group of the completion teaches something.
     """
 
-    rewards: Array  # [B] float32, weighted sums with the overlong penalty, 0 where they are not valid
-    valid: Array  # [B] bool, False where the policy for missing rewards drops the completion
-    penalty: Array  # [B] float32, the overlong penalty alone
-    train_rewards: Array  # [B] float32, as rewards, but of the completions that train
-    train_valid: Array  # [B] bool, as valid, and False where the completion does not train
-    signal: Array  # [B] bool, whether the group of the completion teaches something
+    rewards: Float[ArrayLike, " B"]
+    valid: Bool[ArrayLike, " B"]
+    penalty: Float[ArrayLike, " B"]
+    train_rewards: Float[ArrayLike, " B"]
+    train_valid: Bool[ArrayLike, " B"]
+    signal: Bool[ArrayLike, " B"]
+
+    replace = dataclasses.replace
 
 
-@flax.struct.dataclass(kw_only=True)
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
 class Judged:
-    """A rollout of whole groups, with its log-probs and what the reward functions gave it."""
+    """A rollout of whole groups, with its log-probs and what the reward functions gave it.
 
-    rollout: Rollout  # B rows
-    # [B,T] float32, under the policy that sampled. None means that the update computes them, see Experience.
-    old_log_probs: Array | None
-    # [B,T] float32, in nats, of the distributions that the tokens were drawn from. None as above.
-    entropies: Array | None
-    ref_log_probs: Array | None  # [B,T] float32, under the reference. None where they are not needed.
-    scores: Array  # [B,R] float32, NaN where a reward function gave none
-    totals: Totals | None = None  # None in a checkpoint: they follow from the scores
+    Args:
+        rollout: the B completions.
+        old_log_probs: [B,T] float32, log-probs under the policy that sampled. None means that the update
+            computes them, see `Experience`.
+        entropies: [B,T] float32, entropies in nats of the distributions that the tokens were sampled from.
+            None as above.
+        ref_log_probs: [B,T] float32, log-probs under the reference. None where they are not needed.
+        scores: [B,R] float32, NaN where a reward function gave no value.
+        totals: the sums of the scores. None in a checkpoint, since they follow from the scores.
+    """
+
+    rollout: Rollout
+    old_log_probs: Float[ArrayLike, "B T"] | None
+    entropies: Float[ArrayLike, "B T"] | None
+    ref_log_probs: Float[ArrayLike, "B T"] | None
+    scores: Float[ArrayLike, "B R"]
+    totals: Totals | None = None
+
+    replace = dataclasses.replace
 
 
-@flax.struct.dataclass(kw_only=True)
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
 class Experience:
-    """Everything that one optimizer batch needs. All of it is data, and no gradient flows into it."""
+    """Everything that one optimizer batch needs. All of it is data, and no gradient flows into it.
 
-    prompt_tokens: Array  # [B,S] int32
-    prompt_mask: Array  # [B,S] bool
-    tokens: Array  # [B,T] int32
-    mask: Array  # [B,T] bool
-    advantages: Array  # [B] float32
-    weights: Array  # [B,T] float32, from loss_weights over the whole optimizer batch
-    # [B,T] float32, under the policy that sampled. None means that this is the policy being trained, so they
-    # are its own log-probs and every ratio is 1.
-    old_log_probs: Array | None
-    ref_log_probs: Array | None = None  # [B,T] float32, under the reference. None without a KL estimate.
-    penalty_weights: Array | None = None  # [B,T] float32, of KL and entropy terms. None means weights.
-    # [B,T] float32, as the sampler recorded them. They are measured and not trained on.
-    sampler_log_probs: Array | None = None
+    Args:
+        prompt_tokens: [B,S], token ids of the left-padded prompts.
+        prompt_mask: [B,S], False on the left padding.
+        tokens: [B,T], token ids of the completions.
+        mask: [B,T], True on the tokens of the completions.
+        advantages: [B] float32.
+        weights: [B,T] float32, weights of the policy term, from `loss_weights` over the optimizer batch.
+        old_log_probs: [B,T] float32, log-probs under the policy that sampled. None means that this policy is
+            the one being trained, so they are its log-probs and every ratio is 1.
+        ref_log_probs: [B,T] float32, log-probs under the reference. None without a KL estimate.
+        penalty_weights: [B,T] float32, weights of the KL and entropy terms. None means `weights`.
+        sampler_log_probs: [B,T] float32, log-probs as the sampler recorded them. They are measured and not
+            trained on.
+    """
+
+    prompt_tokens: Int[ArrayLike, "*slices B S"]
+    prompt_mask: Bool[ArrayLike, "*slices B S"]
+    tokens: Int[ArrayLike, "*slices B T"]
+    mask: Bool[ArrayLike, "*slices B T"]
+    advantages: Float[ArrayLike, "*slices B"]
+    weights: Float[ArrayLike, "*slices B T"]
+    old_log_probs: Float[ArrayLike, "*slices B T"] | None
+    ref_log_probs: Float[ArrayLike, "*slices B T"] | None = None
+    penalty_weights: Float[ArrayLike, "*slices B T"] | None = None
+    sampler_log_probs: Float[ArrayLike, "*slices B T"] | None = None
+
+    replace = dataclasses.replace

@@ -12,7 +12,7 @@ import numpy as np
 from beartype import BeartypeConf, beartype
 from jaxtyping import config, install_import_hook
 
-CHECKED = ("grpo_jax.objective",)
+CHECKED = ("grpo_jax.types", "grpo_jax.objective")
 # An int is good where a float is wanted, as type checkers have it.
 _check = beartype(conf=BeartypeConf(is_pep484_tower=True))
 

@@ -84,7 +84,7 @@ DOORS = {
     "torch": set(),
 }
 # Of other people's code, all that `types` and `objective` may import, and all that one loads to read a loss.
-ALGEBRA = ("jax", "jaxtyping", "chex", "optax", "flax.struct")
+ALGEBRA = ("jax", "jaxtyping", "chex", "optax")
 LOSS_LIBRARIES = ("jax", "jaxtyping", "chex", "optax")
 LOSS_MODULES = ("advantages", "kl", "surrogates", "losses", "shaping", "recipes")
 # module -> how many modules of the package one has to read to understand it, itself included

@@ -15,11 +15,22 @@ from jaxtyping import TypeCheckError
 
 from grpo_jax.objective.kl import kl_exact
 from grpo_jax.objective.losses import grpo_loss, loss_weights
+from grpo_jax.policy.shapes import split_rows
+from grpo_jax.types import Experience
 
 ROOT = Path(__file__).parent.parent
 FLOATS = np.zeros((2, 3), np.float32)
 MASK = np.ones((2, 3), bool)
 ADVANTAGES = np.ones(2, np.float32)
+EXPERIENCE = Experience(
+    prompt_tokens=np.zeros((2, 4), np.int32),
+    prompt_mask=np.ones((2, 4), bool),
+    tokens=np.zeros((2, 3), np.int32),
+    mask=MASK,
+    advantages=ADVANTAGES,
+    weights=FLOATS,
+    old_log_probs=None,
+)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
@@ -56,6 +67,30 @@ def test_a_wrong_result_is_caught(monkeypatch):
         kl_exact(FLOATS, FLOATS)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mask": MASK[:, :2]},
+        {"advantages": np.ones(3, np.float32)},
+        {"tokens": FLOATS},
+        {"ref_log_probs": FLOATS[:1]},
+        {"prompt_mask": MASK[0]},
+    ],
+)
+def test_a_wrong_field_of_a_record_is_caught(change):
+    with pytest.raises(TypeCheckError, match=r"grpo_jax\.types\.Experience"):
+        EXPERIENCE.replace(**change)
+
+
+def test_pytrees_of_records_are_good_whatever_their_leaves_are():
+    stacked = split_rows(EXPERIENCE, 2)
+    assert stacked.tokens.shape == (2, 1, 3) and stacked.advantages.shape == (2, 1)
+    shapes = jax.eval_shape(lambda e: e, EXPERIENCE)
+    assert shapes.tokens == jax.ShapeDtypeStruct((2, 3), jnp.int32)
+    assert jax.jit(lambda e: e.replace(advantages=-e.advantages))(EXPERIENCE).advantages.tolist() == [-1, -1]
+    assert jax.tree.structure(EXPERIENCE) == jax.tree.structure(jax.tree.map(jnp.asarray, EXPERIENCE))
+
+
 def test_off_is_off_and_ends():
     with shape_checks.off():
         loss_weights(FLOATS)
@@ -73,9 +108,11 @@ def test_without_the_hook_nothing_is_checked():
 import sys
 import numpy as np
 from grpo_jax.objective.losses import grpo_loss, loss_weights
+from grpo_jax.types import Prompts
 assert not hasattr(grpo_loss, "__wrapped__") and not hasattr(loss_weights, "__wrapped__")
 assert "beartype" not in sys.modules
 loss_weights(np.ones((2, 3)))  # not bool
+Prompts(tokens=np.ones(2), mask=None)
 """
     subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": "."}, check=True, timeout=120

@@ -25,7 +25,8 @@ Mask = Bool[Array, "B T"]
 Rows = Float[Array, "B 1"]
 
 
-@chex.dataclass(frozen=True, mappable_dataclass=False)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LossMetrics:
     """What `grpo_loss` saw, per call. `metrics.merge_loss_metrics` joins the slices of a batch.
 
@@ -42,6 +43,8 @@ class LossMetrics:
     clip_high: Real[ArrayLike, "*slices"]  # the same at a ratio above 1
     stale: Real[ArrayLike, "*slices"]  # share of tokens in sequences dropped as stale
     num_tokens: Real[ArrayLike, "*slices"]  # masked-in tokens
+
+    replace = dataclasses.replace
 
 
 def token_log_ratios(differences: Tokens, log_probs: Tokens, mask: Mask) -> Tokens:
@@ -109,17 +112,11 @@ def log_ratios(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchSizes:
-    """What a reduction may know about the optimizer batch besides its mask.
+    """What a reduction may know about the optimizer batch besides its mask."""
 
-    Args:
-        num_rows: B, without rows of padding. It is traced where padding was added.
-        max_length: completion limit in tokens.
-        num_microbatches: M, the number of equal slices of consecutive rows.
-    """
-
-    num_rows: int | Int[Array, ""]
-    max_length: int
-    num_microbatches: int
+    num_rows: int | Int[Array, ""]  # B, without rows of padding. It is traced where padding was added.
+    max_length: int  # completion limit in tokens
+    num_microbatches: int  # M, the number of equal slices of consecutive rows
 
 
 def sequence_weights(counted: Tokens, lengths: Rows, sizes: BatchSizes) -> Tokens:

@@ -68,9 +68,7 @@ class Recipe:
     overlong_buffer: int | None = None  # the same in tokens; None means that overlong_share decides
     dynamic_sampling: bool = False  # only groups with a signal train, see grpo_jax.training.actor
 
-    def replace(self, **changes: Any) -> "Recipe":
-        """Returns a copy with some fields changed."""
-        return dataclasses.replace(self, **changes)
+    replace = dataclasses.replace
 
     @property
     def exact_kl(self) -> bool:

@@ -100,9 +100,9 @@ def _activation_bytes(run: Run, rows: int) -> int:
         prompt_mask=jax.ShapeDtypeStruct(prompt, jnp.bool_),
         tokens=jax.ShapeDtypeStruct(completion, jnp.int32),
         mask=jax.ShapeDtypeStruct(completion, jnp.bool_),
-        log_probs=None,
-        kept_mass=None,
-        finished=None,
+        log_probs=jax.ShapeDtypeStruct(completion, jnp.float32),
+        kept_mass=jax.ShapeDtypeStruct(completion, jnp.float32),
+        finished=jax.ShapeDtypeStruct((rows,), jnp.bool_),
     )
 
     def residuals(params, rollout):

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import flax.serialization
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,9 @@ from flax.training import train_state
 
 from grpo_jax.policy.lora import Lora, merge_adapters
 from grpo_jax.types import Array, Params, Policy
+
+# A policy has only functions. flax stores nothing of it and takes it from the state that it restores into.
+flax.serialization.register_serialization_state(Policy, lambda policy: {}, lambda policy, _: policy)
 
 
 class TrainState(train_state.TrainState):

@@ -73,6 +73,7 @@ def test_rollout_has_the_documented_shapes_and_types(toy_policy):
     np.testing.assert_array_equal(rollout.prompt_mask, np.repeat(PROMPTS.mask, G, axis=0))
 
 
+@pytest.mark.usefixtures("no_shape_checks")
 def test_prompts_of_another_rank_raise(toy_policy):
     with pytest.raises(AssertionError):
         sample(toy_policy, Prompts(tokens=PROMPTS.tokens[0], mask=PROMPTS.mask[0]))
