@@ -19,6 +19,7 @@ from grpo_jax.types import Rollout
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import memory
+import old_new
 import peers
 import random_models
 import scaling
@@ -249,6 +250,12 @@ def test_ratios_and_the_json_line():
     assert peers.last_json('STEP 1\n{"step_median_s": 2}\n\n') == {"step_median_s": 2}
     with pytest.raises(ValueError, match="no JSON"):
         peers.last_json("STEP 1")
+
+
+def test_two_trees_are_compared_by_rounds():
+    rounds = [({"step": 2.0, "cpu": 4.0}, {"step": 1.0, "cpu": 4.0}), ({"step": 1.0, "cpu": 2.0},) * 2]
+    assert old_new.ratios(rounds) == {"step": [0.5, 1.0], "cpu": [1.0, 1.0]}
+    assert old_new.report("first", rounds)[0] == "| first | step | 1.5 | 1 | 0.750 | 0.500 to 1.000 |"
 
 
 def test_a_process_reports_its_own_memory_and_its_failure():
