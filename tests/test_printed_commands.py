@@ -75,7 +75,7 @@ def run(command: str, *more: str) -> int:
 
 def test_they_are_found():
     assert {command.split()[0] for command in COMMANDS} == {
-        "train", "plan", "score", "evaluate", "generate", "export",
+        "train", "plan", "score", "evaluate", "generate", "export", "env",
     }  # fmt: skip
     assert 'generate --model runs/arithmetic --prompt "12+34=" --num_samples 4' in COMMANDS
     assert "score --config configs/grpo_config.yaml" in COMMANDS
