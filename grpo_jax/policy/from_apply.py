@@ -34,8 +34,8 @@ def policy_from_apply(apply_fn: ApplyFn) -> Policy:
     they are what a `Policy` calls hidden states. Larger `num_microbatches` bound them. For a model that is
     trained seriously, write a `Policy` with a cache.
 
-    The function must be causal: the logits at a token may depend on that token and on earlier ones. If they
-    depend on later ones, `sampling/logp_difference_max` of `train_step` is far above rounding.
+    The function must be causal: the logits at a token may depend on that token and on earlier ones. The first
+    state that is made of it checks that, see `check_causal`.
 
     Args:
         apply_fn: a function `(params, tokens [B,L], mask [B,L], positions [B,L]) -> logits [B,L,V]`, called
@@ -121,6 +121,42 @@ def _policy(apply_fn: ApplyFn) -> Policy:
     return Policy(
         forward=forward, unembed=_logits_are_hidden, init_cache=_init_cache, forward_groups=forward_groups
     )
+
+
+_CAUSAL: set[Callable] = set()  # forward functions of the policies that `check_causal` has seen
+
+
+def check_causal(policy: Policy, params: Params) -> None:
+    """Raises if a policy of `policy_from_apply` looks at later tokens.
+
+    An attention without a causal mask samples and scores without any error, and what it learns is nonsense.
+    Two rows that begin alike show it, in one small call for each policy. Other policies are not called, nor
+    is one whose params are being traced or that does not take 4 tokens.
+
+    Raises:
+        ValueError: the logits of a token depend on later tokens, or on chance.
+    """
+    if policy.unembed is not _logits_are_hidden or policy.forward in _CAUSAL:
+        return
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params)):
+        return
+    tokens = jnp.array([[0, 0, 0, 0], [0, 0, 1, 1]], jnp.int32)
+    positions = jnp.tile(jnp.arange(4, dtype=jnp.int32), (2, 1))
+    try:
+        # The caller may be inside a jit of the user, with parameters that are constants there.
+        with jax.ensure_compile_time_eval():
+            logits, _ = jax.jit(policy.forward)(params, tokens, jnp.ones((2, 4), bool), positions)
+            difference = float(jnp.max(jnp.abs(logits[0, :2] - logits[1, :2])))
+            largest = float(jnp.max(jnp.abs(logits)))
+    except Exception:  # whatever is wrong with the model shows, with its place, when it is called in earnest
+        return
+    if difference > 1e-3 * largest:
+        raise ValueError(
+            f"the model is not causal: its logits of a token change by {difference:.2g} with later tokens or "
+            "by chance; let its attention mask later tokens, as mask[:, None, :] & jnp.tril(jnp.ones((L, L), "
+            "bool)) does, and switch off its dropout"
+        )
+    _CAUSAL.add(policy.forward)
 
 
 def _logits_are_hidden(params: Params, hidden: Array) -> Array:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
+from grpo_jax.policy.from_apply import check_causal
 from grpo_jax.policy.lora import Lora, merge_adapters
 from grpo_jax.types import Array, Params, Policy
 
@@ -58,6 +59,8 @@ def init_train_state(
         ValueError: a parameter is not float32.
     """
     params = _copy_of_float32(params)
+    if lora is None:
+        check_causal(policy, params)
     return _new_state(policy, params, optimizer, optimizer.init(params), jnp.zeros((), jnp.int32), lora)
 
 
@@ -129,4 +132,5 @@ def _policy_of(apply_fn: Any, params: Params) -> Policy:
 
     policy = policy_of(apply_fn)
     check_params(apply_fn, params)
+    check_causal(policy, params)
     return policy

@@ -207,6 +207,59 @@ def test_a_pure_dict_of_an_nnx_module_is_its_parameters_too():
     np.testing.assert_allclose(rollout.log_probs, expected, atol=2e-5)
 
 
+class Unmasked(nn.Module):
+    """Looks at all real tokens, as an attention of flax does by default."""
+
+    @nn.compact
+    def __call__(self, tokens, mask):
+        x = nn.Embed(V, D)(tokens)
+        x = x + nn.MultiHeadDotProductAttention(2)(nn.LayerNorm()(x), mask=mask[:, None, None, :])
+        return nn.Dense(V)(x)
+
+
+class AlwaysDropout(nnx.Module):
+    """Drops by the key that it holds, whatever its mode."""
+
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(V, V, rngs=rngs)
+        self.key = nnx.Variable(jax.random.key(0))
+
+    def __call__(self, tokens):
+        x = self.embed(tokens)
+        return x * jax.random.bernoulli(self.key[...], 0.5, x.shape)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["flax's state", "our state"])
+@pytest.mark.parametrize("model", [Unmasked(), AlwaysDropout(nnx.Rngs(0))], ids=["unmasked", "dropout"])
+def test_a_model_that_is_not_causal_is_refused(model, own):
+    if isinstance(model, nnx.Module):
+        params = nnx.state(model, nnx.Param)
+    else:
+        params = model.init(KEY, *[jnp.ones((1, 4), int)] * 2)["params"]
+    with pytest.raises(
+        ValueError, match=r"not causal: its logits of a token change by .* with later"
+    ) as error:
+        if own:
+            init_train_state(policy_of(model), params, optax.sgd(0.1))
+        else:
+            state = TrainState.create(apply_fn=model, params=params, tx=optax.sgd(0.1))
+            train_step(state, None, recipe=make_recipe("dr_grpo"))
+    assert "\n" not in str(error.value)
+
+
+def test_inside_a_jit_of_the_user():
+    rollout = generate(policy_of(LINEN), VARIABLES, PROMPTS, KEY, group_size=G, max_new_tokens=T, eos_ids=1)
+    experience = experience_of(rollout, make_recipe("dr_grpo"), rewards=np.arange(B).reshape(N, G) % 3)
+
+    @jax.jit
+    def step(state):
+        return train_step(state, experience, recipe=make_recipe("dr_grpo"))[0]
+
+    fresh = Linen.__class__("Fresh", (Linen,), {})()  # equal to no model whose policy has been checked
+    state = step(TrainState.create(apply_fn=fresh.apply, params=VARIABLES["params"], tx=optax.sgd(0.1)))
+    assert int(step(state).step) == 2
+
+
 def test_lora_of_an_nnx_module_has_a_pure_dict_as_its_base():
     """The gradient of B at the start is A^T times the gradient of the kernel."""
     policy = policy_of(NNX)
