@@ -150,6 +150,7 @@ class Rollout:
     """Prompts and the completions that a policy sampled for them.
 
     Its arrays and those of an `Experience` have one more axis in front where `split_rows` stacks slices.
+    The last three may be None where log-probs are all that is computed of a rollout.
 
     Args:
         prompt_tokens: [B,S], token ids of the left-padded prompts.
@@ -168,9 +169,9 @@ class Rollout:
     prompt_mask: Bool[ArrayLike, "*slices B S"]
     tokens: Int[ArrayLike, "*slices B T"]
     mask: Bool[ArrayLike, "*slices B T"]
-    log_probs: Float[ArrayLike, "*slices B T"]
-    kept_mass: Float[ArrayLike, "*slices B T"]
-    finished: Bool[ArrayLike, "*slices B"]
+    log_probs: Float[ArrayLike, "*slices B T"] | None
+    kept_mass: Float[ArrayLike, "*slices B T"] | None
+    finished: Bool[ArrayLike, "*slices B"] | None
 
     replace = dataclasses.replace
 

@@ -93,6 +93,8 @@ def test_padding_and_its_content_change_nothing(toy_policy):
         prompt_mask=jnp.pad(other.prompt_mask, ((0, 0), (4, 0))),
         tokens=jnp.pad(other.tokens, ((0, 0), (0, 3)), constant_values=6),
         mask=jnp.pad(other.mask, ((0, 0), (0, 3))),
+        log_probs=None,
+        kept_mass=None,
     )
     log_probs, entropies = completion_log_probs(*toy_policy, wider, temperature=1.0)
     chex.assert_trees_all_close((log_probs[:, :T], entropies[:, :T]), expected, atol=1e-5)
@@ -357,6 +359,7 @@ def test_new_temperature_compiles_nothing(toy_policy):
     assert completion_log_probs._cache_size() == compiled
 
 
+@pytest.mark.usefixtures("no_shape_checks")
 def test_hidden_and_tokens_of_different_shape_raise(toy_policy):
     policy, params = toy_policy
     with pytest.raises(AssertionError):

@@ -550,6 +550,7 @@ def test_later_passes_over_one_experience_are_off_policy(toy_policy, experience)
 # Contracts
 
 
+@pytest.mark.usefixtures("no_shape_checks")
 def test_wrong_shapes_raise(toy_policy, experience):
     e = experience
     for wrong in (
