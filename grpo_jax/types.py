@@ -131,6 +131,8 @@ class Verdict:
     scores: Float[ArrayLike, "B R"]  # float32 on the host, NaN where a reward function gave no value
     silences: Sequence[Silence] = ()  # rewards that say nothing
     num_lost: Mapping[str, int] = field(default_factory=dict)  # reward with a timeout -> rows that it lost
+    logged: Mapping[str, Sequence[float]] = field(default_factory=dict)  # what functions logged, by name
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # and what they say of each completion
 
 
 @jax.tree_util.register_dataclass

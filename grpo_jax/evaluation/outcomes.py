@@ -1,7 +1,7 @@
 """Samples, judges, summarizes and compares what a model makes of prompts, with k samples of each."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import numpy as np
@@ -11,7 +11,8 @@ from grpo_jax.evaluation.statistics import doublings, paired_bootstrap, pass_at_
 from grpo_jax.evaluation.verdicts import Correct, choose_correct
 from grpo_jax.models.completing import complete
 from grpo_jax.models.loading import Model
-from grpo_jax.policy.shapes import padded_length
+from grpo_jax.policy.shapes import padded_length, token_lists
+from grpo_jax.rewards.extras import Extras, TrainerState
 from grpo_jax.rewards.judging import judge
 from grpo_jax.rewards.loading import Reward
 from grpo_jax.training.experience import combine
@@ -20,6 +21,20 @@ from grpo_jax.types import Example, Params
 
 # Evaluation noise must not repeat that of a training step. Steps count up from 0 and never get here.
 _NOISE_STEP = 2**31 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """B completions."""
+
+    texts: list[str]
+    ids: list[list[int]]  # token ids without padding
+    finished: np.ndarray  # [B] bool
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """The lengths [B] in tokens."""
+        return np.array([len(ids) for ids in self.ids])
 
 
 def sample_texts(
@@ -34,16 +49,43 @@ def sample_texts(
     seed: int,
     sampling: Mapping[str, float],
 ) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Samples as `sample_completions` does, and returns (texts [B], lengths [B], finished [B] bool)."""
+    sampled = sample_completions(
+        model,
+        params,
+        examples,
+        group_size=group_size,
+        prompt_length=prompt_length,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        seed=seed,
+        sampling=sampling,
+    )
+    return sampled.texts, sampled.lengths, sampled.finished
+
+
+def sample_completions(
+    model: Model,
+    params: Params,
+    examples: Sequence[Example],
+    *,
+    group_size: int,
+    prompt_length: int,
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
+    sampling: Mapping[str, float],
+) -> Sampled:
     """Samples group_size completions of each example, a fixed number of prompts at a time.
 
     Returns:
-        (texts [N*G] prompt-major, lengths [N*G] in tokens, finished [N*G] bool).
+        N*G completions, prompt-major.
     """
     key = jax.random.fold_in(jax.random.key(seed), _NOISE_STEP)
     sequences = tokens_of(model, examples)
     size = min(max(1, batch_size // group_size), len(sequences))
-    texts = []
-    lengths = []
+    texts: list[str] = []
+    ids: list[list[int]] = []
     finished = []
     for start in range(0, len(sequences), size):
         part = sequences[start : start + size]
@@ -62,9 +104,9 @@ def sample_texts(
             **sampling,
         )
         texts += found[:rows]
-        lengths.append(np.asarray(rollout.mask)[:rows].sum(axis=1))
+        ids += token_lists(np.asarray(rollout.tokens)[:rows], np.asarray(rollout.mask)[:rows])
         finished.append(np.asarray(rollout.finished)[:rows])
-    return texts, np.concatenate(lengths), np.concatenate(finished)
+    return Sampled(texts=texts, ids=ids, finished=np.concatenate(finished))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +120,8 @@ class Outcome:
     valid: np.ndarray  # [N,k] bool, True where totals count
     lengths: np.ndarray  # [N*k] tokens
     finished: np.ndarray  # [N*k] bool
+    # means of what reward functions logged about the samples, by name
+    logged: Mapping[str, float] = field(default_factory=dict)
 
 
 def observe(
@@ -94,6 +138,7 @@ def observe(
     seed: int = 0,
     eval_rewards: Sequence[Reward] = (),
     correct: Correct | None = None,
+    trainer_state: TrainerState | None = None,
 ) -> Outcome:
     """Completes held-out prompts, greedily and with num_samples samples each, and judges the completions.
 
@@ -112,6 +157,7 @@ def observe(
         seed: seed of the sampling noise.
         eval_rewards: reward functions that take no part in the total.
         correct: rule that says when a completion is correct. None means that `choose_correct` decides.
+        trainer_state: how far the training is, for reward functions that ask. None means its start.
 
     Raises:
         ValueError: there are no examples.
@@ -131,14 +177,17 @@ def observe(
     if correct is None:
         correct = choose_correct(rewards, eval_rewards, columns=examples[0].columns)
     greedy = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    texts, _, _ = sample_texts(model, params, examples, group_size=1, sampling=greedy, **settings)
-    greedy_scores = judge([functions[correct.index]], examples, texts)[:, 0]
+    state = trainer_state or TrainerState()
+    one = sample_completions(model, params, examples, group_size=1, sampling=greedy, **settings)
+    extras = Extras(completion_ids=one.ids, trainer_state=state)
+    greedy_scores = judge([functions[correct.index]], examples, one.texts, extras)[:, 0]
 
-    texts, lengths, finished = sample_texts(
+    sampled = sample_completions(
         model, params, examples, group_size=num_samples, sampling=sampling, **settings
     )
+    extras = Extras(completion_ids=sampled.ids, trainer_state=state)
     repeated = [example for example in examples for _ in range(num_samples)]
-    scores = judge(functions, repeated, texts)
+    scores = judge(functions, repeated, sampled.texts, extras)
     totals, valid = combine(
         scores[:, : len(rewards)], [reward.weight for reward in rewards], group_size=num_samples
     )
@@ -149,8 +198,9 @@ def observe(
         scores=scores,
         totals=totals.reshape(groups),
         valid=valid.reshape(groups),
-        lengths=lengths,
-        finished=finished,
+        lengths=sampled.lengths,
+        finished=sampled.finished,
+        logged={name: float(np.mean(values)) for name, values in extras.logged.metrics.items()},
     )
 
 
@@ -173,6 +223,7 @@ def summarize(
         if name.endswith("/mean") or (name.endswith("/missing") and value > 0)
     }
     results = {
+        **{f"eval/{name}": value for name, value in outcome.logged.items()},
         "eval/greedy_accuracy": float(outcome.greedy.mean()),
         f"eval/mean@{k}": float(outcome.correct.mean()),
         # pass@1 is mean@k.

@@ -94,3 +94,13 @@ def split_rows(batch, num_parts: int):
         return x.reshape(num_parts, x.shape[0] // num_parts, *x.shape[1:])
 
     return jax.tree.map(split, batch)
+
+
+def token_lists(tokens: np.ndarray, mask: np.ndarray) -> list[list[int]]:
+    """Returns the token ids of completions without their padding.
+
+    Args:
+        tokens: token ids [B,T].
+        mask: bool [B,T], True on the first tokens of each row.
+    """
+    return [row[:length].tolist() for row, length in zip(tokens, mask.sum(axis=1), strict=True)]

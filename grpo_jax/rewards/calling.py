@@ -5,19 +5,20 @@ list[float | None]``. Everything is passed by keyword as a list with one entry p
 gets copies, so it may change them. A function without ``**columns`` gets only the columns that it names.
 Completions are strings if the prompt is a string, and ``[{"role": "assistant", "content": text}]`` if the
 prompt is a list of messages. None means that there is no reward for that completion, which is not the same
-as 0. The function may be async, and all async functions of a batch wait at the same time.
+as 0. The function may be async, and all async functions of a batch wait at the same time. A function that
+names `completion_ids`, `trainer_state`, `log_metric` or `log_extra` gets them, see `extras`.
 """
 
 import contextlib
 import copy
 import inspect
 import math
-import numbers
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ import numpy as np
 from grpo_jax.rewards.awaiting import end_fork, is_async, start
 from grpo_jax.rewards.completions import Completion, completion_text
 from grpo_jax.rewards.error_places import user_frame
+from grpo_jax.rewards.extras import Extras, is_number, wanted_extras
 from grpo_jax.rewards.http_endpoint import EndpointError
 from grpo_jax.rewards.pool import WorkerError
 from grpo_jax.rewards.reward import Reward, RewardError, named, takes
@@ -34,8 +36,32 @@ from grpo_jax.rewards.reward import Reward, RewardError, named, takes
 if TYPE_CHECKING:  # reward workers load this module without JAX
     from grpo_jax.types import Prompt
 
-Batch = Mapping[str, Sequence[Any]]  # prompts, completions and columns by their keywords
 _IMMUTABLE = frozenset((str, int, float, bool, type(None)))  # the types that need no copy
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What the functions are called with for B completions.
+
+    Args:
+        values: prompts, completions and columns by their keywords, each with B entries.
+        extras: what some functions get besides.
+    """
+
+    values: Mapping[str, Sequence[Any]]
+    extras: Extras
+
+    @property
+    def completions(self) -> Sequence[Completion]:
+        return self.values["completions"]
+
+    @property
+    def columns(self) -> dict[str, Sequence[Any]]:
+        return {name: v for name, v in self.values.items() if name not in ("prompts", "completions")}
+
+    def alone(self, row: int) -> "_Batch":
+        values = {name: values[row : row + 1] for name, values in self.values.items()}
+        return _Batch(values, self.extras.alone(row))
 
 
 def call_rewards(
@@ -43,6 +69,8 @@ def call_rewards(
     prompts: "Sequence[Prompt]",
     completions: Sequence[Completion],
     columns: Mapping[str, Sequence[Any]],
+    *,
+    extras: Extras | None = None,
 ) -> np.ndarray:
     """Calls every reward function on a batch.
 
@@ -51,6 +79,7 @@ def call_rewards(
         prompts: B strings or lists of messages.
         completions: B completions. A string under a prompt of messages is passed as a message.
         columns: the data's other columns, each with B entries.
+        extras: token ids and the state of the training, and a log, for functions that name them.
 
     Returns:
         [B, R] float32. NaN means that a function returned None.
@@ -69,7 +98,7 @@ def call_rewards(
         else completion
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
-    batch = {**columns, "prompts": prompts, "completions": completions}
+    batch = _Batch({**columns, "prompts": prompts, "completions": completions}, extras or Extras())
     scores = np.full((size, len(rewards)), np.nan, np.float32)
     begun = [_begin_call(reward, batch) for reward in rewards]
     try:
@@ -93,12 +122,12 @@ class _Failed(Exception):
         self.error = error
 
 
-def _begin_call(reward: Reward, batch: Batch) -> Future | None:
+def _begin_call(reward: Reward, batch: _Batch) -> Future | None:
     """Starts the call of an async function, so that several of them wait at the same time.
 
     Args:
         reward: the reward function.
-        batch: `prompts`, `completions` and the data's columns, each with B entries.
+        batch: what it is called with.
 
     Returns:
         a future for `_finish_call`, or None for a function that is not async or has its own process.
@@ -108,12 +137,12 @@ def _begin_call(reward: Reward, batch: Batch) -> Future | None:
     return start(partial(_call, reward, batch))
 
 
-def _finish_call(reward: Reward, batch: Batch, begun: Future | None) -> list[float]:
+def _finish_call(reward: Reward, batch: _Batch, begun: Future | None) -> list[float]:
     """Calls one reward function on a batch, or waits for the call that has begun.
 
     Args:
         reward: the reward function.
-        batch: `prompts`, `completions` and the data's columns, each with B entries.
+        batch: what it is called with.
         begun: what `_begin_call` returned.
 
     Returns:
@@ -124,11 +153,9 @@ def _finish_call(reward: Reward, batch: Batch, begun: Future | None) -> list[flo
     """
     try:
         if reward.pool is not None:
-            columns = {
-                name: values for name, values in batch.items() if name not in ("prompts", "completions")
-            }
-            wanted = {name: values for name, values in columns.items() if takes(reward, name)}
-            return reward.pool.judge(batch["prompts"], batch["completions"], wanted)
+            wanted = {name: values for name, values in batch.columns.items() if takes(reward, name)}
+            extras = batch.extras if wanted_extras(reward, batch.columns) else None
+            return reward.pool.judge(batch.values["prompts"], batch.completions, wanted, extras)
         values = _finish(begun or partial(_call, reward, batch))
     except WorkerError as error:  # the worker has explained it
         raise RewardError(str(error)) from None
@@ -136,7 +163,7 @@ def _finish_call(reward: Reward, batch: Batch, begun: Future | None) -> list[flo
         if isinstance(failed.error, EndpointError):  # no row is to blame
             raise RewardError(f"{named(reward)}: {failed.error}") from None
         raise _explain(reward, batch, failed.error) from failed.error
-    return _checked(reward, values, batch["completions"])
+    return _checked(reward, values, batch.completions)
 
 
 def _finish(call: Future | Callable[[], Any]) -> Any:
@@ -199,11 +226,12 @@ def _noting(handler: Callable[..., Any], signals: list[int]) -> Callable[..., An
     return note
 
 
-def _call(reward: Reward, batch: Batch) -> Any:
+def _call(reward: Reward, batch: _Batch) -> Any:
     # Each row is copied for the function. If it sorts, pops or appends, it changes neither the data, nor the
     # row of a sibling, nor what the next function gets.
-    passed = {name: own_copy(list(values)) for name, values in batch.items() if takes(reward, name)}
-    return reward.function(**{**passed, **own_copy(dict(reward.arguments))})
+    passed = {name: own_copy(list(values)) for name, values in batch.values.items() if takes(reward, name)}
+    extras = batch.extras.arguments(reward, batch.columns, len(batch.completions))
+    return reward.function(**{**passed, **extras, **own_copy(dict(reward.arguments))})
 
 
 def own_copy(value: Any) -> Any:
@@ -225,14 +253,13 @@ def own_copy(value: Any) -> Any:
         return value
 
 
-def _explain(reward: Reward, batch: Batch, error: BaseException) -> RewardError:
+def _explain(reward: Reward, batch: _Batch, error: BaseException) -> RewardError:
     """Finds the first row that makes a function raise, by calling the function on single rows."""
-    completions = batch["completions"]
+    completions = batch.completions
     told = f"{named(reward)} raised {_raised(error)} on a batch of {len(completions)} rows"
     for row, completion in enumerate(completions):
-        alone = {name: values[row : row + 1] for name, values in batch.items()}
         try:
-            _finish(partial(_call, reward, alone))
+            _finish(partial(_call, reward, batch.alone(row)))
         except _Failed as failed:
             same = repr(failed.error) == repr(error)
             again = "" if same else f" alone raises {_raised(failed.error)};"
@@ -283,7 +310,7 @@ def _checked(reward: Reward, values: Any, completions: Sequence[Completion]) -> 
         if value is None:
             floats.append(math.nan)
             continue
-        if not _is_number(value):
+        if not is_number(value):
             raise RewardError(
                 f"{who} returned {_short(value)} of type {type(value).__name__} for row {row}, not a number "
                 f"or None {_shown(completions[row])}"
@@ -295,16 +322,6 @@ def _checked(reward: Reward, values: Any, completions: Sequence[Completion]) -> 
             )
         floats.append(float(value))
     return floats
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, numbers.Real):
-        return True
-    try:  # scalars of NumPy, and of other libraries that it understands
-        array = np.asarray(value)
-    except Exception:  # whatever the foreign type raises, it is not a number
-        return False
-    return array.ndim == 0 and array.dtype.kind in "biuf"
 
 
 def _is_finite(value: Any) -> bool:

@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from grpo_jax.rewards.builtin import REWARDS, ROW_CHECKS
+from grpo_jax.rewards.extras import EXTRAS
 from grpo_jax.rewards.pool import RewardPool
 from grpo_jax.rewards.reward import Reward, RewardError, named, parameters_of
 from grpo_jax.rewards.sources import find_function
@@ -33,7 +34,7 @@ __all__ = [
 
 
 # Arguments that TRL passes to reward functions and we do not.
-_ONLY_TRL = ("completion_ids", "trainer_state", "log_metric", "log_extra", "environments")
+_ONLY_TRL = ("environments",)
 
 
 def load_rewards(specs: "Sequence[RewardConfig]") -> tuple[Reward, ...]:
@@ -176,7 +177,7 @@ def check_columns(rewards: Sequence[Reward], columns: Iterable[str]) -> None:
                     f"{named(reward)}: its argument `columns` names `{name}`; columns: {available}"
                 )
         for name, parameter in parameters.items():
-            given = name in ("prompts", "completions") or name in columns or name in reward.arguments
+            given = name in ("prompts", "completions", *EXTRAS) or name in {*columns, *reward.arguments}
             required = parameter.default is inspect.Parameter.empty and not given
             if required and name in _ONLY_TRL:
                 raise ValueError(

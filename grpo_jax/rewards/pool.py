@@ -96,9 +96,19 @@ class RewardPool:
         weakref.finalize(self, _end_all, self._workers, os.getpid())
 
     def judge(
-        self, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        columns: Mapping[str, Sequence[Any]],
+        extras: Any = None,
     ) -> list[float]:
         """Judges a batch, which is split into calls of consecutive rows.
+
+        Args:
+            prompts: B prompts.
+            completions: B completions.
+            columns: the columns that the function takes, each with B entries.
+            extras: an `Extras`, which the function may use and log to. `None` if it names none of them.
 
         Returns:
             B numbers. A number is NaN if the function gave None, its call took too long, or its worker died.
@@ -114,6 +124,10 @@ class RewardPool:
                 "prompts": list(prompts[part]),
                 "completions": list(completions[part]),
                 "columns": {name: list(values[part]) for name, values in columns.items()},
+                "completion_ids": list(extras.completion_ids[part])
+                if extras and extras.completion_ids
+                else None,
+                "trainer_state": vars(extras.trainer_state) if extras else {},
             }
             for part in parts
         ]
@@ -133,16 +147,18 @@ class RewardPool:
         }
         for part, answer in zip(parts, answers, strict=True):
             count = part.stop - part.start
-            rewards += [float("nan")] * count if answer is None else answer
+            rewards += [float("nan")] * count if answer is None else answer["rewards"]
+            if answer is not None and extras is not None:
+                _keep_log(extras, answer, part, size)
         return rewards
 
     def close(self) -> None:
         """Ends the workers. Another call starts new ones."""
         _end_all(self._workers, os.getpid())
 
-    def _run(self, calls: list[dict[str, Any]]) -> list[list[float] | None]:
+    def _run(self, calls: list[dict[str, Any]]) -> list[dict[str, Any] | None]:
         """Returns the answers to calls in order, with None for lost calls."""
-        answers: list[list[float] | None] = [None] * len(calls)
+        answers: list[dict[str, Any] | None] = [None] * len(calls)
         waiting = deque(range(len(calls)))
         unfinished = len(calls)
         while len(self._workers) < min(self.workers, len(calls)):
@@ -180,7 +196,7 @@ class RewardPool:
                     self._replace(index)
                     continue
                 if not starting:
-                    answers[worker.call] = answer["rewards"]
+                    answers[worker.call] = answer
                 worker.call = None
                 worker.busy = False
         return answers
@@ -235,6 +251,14 @@ def _received(connection: Connection) -> dict[str, Any] | None:
         return json.loads(connection.recv_bytes()) if connection.poll() else None
     except (EOFError, OSError, ValueError):
         return None
+
+
+def _keep_log(extras: Any, answer: Mapping[str, Any], rows: slice, size: int) -> None:
+    """Keeps what a call has logged. Rows whose call was lost have None in the columns."""
+    for name, values in answer["logged"].items():
+        extras.logged.metrics.setdefault(name, []).extend(values)
+    for name, values in answer["columns"].items():
+        extras.logged.columns.setdefault(name, [None] * size)[rows] = values
 
 
 def _end_all(workers: list[_Worker], owner: int) -> None:

@@ -41,6 +41,7 @@ def _load(setup: dict) -> tuple[dict, Callable[[dict], dict] | None]:
     """Returns the first message to the pool, and the function that turns a call into an answer."""
     try:
         from grpo_jax.rewards.calling import call_rewards
+        from grpo_jax.rewards.extras import Extras, TrainerState
         from grpo_jax.rewards.loading import RewardError, load_rewards
 
         settings = {"function": setup["function"], "arguments": setup["arguments"], "weight": 1.0}
@@ -49,8 +50,11 @@ def _load(setup: dict) -> tuple[dict, Callable[[dict], dict] | None]:
         return {"error": f"{error} (in a worker process)"}, None
 
     def answer(call: dict) -> dict:
+        state = TrainerState(**call.pop("trainer_state"))
+        extras = Extras(completion_ids=call.pop("completion_ids"), trainer_state=state)
         try:
-            return {"rewards": call_rewards(rewards, **call)[:, 0].tolist()}
+            scores = call_rewards(rewards, **call, extras=extras)[:, 0].tolist()
+            return {"rewards": scores, "logged": extras.logged.metrics, "columns": extras.logged.columns}
         except RewardError as error:
             return {"error": str(error)}
 

@@ -1,5 +1,6 @@
 """The training loop of a run: one rollout, its updates, what is logged, evaluated and saved."""
 
+import functools
 import signal
 import time
 import zlib
@@ -13,6 +14,8 @@ from grpo_jax.objective.kl import adapt_kl_coef
 from grpo_jax.policy.decoding import generate
 from grpo_jax.policy.log_probs import completion_log_probs
 from grpo_jax.policy.shapes import tokens_in_use
+from grpo_jax.rewards.extras import TrainerState
+from grpo_jax.rewards.judging import reach_verdict
 from grpo_jax.run.best_model import keep_best
 from grpo_jax.run.build import Run
 from grpo_jax.run.diagnostics import Notices
@@ -48,10 +51,22 @@ class Interrupts:
         self.signum = signum
 
 
+def trainer_state(run: Run, progress: Progress) -> TrainerState:
+    """Says how far the training is, for reward functions that ask for it."""
+    prompts = progress.num_rounds * run.config.num_prompts
+    return TrainerState(
+        global_step=progress.step, max_steps=run.num_steps, epoch=prompts / len(run.task.train)
+    )
+
+
 def _new_rollout(run: Run, actor: Actor, progress: Progress, key: jax.Array) -> None:
     """Makes the rollout that the next updates use. Its index in data order and noise is num_rounds."""
     config = run.config
-    actor = replace(actor, recipe=actor.recipe.replace(kl_coef=progress.kl_coef))
+    actor = replace(
+        actor,
+        recipe=actor.recipe.replace(kl_coef=progress.kl_coef),
+        judge=functools.partial(reach_verdict, run.rewards, trainer_state=trainer_state(run, progress)),
+    )
 
     def next_prompts(round_: int):
         index = progress.num_rounds + round_
@@ -150,6 +165,10 @@ def one_step(run: Run, actor: Actor, progress: Progress, key: jax.Array) -> dict
     kl_coef = progress.kl_coef
     updated = _update(run, progress, index % run.config.algorithm.num_minibatches)
     now = time.perf_counter()
+    if taken := sorted(updated.keys() & progress.rollout_metrics.keys()):
+        raise ValueError(
+            f"a reward function logs a metric {taken[0]!r}, which every update has; give it another name"
+        )
     metrics = {
         **progress.rollout_metrics,
         **updated,
@@ -177,7 +196,8 @@ def evaluate_and_keep_best(run: Run, progress: Progress, trackers: Trackers, *, 
     The first evaluation of a process also prints what its figures cannot tell.
     """
     params = progress.policy_params
-    metrics = evaluate_run(run, params, trackers.message if first else None)
+    say = trackers.message if first else None
+    metrics = evaluate_run(run, params, say, trainer_state=trainer_state(run, progress))
     trackers.log(progress.step, metrics)
     if text := keep_best(run, progress.step, metrics, params):
         trackers.message(text)

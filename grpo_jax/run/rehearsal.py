@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from grpo_jax.data.loading import batch
-from grpo_jax.evaluation.outcomes import sample_texts
+from grpo_jax.evaluation.outcomes import Sampled, sample_completions
 from grpo_jax.evaluation.statistics import doublings, pass_at_k, subsets
 from grpo_jax.evaluation.verdicts import Correct, choose_correct
 from grpo_jax.policy.shapes import padded_length
+from grpo_jax.rewards.extras import Extras, TrainerState
 from grpo_jax.rewards.judging import judge
 from grpo_jax.rewards.silences import find_silences, lost_rows
 from grpo_jax.run.build import Run
@@ -72,32 +73,32 @@ def rehearse(run: Run, *, num_prompts: int, num_samples: int) -> Rehearsal:
     }
     params = run.start_params()
     # Compiles, so that the time is that of sampling.
-    sample_texts(
+    sample_completions(
         run.model,
         params,
         examples[: max(1, config.evaluation.batch_size // num_samples)],
         **settings,
     )
     started = time.perf_counter()
-    texts, lengths, finished = sample_texts(run.model, params, examples, **settings)
+    sampled = sample_completions(run.model, params, examples, **settings)
     seconds = time.perf_counter() - started
 
     repeated = [example for example in examples for _ in range(num_samples)]
     rows = config.num_prompts * config.algorithm.group_size  # rows of one rollout
-    scores, seconds_per_call, lost = _judge(run, repeated, texts, rows)
-    totals = _add_up(run, scores, lengths, finished, group_size=num_samples)
+    scores, seconds_per_call, lost = _judge(run, repeated, sampled, rows)
+    totals = _add_up(run, scores, sampled.lengths, sampled.finished, group_size=num_samples)
     return Rehearsal(
         examples=examples,
-        texts=texts,
-        lengths=lengths,
-        finished=finished,
+        texts=sampled.texts,
+        lengths=sampled.lengths,
+        finished=sampled.finished,
         scores=scores,
         rewards=totals.rewards,
         valid=totals.valid,
-        tokens_per_second=float(lengths.sum() / seconds),
+        tokens_per_second=float(sampled.lengths.sum() / seconds),
         seconds_per_call=seconds_per_call,
-        rows_per_call=min(rows, len(texts)),
-        silences=tuple(find_silences(run.rewards, repeated, texts, scores, lost)),
+        rows_per_call=min(rows, len(sampled.texts)),
+        silences=tuple(find_silences(run.rewards, repeated, sampled.texts, scores, lost)),
     )
 
 
@@ -115,14 +116,15 @@ def _add_up(run: Run, scores, lengths, finished, *, group_size: int) -> Totals:
 
 
 def _judge(
-    run: Run, examples: Sequence[Example], texts: Sequence[str], rows: int
+    run: Run, examples: Sequence[Example], sampled: Sampled, rows: int
 ) -> tuple[np.ndarray, dict[str, float], list[dict[int, str]]]:
     """Calls the rewards with at most `rows` completions.
 
     Returns:
         (scores [B,R], mean seconds of a call by reward, for each reward the lost rows with the reason).
     """
-    starts = range(0, len(texts), rows)
+    starts = range(0, len(sampled.texts), rows)
+    state = TrainerState(max_steps=run.num_steps)
     columns: list[np.ndarray] = []
     seconds: dict[str, float] = {}
     lost: list[dict[int, str]] = []
@@ -131,7 +133,9 @@ def _judge(
         called = []
         gone = {}
         for start in starts:
-            called.append(judge([reward], examples[start : start + rows], texts[start : start + rows]))
+            part = slice(start, start + rows)
+            extras = Extras(completion_ids=sampled.ids[part], trainer_state=state)
+            called.append(judge([reward], examples[part], sampled.texts[part], extras))
             gone |= {start + row: reason for row, reason in lost_rows([reward])[0].items()}
         seconds[reward.name] = (time.perf_counter() - started) / len(starts)
         columns.append(np.concatenate(called))

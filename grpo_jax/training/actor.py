@@ -1,5 +1,6 @@
 """The actor makes an Experience of prompts: it samples, judges and adds up, on the device and on the host."""
 
+import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import numpy as np
 from grpo_jax.objective.recipes import Recipe
 from grpo_jax.policy.decoding import generate, pad_prompts
 from grpo_jax.policy.log_probs import completion_log_probs
-from grpo_jax.policy.shapes import bucket_length, tokens_in_use
+from grpo_jax.policy.shapes import bucket_length, token_lists, tokens_in_use
 from grpo_jax.training.dynamic_sampling import Groups, fill_batch, join_groups, take_groups, widen_prompts
 from grpo_jax.training.experience import add_up_rewards, make_experience
 from grpo_jax.training.metrics import reward_means, reward_metrics, rollout_metrics
@@ -32,7 +33,8 @@ class Actor:
         recipe: the objective.
         encode: (N examples) -> the token ids of their prompts.
         decode: (tokens [B,T], mask [B,T]) -> the texts of the B completions.
-        judge: (B examples, B texts) -> the verdict of the reward functions.
+        judge: (B examples, B texts) -> the verdict of the reward functions. If it has a parameter
+            `completion_ids`, it is also given the token ids of each completion, by that name.
         reward_weights: name -> weight of the R rewards, in the order of the columns of scores.
         eos_ids: tokens that end a completion, see `generate`.
         stop_table: stop strings that end a completion, see `generate`.
@@ -52,7 +54,7 @@ class Actor:
     recipe: Recipe
     encode: Callable[[Sequence[Example]], Sequence[Sequence[int]]]
     decode: Callable[[np.ndarray, np.ndarray], Sequence[str]]
-    judge: Callable[[Sequence[Example], Sequence[str]], Verdict]
+    judge: Callable[..., Verdict]
     reward_weights: Mapping[str, float]
     eos_ids: Array
     stop_table: Array | None = None
@@ -101,7 +103,8 @@ def collect(
 
     Raises:
         RewardError: a reward function failed.
-        ValueError: a prompt is longer than actor.prompt_length.
+        ValueError: a prompt is longer than actor.prompt_length, or a function logs a metric under the name of
+            another one.
     """
     rounds: list[_Round] = []
     if not actor.recipe.dynamic_sampling:
@@ -130,6 +133,7 @@ def collect(
     num_lost = {name: sum(one.num_lost[name] for one in rounds) for name in rounds[0].num_lost}
     means = reward_means(list(actor.reward_weights), np.asarray(everything.scores), num_lost)
     measured = {**_measure(actor, everything), **means}
+    logged = _mean_of_logged(rounds, measured)
     jax.block_until_ready(experience)
     times = {name: sum(one.times[name] for one in rounds) for name in rounds[0].times}
     times["time/score"] += time.perf_counter() - started
@@ -143,7 +147,7 @@ def collect(
     advantages = np.asarray(experience.advantages)
     return Collected(
         experience=experience,
-        metrics={name: float(value) for name, value in {**measured, **times}.items()},
+        metrics={name: float(value) for name, value in {**measured, **logged, **times}.items()},
         samples=[
             {**sample, "advantage": float(value)}
             for sample, value in zip(batch.samples, advantages, strict=True)
@@ -163,6 +167,20 @@ class _Round:
     times: dict[str, float]
     silences: Sequence[Silence] = ()
     num_lost: Mapping[str, int] = field(default_factory=dict)  # see Verdict
+    logged: Mapping[str, Sequence[float]] = field(default_factory=dict)  # see Verdict
+
+
+def _mean_of_logged(rounds: Sequence[_Round], measured: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the mean of what reward functions logged under each name."""
+    values: dict[str, list[float]] = {}
+    for one in rounds:
+        for name, some in one.logged.items():
+            values.setdefault(name, []).extend(some)
+    if taken := sorted(values.keys() & measured.keys()):
+        raise ValueError(
+            f"a reward function logs a metric {taken[0]!r}, which every run has; give it another name"
+        )
+    return {name: float(np.mean(some)) for name, some in values.items()}
 
 
 def _all_silences(rounds: Sequence[_Round]) -> tuple[Silence, ...]:
@@ -220,7 +238,9 @@ def _settings(actor: Actor) -> dict[str, Any]:
 def _sample_round(actor, params, ref_params, examples: Sequence[Example], key: Array) -> _Round:
     started = time.perf_counter()
     rollout = _rollout(actor, params, examples, key)
-    texts = actor.decode(np.asarray(rollout.tokens), np.asarray(rollout.mask))
+    tokens = np.asarray(rollout.tokens)
+    mask = np.asarray(rollout.mask)
+    texts = actor.decode(tokens, mask)
     generated = time.perf_counter()
 
     # This is dispatched and not awaited, so the device computes log-probs while the host calls the rewards.
@@ -235,7 +255,10 @@ def _sample_round(actor, params, ref_params, examples: Sequence[Example], key: A
         same = is_reference(params, ref_params)
         ref_log_probs = jnp.where(same, old_log_probs, ref_log_probs)
     repeated = [example for example in examples for _ in range(actor.group_size)]
-    verdict = actor.judge(repeated, texts)
+    given = {}
+    if "completion_ids" in inspect.signature(actor.judge).parameters:
+        given["completion_ids"] = token_lists(tokens, mask)
+    verdict = actor.judge(repeated, texts, **given)
     rewarded = time.perf_counter()
     judged = Judged(
         rollout=rollout,
@@ -245,7 +268,7 @@ def _sample_round(actor, params, ref_params, examples: Sequence[Example], key: A
         scores=verdict.scores,
     )
     judged = add_up(actor, judged)
-    samples = _samples(actor.reward_weights, repeated, texts, judged)
+    samples = _samples(actor.reward_weights, repeated, texts, judged, verdict.columns)
     jax.block_until_ready(judged)
     times = {
         "time/generate": generated - started,
@@ -257,6 +280,7 @@ def _sample_round(actor, params, ref_params, examples: Sequence[Example], key: A
         times=times,
         silences=verdict.silences,
         num_lost=verdict.num_lost,
+        logged=verdict.logged,
     )
 
 
@@ -304,8 +328,8 @@ def _log_probs(actor: Actor, params: Params, rollout: Rollout) -> tuple[Array, A
     )
 
 
-def _samples(names, examples, texts, judged: Judged) -> list[dict[str, Any]]:
-    """Returns what a human reads of every completion."""
+def _samples(names, examples, texts, judged: Judged, columns) -> list[dict[str, Any]]:
+    """Returns what a human reads of every completion, with the columns that reward functions add."""
 
     def number(value: float) -> float | None:
         return None if np.isnan(value) else float(value)
@@ -318,6 +342,7 @@ def _samples(names, examples, texts, judged: Judged) -> list[dict[str, Any]]:
             "completion": text,
             "reward": float(reward) if valid else None,
             **{f"rewards/{name}": number(score) for name, score in zip(names, scores, strict=True)},
+            **{name: values[row] for name, values in columns.items()},
         }
-        for example, text, scores, reward, valid in rows
+        for row, (example, text, scores, reward, valid) in enumerate(rows)
     ]
