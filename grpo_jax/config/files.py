@@ -92,7 +92,7 @@ def read_entries(
     known: Collection[str],
     lists: Collection[str],
     *,
-    is_word: Callable[[str], bool] = lambda key: False,
+    is_word: Callable[[str, Mapping[Any, Any]], bool] = lambda key, content: False,
 ) -> Iterator[Entry]:
     """Yields the settings of a config file in its order.
 
@@ -101,8 +101,8 @@ def read_entries(
         known: all keys. Those in a section are written with a dot, and those of a list's items as
             `rewards.weight`.
         lists: keys whose values are lists of records. If an item has an unknown key, the list is left out.
-        is_word: function that says whether an unknown key is a word of another project. Such a key is one
-            entry; of another unknown section every key is one.
+        is_word: function that says whether an unknown key with this content is one word of another project.
+            Such a key is one entry. In another unknown section every key is one.
     """
 
     def walk(content: Mapping[Any, Any], section: str) -> Iterator[Entry]:
@@ -118,7 +118,7 @@ def read_entries(
                 yield from walk(value, f"{key}.")
             elif key in known:
                 yield Entry(key, value, True)
-            elif isinstance(value, dict) and value and not is_word(key):
+            elif isinstance(value, dict) and value and not is_word(key, value):
                 yield from walk(value, f"{key}.")
             else:
                 yield Entry(key, value, False)

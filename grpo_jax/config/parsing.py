@@ -22,7 +22,7 @@ from grpo_jax.config.files import (
     read_entries,
     with_records,
 )
-from grpo_jax.config.other_words import is_foreign
+from grpo_jax.config.other_words import is_whole_word
 from grpo_jax.config.parser_messages import explain
 from grpo_jax.config.problems import Reader, find_problems
 
@@ -211,7 +211,7 @@ def _entries(
     document = read_document(path, load)
     if not isinstance(document, dict):
         return []
-    return list(read_entries(document, keys, list(lists), is_word=is_foreign))
+    return list(read_entries(document, keys, list(lists), is_word=is_whole_word))
 
 
 def _options_of(entry: Entry, lists: Mapping[str, type], load: Callable[[str], Any]) -> list[str]:

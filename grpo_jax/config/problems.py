@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from grpo_jax.config.checks import problem_lines
 from grpo_jax.config.files import Entry, key_lines
-from grpo_jax.config.other_words import say_unknown
+from grpo_jax.config.other_words import is_foreign, say_unknown
 
 
 class Piece(NamedTuple):
@@ -122,6 +122,10 @@ def _pieces(argv: Sequence[str], reader: Reader) -> Iterator[Piece | tuple[str, 
         key = name.removeprefix("--").removesuffix("+")
         if name == "--config" and reader.config_option:
             yield from _pieces_of_file(value, reader)
+            continue
+        if key not in reader.keys and is_foreign(key):
+            words = {"true": True, "false": False}
+            yield key, "", say_unknown(key, reader.keys, value=words.get(value.lower(), value))
             continue
         try:
             yield Piece(key, "", reader.meant(options))

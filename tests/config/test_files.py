@@ -1,14 +1,10 @@
 """Config files as people write them, and the words that they bring from other projects."""
 
 import json
-import re
-import typing
-from dataclasses import is_dataclass
 
 import pytest
 
 from grpo_jax.config.files import Ambiguous, check_yaml
-from grpo_jax.config.other_words import OTHER_WORDS, advise
 from grpo_jax.config.parsing import parse_record
 from grpo_jax.config.run import Config, RewardConfig
 
@@ -236,57 +232,3 @@ def test_a_mistake_beside_an_argument_that_is_missing():
         evaluate.main(["--modle=x"])
     with pytest.raises(ValueError, match=r"^2 problems with the config:\n.* 'a'; .*\n.* 'b'; .*$"):
         evaluate.main(["--a=1", "--b", "2"])
-
-
-def keys_of(record=Config, prefix=""):
-    for name, kind in typing.get_type_hints(record).items():
-        yield prefix + name
-        for inner in (kind, *typing.get_args(kind)):
-            if is_dataclass(inner):
-                yield from keys_of(inner, f"{prefix}{name}.")
-
-
-KEYS = sorted(set(keys_of()))
-
-
-@pytest.mark.parametrize(
-    ("key", "said"),
-    [
-        ("sampling.repetition_penalty", "not supported in sampling"),
-        ("sampling.eos_token_id", "`sampling.eos_token_ids`"),
-        ("sampling.min_new_tokens", "not supported: a completion may end at once"),
-        ("sampling.stop_strings", "`sampling.stop`"),
-        ("sampling.num_beams", "not supported"),
-        ("model.chat_template_kwargs", "`model.chat_template_arguments`"),
-        ("data.shuffle", "not supported: each pass shuffles the prompts again"),
-        ("training.lr", "`training.learning_rate`"),
-        ("lora.r", "`lora.rank`"),
-        ("seed", "did you mean 'training.seed'?"),
-        ("sampling.seed", "did you mean 'training.seed'?"),
-        ("trainin.learning_rte", "did you mean 'training.learning_rate'?"),
-        ("algorithm.kl_ceof", "did you mean 'algorithm.kl_coef'?"),
-        # Words that are near to nothing: a wrong guess would be worse than none.
-        ("sampling.top_words", "--help lists the keys"),
-        ("data.evaluate_all", "--help lists the keys"),
-        ("training.bfloat", "--help lists the keys"),
-    ],
-)
-def test_advice(key, said):
-    """Seen: `sampling.stop` -> top_p, `data.shuffle` -> eval_file, and so on (case data-08)."""
-    assert said in advise(key, KEYS)
-
-
-def test_the_table_of_words_names_keys_that_there_are():
-    for word, advice in OTHER_WORDS.items():
-        assert word not in KEYS and word == word.lower(), word
-        for key in re.findall(r"`([\w.]+)[:`]", advice):
-            names = {key.rpartition(".")[2] for key in KEYS} if "." not in key else KEYS
-            assert key in names or key == "reward_model", (word, advice)
-        assert advice.startswith(("it is ", "not supported", "not needed")), word
-
-
-def test_no_key_is_taken_by_its_beginning():
-    """Seen: `--lora.r=16` was taken for lora.rank, and `--training.lr` for lr_schedule."""
-    for option, key in (("--lora.r=16", "lora.rank"), ("--training.lr=1", "training.learning_rate")):
-        with pytest.raises(ValueError, match=rf"unknown key .*; it is `{re.escape(key)}` here"):
-            parse(option)
