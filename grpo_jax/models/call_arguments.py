@@ -5,9 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+from jax import Array
 
 from grpo_jax.policy.from_apply import MASK_NAMES, POSITION_NAMES, WRAPPED
-from grpo_jax.types import Array
 
 # What a model does while it is trained otherwise: dropout, statistics of batches. A policy does neither.
 _SWITCHES = {

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jax import Array
 
 from grpo_jax.models.endings import end_arguments
 from grpo_jax.models.loading import Model
 from grpo_jax.models.text import decode
 from grpo_jax.policy.decoding import generate, pad_prompts
-from grpo_jax.types import Array, Params, Rollout
+from grpo_jax.types import Params, Rollout
 
 
 def complete(

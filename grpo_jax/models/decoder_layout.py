@@ -9,10 +9,12 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+from jax import Array
+
 from grpo_jax.models.hf_config import settings_of
 from grpo_jax.models.interface import HFConfig
 from grpo_jax.models.llama_variants import LLAMA_VARIANTS, Settings, head_dim_of
-from grpo_jax.types import Array, Params
+from grpo_jax.types import Params
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import transformers
+from jax import Array
 
 from grpo_jax.models.flax_configs import FAMILIES
 from grpo_jax.models.interface import HFConfig, Problems
-from grpo_jax.types import Array, Cache, Params, Policy
+from grpo_jax.types import Cache, Params, Policy
 
 try:
     from transformers import (

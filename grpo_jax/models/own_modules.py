@@ -7,10 +7,11 @@ import flax.linen
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 
 from grpo_jax.models.call_arguments import arguments_of, logits_of
 from grpo_jax.policy.from_apply import WRAPPED, policy_from_apply
-from grpo_jax.types import Array, Params, Policy
+from grpo_jax.types import Params, Policy
 
 _POLICIES: dict[Any, Policy] = {}  # what is called -> its policy, so that nothing is compiled twice
 

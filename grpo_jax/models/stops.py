@@ -13,9 +13,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from grpo_jax.models.token_texts import TokenTexts, token_texts
-from grpo_jax.types import Array
 
 MATCH = -1  # the entry of a table for "the text now contains a stop string"
 

@@ -1,8 +1,9 @@
 """Ids without a token. Many models have them, to round their vocabulary up to a multiple of 64 or 128."""
 
 import jax.numpy as jnp
+from jax import Array
 
-from grpo_jax.types import Array, Params, Policy
+from grpo_jax.types import Params, Policy
 
 
 def limit_vocabulary(policy: Policy, num_tokens: int) -> Policy:

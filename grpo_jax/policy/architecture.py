@@ -5,9 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
+from jax import Array
 
 from grpo_jax.policy.rotary import Rotary
-from grpo_jax.types import Array
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),

@@ -32,9 +32,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from grpo_jax.policy.packing import Packing, make_packing
-from grpo_jax.types import Array
 
 _MASKED = -1e30  # It is finite, so that a row without any visible key gets a mean and not NaN.
 

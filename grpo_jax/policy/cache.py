@@ -8,8 +8,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-
-from grpo_jax.types import Array
+from jax import Array
 
 
 @flax.struct.dataclass

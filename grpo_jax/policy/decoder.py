@@ -20,6 +20,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from grpo_jax.cpu_tuning import cpu_vendor
 from grpo_jax.policy.architecture import Architecture
@@ -35,7 +36,7 @@ from grpo_jax.policy.cache import (
 )
 from grpo_jax.policy.decoding import positions_from_mask
 from grpo_jax.policy.layers import dense, make_frame, matmul, run_layers
-from grpo_jax.types import Array, Params, Policy, Prompts
+from grpo_jax.types import Params, Policy, Prompts
 
 # A wrapper of a layer decides how much of it is kept for the backward pass.
 REMAT: dict[str, Callable] = {

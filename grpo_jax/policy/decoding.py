@@ -9,10 +9,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from grpo_jax.policy.sampling import process_logits, sample_token, scale_logits
 from grpo_jax.policy.shapes import decode_stages
-from grpo_jax.types import Array, Cache, Params, Policy, Prompts, Rollout
+from grpo_jax.types import Cache, Params, Policy, Prompts, Rollout
 
 
 def pad_prompts(sequences: Sequence[Sequence[int]], length: int | None = None) -> Prompts:

@@ -15,8 +15,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
-from grpo_jax.types import Array, Cache, Params, Policy
+from grpo_jax.types import Cache, Params, Policy
 
 # (params, tokens [B,L] int32, mask [B,L] bool, positions [B,L] int32) -> logits [B,L,V]
 ApplyFn = Callable[[Params, Array, Array, Array], Array]

@@ -10,11 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from grpo_jax.policy.architecture import ACTIVATIONS, Architecture
 from grpo_jax.policy.attention import KeysValues, Segment
 from grpo_jax.policy.rotary import Rotary, rotate
-from grpo_jax.types import Array
 
 
 def matmul(x: Array, kernel: Array, axis: int, out_dtype: Any) -> Array:

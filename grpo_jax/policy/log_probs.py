@@ -6,6 +6,7 @@ from collections.abc import Callable
 import chex
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.extend.core import Literal
 
 from grpo_jax.objective.kl import kl_exact
@@ -13,7 +14,7 @@ from grpo_jax.policy.decoding import fork, positions_from_mask, prefill
 from grpo_jax.policy.packing import Packing, make_packing
 from grpo_jax.policy.sampling import scale_logits
 from grpo_jax.policy.shapes import shared_rows, split_rows
-from grpo_jax.types import Array, Experience, Params, Policy, Prompts, Rollout
+from grpo_jax.types import Experience, Params, Policy, Prompts, Rollout
 
 CHUNK_SIZE = 1024  # number of tokens whose logits exist at a time, unless a caller gives another one
 

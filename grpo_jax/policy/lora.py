@@ -27,8 +27,9 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
 
-from grpo_jax.types import Array, Params
+from grpo_jax.types import Params
 
 Path = tuple[str, ...]
 

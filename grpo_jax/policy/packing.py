@@ -7,8 +7,7 @@ alike (embeddings, dense layers, norms, the unembedding) can run on [P] packed t
 import flax.struct
 import jax
 import jax.numpy as jnp
-
-from grpo_jax.types import Array
+from jax import Array
 
 
 @flax.struct.dataclass

@@ -4,8 +4,7 @@ import math
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-
-from grpo_jax.types import Array
+from jax import Array
 
 
 @dataclass(frozen=True, kw_only=True)

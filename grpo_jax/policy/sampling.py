@@ -3,8 +3,7 @@
 import chex
 import jax
 import jax.numpy as jnp
-
-from grpo_jax.types import Array
+from jax import Array
 
 _BLOCK = 128  # width of the second level of `sample_token`
 

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from grpo_jax.models import decoder_families, tensor_files
 from grpo_jax.models.chat_templates import ChatSettings, apply_template
@@ -21,7 +22,7 @@ from grpo_jax.models.hf_config import read_config
 from grpo_jax.models.loading import DTYPES, load_tokenizer
 from grpo_jax.policy.decoding import positions_from_mask
 from grpo_jax.policy.shapes import bucket_length
-from grpo_jax.types import Array, Params, Policy
+from grpo_jax.types import Params, Policy
 
 _KIND = "ForSequenceClassification"
 Messages = list[dict[str, Any]]

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from grpo_jax.objective.recipes import Recipe
 from grpo_jax.policy.decoding import generate, pad_prompts
@@ -18,7 +19,7 @@ from grpo_jax.training.dynamic_sampling import Groups, fill_batch, join_groups, 
 from grpo_jax.training.experience import add_up_rewards, make_experience
 from grpo_jax.training.metrics import reward_means, reward_metrics, rollout_metrics
 from grpo_jax.training.reference import is_reference
-from grpo_jax.types import Array, Example, Experience, Judged, Params, Policy, Rollout, Silence, Verdict
+from grpo_jax.types import Example, Experience, Judged, Params, Policy, Rollout, Silence, Verdict
 
 # round -> (examples of its N prompts, key of its noise). A rollout counts its rounds from 0.
 NextPrompts = Callable[[int], tuple[Sequence[Example], Array]]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from grpo_jax.objective.advantages import (
     effective_weights,
@@ -13,7 +14,7 @@ from grpo_jax.objective.advantages import (
 )
 from grpo_jax.objective.recipes import Recipe
 from grpo_jax.objective.shaping import importance_weights, kl_penalty, overlong_penalty, top_entropy_mask
-from grpo_jax.types import Array, Experience, Judged, Totals
+from grpo_jax.types import Experience, Judged, Totals
 
 _LARGEST = float(np.finfo(np.float32).max)
 

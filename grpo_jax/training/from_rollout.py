@@ -2,10 +2,11 @@
 
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from grpo_jax.objective.recipes import Recipe
 from grpo_jax.training.experience import add_up_rewards, make_experience
-from grpo_jax.types import Array, Experience, Judged, Rollout
+from grpo_jax.types import Experience, Judged, Rollout
 
 _SCORED = "grpo_jax.completion_log_probs(policy, {}, rollout)"
 

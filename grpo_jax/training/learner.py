@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax.training import train_state
+from jax import Array
 
 from grpo_jax.objective.losses import LossMetrics
 from grpo_jax.objective.recipes import Recipe
@@ -35,7 +36,7 @@ from grpo_jax.training.train_state import (
     own_state,
     policy_params,
 )
-from grpo_jax.types import Array, Experience, Params, Policy
+from grpo_jax.types import Experience, Params, Policy
 
 # The state was part of this module until version 0.2.
 __all__ = ["TrainState", "experience_loss", "init_train_state", "policy_params", "train_step"]

@@ -90,11 +90,12 @@ from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from grpo_jax.objective.advantages import group_stds, grow, informative_groups, shrink_factor
 from grpo_jax.objective.losses import LossMetrics
 from grpo_jax.objective.shaping import importance_weights
-from grpo_jax.types import Array, Rollout
+from grpo_jax.types import Rollout
 
 
 def token_mean(values: Array, mask: Array) -> Array:

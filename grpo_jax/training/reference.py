@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 
 from grpo_jax.policy.lora import adds_nothing
-from grpo_jax.types import Array, Params
+from grpo_jax.types import Params
 
 
 @jax.jit

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax.training import train_state
+from jax import Array
 
 from grpo_jax.policy.from_apply import check_causal
 from grpo_jax.policy.lora import Lora, merge_adapters
-from grpo_jax.types import Array, Params, Policy
+from grpo_jax.types import Params, Policy
 
 # A policy has only functions. flax stores nothing of it and takes it from the state that it restores into.
 flax.serialization.register_serialization_state(Policy, lambda policy: {}, lambda policy, _: policy)
