@@ -79,6 +79,8 @@ DOORS = {
     "datasets": {"data.hub"},
     "pyarrow": {"data.rows"},
     "jinja2": {"models.chat_templates", "data.templates"},
+    "requests": {"rewards.http_connection", "rewards.http_endpoint"},
+    "urllib3": {"rewards.http_connection"},
     "reasoning_gym": {"rewards.reasoning_gym"},
     "math_verify": {"rewards.answers.mathematics"},
     "torch": set(),

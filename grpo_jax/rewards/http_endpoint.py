@@ -9,35 +9,16 @@ argument `columns` names the columns to send. Without it, every column is sent t
 NaN and infinity become null.
 """
 
-import http.client
 import json
 import math
 import os
-import time
-import urllib.error
-import urllib.request
+import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
 from urllib.parse import urlsplit
 
-_MAX_ANSWER = 64 * 2**20  # bytes
-_LONGEST_PAUSE = 30.0  # seconds
-_PATIENCE = 5.0  # seconds to wait for the answer that shows that the server is up
-
-
-class EndpointError(RuntimeError):
-    """The endpoint gave no scores, and no row of the batch is the reason."""
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows no redirect, which would carry the headers and their secrets to another host."""
-
-    def redirect_request(self, *_):
-        return None
-
-
-_OPENER = urllib.request.build_opener(_NoRedirects)
+from grpo_jax.rewards.endpoint_error import EndpointError
 
 
 def http_score(
@@ -61,10 +42,11 @@ def http_score(
         completions: B completions. With an empty list only a HEAD request is sent, to check that the server
             is up.
         url: URL of the endpoint, http or https.
-        timeout: seconds until an answer must have begun, and between its parts.
+        timeout: seconds for one try, until all of its answer is here.
         retries: number of further tries after a refused or lost connection, a timeout, or a status of 429 or
             5xx.
-        backoff: seconds before the first retry. They double with each retry, up to 30.
+        backoff: seconds before the first retry. They double with each retry, up to 30. Where the server says
+            how long to wait (Retry-After), it is that long, up to 600.
         max_concurrency: number of requests at a time.
         batch_size: number of completions in a request.
         headers: mapping from a header to the environment variable that holds its value, such as
@@ -82,11 +64,29 @@ def http_score(
             for a value in one of `columns`.
         ValueError: an argument is wrong, or, without completions, the server cannot be reached.
     """
+    # A worker process that judges by another function loads no requests.
+    import requests
+
+    from grpo_jax.rewards.http_connection import (
+        LONGEST_PAUSE,
+        EndpointRetry,
+        ask_endpoint,
+        check_reachable,
+        session_of,
+        shown_url,
+    )
+
     _check(url, timeout, retries, backoff, max_concurrency, batch_size)
     _check_names(columns)
-    fixed = {"Content-Type": "application/json", "Accept": "application/json", **_from_environment(headers)}
+    fixed = {
+        "Content-Type": "application/json",
+        "Accept": "application/json",
+        "Accept-Encoding": "identity",
+        **_from_environment(headers),
+    }
+    session = session_of(os.getpid(), max_concurrency)
     if not completions:
-        _check_reachable(url)
+        check_reachable(session, url)
         return []
     everything = {**_sent(data, columns), "prompts": prompts, "completions": completions}
     starts = range(0, len(completions), batch_size)
@@ -96,17 +96,23 @@ def http_score(
     except (TypeError, ValueError) as error:
         raise EndpointError(f"the prompts cannot be sent as JSON: {error}") from None
 
+    retry = EndpointRetry(total=retries, backoff_factor=backoff, backoff_max=LONGEST_PAUSE)
+    stopped = threading.Event()
+
     def ask(body, batch):
-        request = urllib.request.Request(url, data=body, headers=fixed, method="POST")
-        answer = _ask(request, timeout=timeout, retries=retries, backoff=backoff)
-        return _scores(answer, len(batch["completions"]), _shown(url))
+        request = requests.Request("POST", url, data=body, headers=fixed)
+        answer = ask_endpoint(session, request, timeout=timeout, retry=retry, stopped=stopped)
+        return _scores(answer, len(batch["completions"]), shown_url(url))
 
     pool = ThreadPoolExecutor(max_workers=max_concurrency)
     try:
-        parts = list(pool.map(ask, bodies, batches))
+        parts = [pool.submit(ask, body, batch) for body, batch in zip(bodies, batches, strict=True)]
+        for part in wait(parts, return_when=FIRST_EXCEPTION).done:
+            part.result()  # it raises the error of the batch that failed first
+        return [score for part in parts for score in part.result()]
     finally:
+        stopped.set()  # after an error or Ctrl-C nobody waits for the retries of the other batches
         pool.shutdown(wait=False, cancel_futures=True)
-    return [score for part in parts for score in part]
 
 
 def check_sent(columns: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
@@ -178,17 +184,6 @@ def _check(url, timeout, retries, backoff, max_concurrency, batch_size) -> None:
         )
 
 
-def _check_reachable(url: str) -> None:
-    """Raises ValueError if the server cannot be reached. Any answer shows that it is up, even `busy`."""
-    try:
-        _OPENER.open(urllib.request.Request(url, method="HEAD"), timeout=_PATIENCE).close()
-    except (urllib.error.HTTPError, http.client.HTTPException, TimeoutError):
-        pass
-    except urllib.error.URLError as error:
-        if not isinstance(error.reason, TimeoutError):
-            raise ValueError(f"{_shown(url)} cannot be reached ({error.reason}): is the server up?") from None
-
-
 def _from_environment(headers: Mapping[str, str] | None) -> dict[str, str]:
     values = {}
     for name, variable in (headers or {}).items():
@@ -197,46 +192,13 @@ def _from_environment(headers: Mapping[str, str] | None) -> dict[str, str]:
             raise ValueError(
                 f"headers: {name} comes from the environment variable {variable!r:.60}, which is not set"
             )
+        if not value.isprintable() or not value.isascii() or value != value.strip():
+            raise ValueError(
+                f"headers: {name} comes from the environment variable {variable!r:.60}, which holds what no "
+                "header may, such as a space or a line break at its end"
+            )
         values[name] = value
     return values
-
-
-def _shown(url: str) -> str:
-    """Returns a URL without its query, which may hold a key."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc}{parts.path}"
-
-
-def _ask(request: urllib.request.Request, *, timeout: float, retries: int, backoff: float) -> Any:
-    """Sends a request until there is an answer, and returns its JSON."""
-    shown = _shown(request.full_url)
-    for attempt in range(retries + 1):
-        try:
-            with _OPENER.open(request, timeout=timeout) as response:
-                body = response.read(_MAX_ANSWER + 1)
-            break
-        except urllib.error.HTTPError as error:
-            reason = f"status {error.code} {error.reason}"
-            status = error.code
-            error.close()
-            if status != 429 and status < 500:
-                raise EndpointError(f"{shown} answers with {reason}") from None
-        except TimeoutError:
-            reason = f"no answer within {timeout:g} s"
-        except (OSError, http.client.HTTPException) as error:
-            cause = error.reason if isinstance(error, urllib.error.URLError) else error
-            timed_out = isinstance(cause, TimeoutError)
-            reason = f"no answer within {timeout:g} s" if timed_out else (str(cause) or type(cause).__name__)
-        if attempt == retries:
-            tries = f" ({retries + 1} tries)" if retries else ""
-            raise EndpointError(f"{shown} gives no scores: {reason}{tries}")
-        time.sleep(min(backoff * 2**attempt, _LONGEST_PAUSE))
-    if len(body) > _MAX_ANSWER:
-        raise EndpointError(f"{shown} answers with more than {_MAX_ANSWER >> 20} MiB")
-    try:
-        return json.loads(body)
-    except ValueError:
-        raise EndpointError(f"{shown} answers, but not with JSON: {body[:60]!r}") from None
 
 
 def _scores(answer: Any, size: int, shown: str) -> list[float | None]:

@@ -169,7 +169,7 @@ def test_a_server_that_is_down():
 
 def test_a_busy_server_counts_as_up(monkeypatch):
     """A server that accepts a connection but does not answer is no reason not to start."""
-    monkeypatch.setattr("grpo_jax.rewards.http_endpoint._PATIENCE", 0.1)
+    monkeypatch.setattr("grpo_jax.rewards.http_connection.PATIENCE", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as server:
         load(f"http://127.0.0.1:{server.getsockname()[1]}/")
 
