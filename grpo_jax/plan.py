@@ -21,6 +21,7 @@ def main(argv: list[str] | None = None) -> int:
         or_default(argv),
         command="python -m grpo_jax.plan",
         description="Show what a config will do, without doing it.",
+        from_trl=True,
     )
     run = build(config)
     check_best_metric(run)

@@ -91,6 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         or_default(argv, own=own),
         command="python -m grpo_jax.score",
         description="Rehearse a run: sample from the base model and call the rewards, without training.",
+        from_trl=True,
     )
     enable_compilation_cache()
     config = arguments.config()

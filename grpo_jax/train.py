@@ -123,6 +123,7 @@ def main(argv: list[str] | None = None) -> int:
         or_default(argv),
         command="python -m grpo_jax.train",
         description="Train a causal language model with GRPO.",
+        from_trl=True,
     )
     enable_compilation_cache()
     return train(config)

@@ -13,11 +13,13 @@ class Problems(ValueError):
 
     Args:
         lines: what is wrong, two lines or more.
+        hint: a line at the end, if there is more to say.
     """
 
-    def __init__(self, lines: Sequence[str]):
+    def __init__(self, lines: Sequence[str], *, hint: str | None = None):
         self.lines = tuple(lines)
-        super().__init__("\n  ".join([f"{len(self.lines)} problems with the config:", *self.lines]))
+        hints = [] if hint is None else [hint]
+        super().__init__("\n  ".join([f"{len(self.lines)} problems with the config:", *self.lines, *hints]))
 
 
 def problem_lines(error: ValueError) -> tuple[str, ...]:
@@ -25,9 +27,9 @@ def problem_lines(error: ValueError) -> tuple[str, ...]:
     return error.lines if isinstance(error, Problems) else (str(error),)
 
 
-def as_error(lines: Sequence[str]) -> ValueError:
+def as_error(lines: Sequence[str], *, hint: str | None = None) -> ValueError:
     """Returns a plain ValueError for one line, and `Problems` for more."""
-    return ValueError(lines[0]) if len(lines) == 1 else Problems(lines)
+    return ValueError(lines[0]) if len(lines) == 1 else Problems(lines, hint=hint)
 
 
 def check_ranges(prefix: str, values: Mapping[str, Any], ranges: Ranges) -> None:

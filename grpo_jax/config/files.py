@@ -175,6 +175,25 @@ def with_records(document: dict[Any, Any], lists: Sequence[str]) -> dict[Any, An
     return changed
 
 
+def config_text(path: str) -> str:
+    """Returns the text of a config file. A name of several lines is the text itself, as for --from_trl."""
+    return path if "\n" in path else Path(path).read_text(encoding="utf-8")
+
+
+def config_name(path: str) -> str:
+    """Returns the name of a config file in messages."""
+    return "the translated config" if "\n" in path else path
+
+
+class QuotingDumper(yaml.SafeDumper):
+    """Quotes every text. The parser reads more plain words as numbers than PyYAML does, such as `1e3`."""
+
+
+QuotingDumper.add_representer(
+    str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"')
+)
+
+
 def read_document(path: str, load: Callable[[str], Any]) -> Any:
     """Reads a config file.
 
@@ -185,7 +204,7 @@ def read_document(path: str, load: Callable[[str], Any]) -> Any:
         ValueError: `check_yaml` refuses the text, or it is not UTF-8. The message names the file.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = config_text(path)
     except OSError:
         return None
     except UnicodeDecodeError as error:
@@ -194,6 +213,6 @@ def read_document(path: str, load: Callable[[str], Any]) -> Any:
         check_yaml(text)
         return load(text)
     except Ambiguous as error:
-        raise ValueError(f"{path}, {error}") from None
+        raise ValueError(f"{config_name(path)}, {error}") from None
     except yaml.YAMLError:
         return None

@@ -16,16 +16,20 @@ from grpo_jax.config.checks import as_error
 from grpo_jax.config.files import (
     Ambiguous,
     Entry,
+    QuotingDumper,
     as_records,
     check_yaml,
+    config_text,
     read_document,
     read_entries,
     with_records,
 )
+from grpo_jax.config.from_trl import translate
 from grpo_jax.config.other_words import is_whole_word
 from grpo_jax.config.parser_messages import explain
 from grpo_jax.config.problems import Reader, find_problems
 
+_FROM_TRL = "YAML file for `trl grpo` of TRL. It is translated, and the translation is printed."
 _EPILOG = "GRPO_JAX_TRACEBACK=1 in the environment shows the traceback of an error instead of one line."
 
 
@@ -37,6 +41,7 @@ def parse_record(
     description: str,
     config_option: bool = True,
     positional: str | None = None,
+    from_trl: bool = False,
 ) -> Any:
     """Parses a command line (and YAML files given with --config) into a frozen record.
 
@@ -51,6 +56,8 @@ def parse_record(
         config_option: whether --config reads YAML files of the same keys. A directory stands for its
             config.yaml, so that a run directory may be given.
         positional: the field that is given without its name, if any.
+        from_trl: whether --from_trl reads a config of `trl grpo`. Its translation is printed to standard
+            error.
 
     Raises:
         ValueError: a key is unknown (the message suggests the nearest), or a value has the wrong type.
@@ -60,6 +67,8 @@ def parse_record(
     )
     if config_option:
         parser.add_argument("--config", action="config", help="YAML file with any of the options below")
+    if from_trl:
+        parser.add_argument("--from_trl", help=_FROM_TRL)
     if positional is not None:
         parser.add_argument(positional, help=_documentation(record)[positional])
     parser.add_class_arguments(record, skip={positional} - {None})
@@ -81,14 +90,16 @@ def parse_record(
 
     def finish(options: Sequence[str]) -> Any:
         values = build(options)
-        if config_option:
-            values.pop("config")
+        for option, exists in (("config", config_option), ("from_trl", from_trl)):
+            if exists:
+                values.pop(option)
         return record(**values)
 
     def as_meant(options: Sequence[str]) -> list[str]:
         return _as_meant(list(options), lists, config_option, load)
 
     argv = _spell_out_flags(record, sys.argv[1:] if argv is None else argv)
+    argv = _translate_files(argv, load) if from_trl else argv
     argv = _name_files(argv) if config_option else argv
     try:
         return finish(as_meant(argv))
@@ -100,20 +111,40 @@ def parse_record(
             entries=lambda path: _entries(path, keys, lists, load),
             options_of=lambda entry: _options_of(entry, lists, load),
             meant=as_meant,
-            read_text=lambda path: Path(path).read_text(encoding="utf-8"),
+            read_text=config_text,
             keys=keys,
             sections=[name for name, kind in typing.get_type_hints(record).items() if is_dataclass(kind)],
             config_option=config_option,
+            from_trl=from_trl,
         )
-        problems = find_problems(argv, reader)
+        problems, hint = find_problems(argv, reader)
         if not problems:  # then it is none of one setting alone
             raise
-        raise as_error(problems) from error
+        raise as_error(problems, hint=hint) from error
 
 
 def _documentation(record: type) -> dict[str, str]:
     """Returns what a record's docstring says about each field."""
     return {p.arg_name: p.description or "" for p in docstring_parser.parse(record.__doc__ or "").params}
+
+
+def _translate_files(argv: list[str], load: Callable[[str], Any]) -> list[str]:
+    """Puts the translated text in the place of a config of `trl grpo`, and prints it."""
+    changed: list[str] = []
+    waiting = list(argv)
+    while waiting:
+        argument = waiting.pop(0)
+        option, equals, path = argument.partition("=")
+        if option != "--from_trl" or not (equals or waiting):
+            changed.append(argument)
+            continue
+        path = path if equals else waiting.pop(0)
+        if not Path(path).is_file():
+            raise ValueError(f"--from_trl: {path}: there is no such file")
+        text = translate(read_document(path, load), path, text=config_text(path)).text()
+        print(text, file=sys.stderr, flush=True)
+        changed += ["--config", text]
+    return changed
 
 
 def _name_files(argv: list[str]) -> list[str]:
@@ -182,15 +213,6 @@ def _as_meant(
     return changed
 
 
-class _QuotingDumper(yaml.SafeDumper):
-    """Quotes every text. The parser reads more plain words as numbers than PyYAML does, such as `1e3`."""
-
-
-_QuotingDumper.add_representer(
-    str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"')
-)
-
-
 def _checked_file(path: str, lists: Mapping[str, type], load: Callable[[str], Any]) -> str:
     """Returns the name of a config file, or its contents if the parser must read them differently."""
     document = read_document(path, load)
@@ -201,7 +223,7 @@ def _checked_file(path: str, lists: Mapping[str, type], load: Callable[[str], An
 
 
 def _dump(document: dict[str, Any]) -> str:
-    return yaml.dump(document, Dumper=_QuotingDumper, sort_keys=False)
+    return yaml.dump(document, Dumper=QuotingDumper, sort_keys=False)
 
 
 def _entries(

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from grpo_jax.config.checks import problem_lines
-from grpo_jax.config.files import Entry, key_lines
+from grpo_jax.config.files import Entry, config_name, key_lines
 from grpo_jax.config.other_words import is_foreign, say_unknown
+from grpo_jax.config.trl_fields import TRL_FIELDS
+
+_LOOKS_LIKE_TRL = 3  # unknown keys of a file that are fields of TRL
 
 
 class Piece(NamedTuple):
@@ -37,6 +40,7 @@ class Reader:
         keys: all keys.
         sections: names of the sections.
         config_option: whether --config names a file.
+        from_trl: whether --from_trl translates a config of TRL.
     """
 
     parse: Callable[[Sequence[str]], Any]
@@ -49,9 +53,10 @@ class Reader:
     keys: Sequence[str]
     sections: Sequence[str]
     config_option: bool
+    from_trl: bool
 
 
-def find_problems(argv: Sequence[str], reader: Reader) -> list[str]:
+def find_problems(argv: Sequence[str], reader: Reader) -> tuple[list[str], str | None]:
     """Returns what is wrong with arguments and the files that they name, a line for each problem.
 
     It looks at every setting alone, then at each section with the settings that are right, so one mistake
@@ -62,16 +67,21 @@ def find_problems(argv: Sequence[str], reader: Reader) -> list[str]:
         reader: the parser.
 
     Returns:
-        the lines, in the order in which the settings are given. It is empty if no setting alone is wrong.
+        (the lines, in the order in which the settings are given; a hint, or None). There is no line if no
+        setting alone is wrong.
     """
     found: list[str] = []
     good: list[Piece] = []
     wrong_sections: set[str] = set()
+    of_trl: dict[str, int] = {}  # file -> number of keys that are fields of TRL
     # What the parser says to no arguments at all, such as that one is required, is no problem of a setting.
     unrelated = set(_complaints(reader.parse, ()))
     for piece in _pieces(argv, reader):
         if isinstance(piece, tuple) and not isinstance(piece, Piece):
             key, place, line = piece
+            if place and key in TRL_FIELDS:
+                file = place.rpartition(", line ")[0]
+                of_trl[file] = of_trl.get(file, 0) + 1
             found.append(_at(place, line))
             wrong_sections.add(_section(key, reader))
             continue
@@ -89,7 +99,9 @@ def find_problems(argv: Sequence[str], reader: Reader) -> list[str]:
             key = re.match(r"[\w.]*", line)[0]
             if line not in unrelated and (section not in wrong_sections or "; it must be " in line):
                 found.append(_at(places.get(key, ""), line))
-    return found
+    files = [file for file, count in of_trl.items() if count >= _LOOKS_LIKE_TRL and reader.from_trl]
+    hint = "{0} looks like a config of `trl grpo`: --from_trl {0} translates it"
+    return found, hint.format(files[0]) if files else None
 
 
 def _complaints(make: Callable[[Sequence[str]], Any], options: Sequence[str]) -> Sequence[str]:
@@ -140,6 +152,7 @@ def _pieces_of_file(path: str, reader: Reader) -> Iterator[Piece | tuple[str, st
         yield "", "", str(error)
         return
     lines = key_lines(reader.read_text(path)) if entries else {}
+    path = config_name(path)
     for entry in entries:
         at = lines.get(entry.key)
         place = f"{path}, line {at.pop(0)}" if at else path
