@@ -5,6 +5,7 @@ nnx module or such a function.
 """
 
 import inspect
+import os
 from typing import Any
 
 import flax.linen
@@ -42,7 +43,7 @@ def policy_of(model: Any) -> Policy:
     are any: real tokens come first in each row. Dropout is off.
 
     Args:
-        model: the model. A `Policy` is returned as it is.
+        model: the model. A `Policy` is returned as it is, and what `load_model` gives has one.
 
     Returns:
         The policy. Equal models have the same policy, so that nothing is compiled twice.
@@ -53,6 +54,11 @@ def policy_of(model: Any) -> Policy:
     """
     if isinstance(model, Policy):
         return model
+    if isinstance(policy := getattr(model, "policy", None), Policy):
+        return policy
+    if isinstance(model, str | os.PathLike):
+        name = os.fspath(model)
+        raise ValueError(f"{name!r} is a name and no model: give grpo_jax.models.load_model({name!r})")
     owner, method = _owner(model)
     if _is_of_transformers(owner):
         # It imports transformers, which other models do not need.

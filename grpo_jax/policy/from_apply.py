@@ -131,8 +131,9 @@ def check_causal(policy: Policy, params: Params) -> None:
     """Raises if a policy of `policy_from_apply` looks at later tokens.
 
     An attention without a causal mask samples and scores without any error, and what it learns is nonsense.
-    Two rows that begin alike show it, in one small call for each policy. Other policies are not called, nor
-    is one whose params are being traced or that does not take 4 tokens.
+    Two rows that begin alike show it. That compiles the model once more, for 8 tokens, when the first state
+    of a policy is made. Other policies are not called, nor is one whose params are being traced or that does
+    not take 4 tokens.
 
     Raises:
         ValueError: the logits of a token depend on later tokens, or on chance.

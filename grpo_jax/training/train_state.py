@@ -129,7 +129,7 @@ def own_state(state: train_state.TrainState) -> TrainState:
 
 
 def _policy_of(apply_fn: Any, params: Params) -> Policy:
-    from grpo_jax.models.flax_objects import check_params, policy_of  # loads transformers
+    from grpo_jax.models.flax_objects import check_params, policy_of  # it loads flax.nnx
 
     policy = policy_of(apply_fn)
     check_params(apply_fn, params)

@@ -182,6 +182,8 @@ def test_equal_models_are_one_policy():
     assert policy_of(NNX) is policy_of(NNX.__call__) is policy_of(NNX)
     assert policy_of(Nnx(nnx.Rngs(1))) is not policy_of(NNX)  # its dropout key is another one
     assert policy_of(linen_function) is policy_from_apply(linen_function)
+    state = init_train_state(policy_of(LINEN), VARIABLES["params"], optax.sgd(0.1))
+    assert policy_of(state) is policy_of(policy_of(LINEN)) is policy_of(LINEN)
     assert NNX.dropout.deterministic is False  # the user's module is as it was
 
 
@@ -371,6 +373,7 @@ BAD = {
         {},
         r"lambda> is no model that grpo_jax knows: .*from_apply",
     ),
+    "a name": ("gpt2", {}, r"'gpt2' is a name and no model: give grpo_jax\.models\.load_model\('gpt2'\)"),
     "a number": (3, {}, "int is no model that grpo_jax knows"),
 }
 

@@ -92,7 +92,7 @@ def test_one_update_is_that_of_the_cached_policy(name):
 
 
 def test_a_completion_of_one_token():
-    one = SHARED.replace(tokens=SHARED.tokens[:, :1], mask=SHARED.mask[:, :1])
+    one = jax.tree.map(lambda x: x[:, :1] if x.shape[1:] == MASK.shape[1:] else x, SHARED)
     found, _ = completion_log_probs(BARE, PARAMS, one, group_size=G)
     expected, _ = completion_log_probs(CACHED, PARAMS, one)
     np.testing.assert_allclose(found, expected, atol=2e-5)
@@ -126,6 +126,26 @@ def test_the_function_gets_what_is_promised():
     straight, _ = CACHED.forward(PARAMS, tokens, mask, positions)
     expected = CACHED.unembed(PARAMS, straight)
     np.testing.assert_allclose(hidden[mask], expected[mask], atol=2e-5)
+
+
+def test_slots_that_are_not_written_are_masked():
+    seen = []
+
+    def watch(params, tokens, mask, positions):
+        seen.append((tokens, mask, positions))
+        return bare(params, tokens, mask, positions)
+
+    policy = policy_from_apply(watch)
+    mask = jnp.array([[False, True, True, True, True]] * 2)  # what may be attended to once it is written
+    cache = policy.grow_cache(policy.init_cache(2, 2), 5)
+    _, cache = policy.forward(PARAMS, jnp.array([[0, 7]] * 2), mask, jnp.zeros((2, 2), int), cache)
+    hidden, _ = policy.forward(PARAMS, jnp.array([[8], [9]]), mask, jnp.ones((2, 1), int), cache)
+    tokens, real, positions = seen[1]
+    np.testing.assert_array_equal(real, [[True, True, False, False, False]] * 2)
+    np.testing.assert_array_equal(tokens[real], [7, 8, 7, 9])
+    np.testing.assert_array_equal(positions[real], [0, 1, 0, 1])
+    expected = bare(PARAMS, jnp.array([[7, 8], [7, 9]]), jnp.ones((2, 2), bool), jnp.array([[0, 1]] * 2))
+    np.testing.assert_allclose(hidden[:, 0], expected[:, 1], atol=2e-5)
 
 
 def test_prompts_are_padded_to_the_longest_and_may_be_arrays():
