@@ -99,8 +99,8 @@ def parse_record(
         return _as_meant(list(options), lists, config_option, load)
 
     argv = _spell_out_flags(record, sys.argv[1:] if argv is None else argv)
-    argv = _translate_files(argv, load) if from_trl else argv
     argv = _name_files(argv) if config_option else argv
+    argv = _translate_files(argv, load) if from_trl else argv
     try:
         return finish(as_meant(argv))
     except ValueError as error:
