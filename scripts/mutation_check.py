@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 TESTS = {
     "objective/advantages.py": ("objective/advantages",),
     "objective/kl.py": ("objective/kl",),
-    "objective/surrogates.py": ("objective/surrogates",),
+    "objective/surrogates.py": ("objective/surrogates", "objective/losses"),
     "objective/losses.py": ("objective/losses", "objective/golden"),
     "objective/shaping.py": ("objective/shaping",),
     "training/experience.py": ("training/experience",),
@@ -85,14 +85,14 @@ MUTANTS = {
         ("sapo's temperatures swapped", "jnp.where(advantages > 0, tau, tau_negative)", "jnp.where(advantages > 0, tau_negative, tau)"),
         ("sapo's slope at ratio 1", "-4.0 / taus", "-2.0 / taus"),
         ("gmpo clips the wrong side", "jnp.minimum(log_ratios, high), jnp.maximum(log_ratios, -log_clip_range)", "jnp.maximum(log_ratios, -log_clip_range), jnp.minimum(log_ratios, high)"),
-        ("gmpo's mean over padding", "lengths = jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1)", "lengths = jnp.full(mask[:, :1].shape, mask.shape[1])"),
+        ("gmpo's mean over padding", "lengths = jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1).astype(log_ratios.dtype)", "lengths = jnp.full(mask[:, :1].shape, mask.shape[1]).astype(log_ratios.dtype)"),
         ("sign of reinforce", "    return -advantages * log_probs\n", "    return advantages * log_probs\n"),
-    ],
-    "objective/losses.py": [
         ("exp before the mask", "    log_probs = jnp.where(mask, log_probs, 0)\n    differences", "    differences"),
         ("gradient into the old policy", "jax.lax.stop_gradient(jnp.where(mask, old_log_probs, 0))", "jnp.where(mask, old_log_probs, 0)"),
         ("sequence ratio not normalised", "jnp.sum(differences, axis=-1, keepdims=True) / lengths", "jnp.sum(differences, axis=-1, keepdims=True)"),
         ("sequence_token: gradient of the mean", "jax.lax.stop_gradient(_row_means(differences, mask))", "_row_means(differences, mask)"),
+    ],
+    "objective/losses.py": [
         ("sequence weights without B", "return counted / jnp.maximum(lengths, 1) / sizes.num_rows", "return counted / jnp.maximum(lengths, 1)"),
         ("token weights per row", "return counted / jnp.maximum(jnp.sum(lengths), 1)", "return counted / jnp.maximum(lengths, 1)"),
         ("constant weights by length", "(sizes.num_rows * sizes.max_length)", "(sizes.num_rows * lengths)"),

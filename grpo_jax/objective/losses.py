@@ -12,17 +12,21 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Bool, Float, Int, Real
+from jaxtyping import Float, Int, Real
 
 from grpo_jax.objective.kl import bounded_exp, kl_k3
 from grpo_jax.objective.surrogates import *  # noqa: F403  the surrogates are part of the losses
-from grpo_jax.objective.surrogates import clipped_surrogate, with_mask
-
-TokensLike = Float[ArrayLike, "B T"]  # a caller may give NumPy arrays
-MaskLike = Bool[ArrayLike, "B T"]
-Tokens = Float[Array, "B T"]
-Mask = Bool[Array, "B T"]
-Rows = Float[Array, "B 1"]
+from grpo_jax.objective.surrogates import RATIO_LEVELS as RATIO_LEVELS
+from grpo_jax.objective.surrogates import (
+    MaskLike,
+    Rows,
+    Tokens,
+    TokensLike,
+    check_shapes,
+    clipped_surrogate,
+    log_ratios,
+    with_mask,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -45,69 +49,6 @@ class LossMetrics:
     num_tokens: Real[ArrayLike, "*slices"]  # masked-in tokens
 
     replace = dataclasses.replace
-
-
-def token_log_ratios(differences: Tokens, log_probs: Tokens, mask: Mask) -> Tokens:
-    """Returns each token's own log ratio, as PPO and GRPO have it."""
-    return differences
-
-
-def sequence_log_ratios(differences: Tokens, log_probs: Tokens, mask: Mask) -> Tokens:
-    """Returns the mean of the row's log ratios. GSPO, https://arxiv.org/abs/2507.18071, equation 7."""
-    return jnp.where(mask, _row_means(differences, mask), 0)
-
-
-def sequence_token_log_ratios(differences: Tokens, log_probs: Tokens, mask: Mask) -> Tokens:
-    """Returns that mean with the gradient of the token's own log-prob. GSPO-token, equation 14."""
-    means = jax.lax.stop_gradient(_row_means(differences, mask))
-    return jnp.where(mask, means + log_probs - jax.lax.stop_gradient(log_probs), 0)
-
-
-def _row_means(differences: Tokens, mask: Mask) -> Rows:
-    """Returns the mean [B,1] of each row's masked-in values. The other values have to be 0."""
-    lengths = jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1).astype(differences.dtype)
-    return jnp.sum(differences, axis=-1, keepdims=True) / lengths
-
-
-# name -> f(differences, log_probs, mask). The differences are log(pi / pi_old) of the tokens. Both are 0 at
-# masked positions, and so is the result.
-RATIO_LEVELS: dict[str, Callable[[Tokens, Tokens, Mask], Tokens]] = {
-    "token": token_log_ratios,
-    "sequence": sequence_log_ratios,
-    "sequence_token": sequence_token_log_ratios,
-}
-
-
-def log_ratios(
-    log_probs: TokensLike, old_log_probs: TokensLike, mask: MaskLike, *, level: str = "token"
-) -> Tokens:
-    """Computes the log importance ratios log(pi / pi_old) at one of the `RATIO_LEVELS`.
-
-        token           each token's own ratio (PPO, GRPO)
-        sequence        one ratio per row, the mean over its tokens (GSPO, equation 7)
-        sequence_token  that value with the gradient of the token's own (GSPO-token, equation 14)
-
-    Args:
-        log_probs: [B,T], log-probs under the policy being trained.
-        old_log_probs: [B,T], log-probs under the policy that sampled. No gradient flows into it.
-        mask: [B,T] bool. Values at masked positions, inf and NaN included, have no influence.
-        level: a key of `RATIO_LEVELS`.
-
-    Returns:
-        [B,T], 0 at masked positions.
-
-    Raises:
-        ValueError: the level is unknown.
-    """
-    if level not in RATIO_LEVELS:
-        raise ValueError(f"level: {level!r}; choose one of {', '.join(RATIO_LEVELS)}")
-    chex.assert_rank([log_probs, old_log_probs, mask], 2)
-    chex.assert_equal_shape([log_probs, old_log_probs, mask])
-    mask = jnp.asarray(mask, bool)
-    # Mask before any arithmetic, because exp of an extreme padded value gives 0 * inf = NaN in the gradient.
-    log_probs = jnp.where(mask, log_probs, 0)
-    differences = log_probs - jax.lax.stop_gradient(jnp.where(mask, old_log_probs, 0))
-    return RATIO_LEVELS[level](differences, log_probs, mask)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -247,7 +188,7 @@ def grpo_loss(
         surrogate: ``f(log_ratios [B,T], log_probs [B,T], advantages [B,1]) -> [B,T]``, see
             `grpo_jax.objective.surrogates`. Set its clip keywords with `functools.partial`.
         kl_estimator: ``f(log_probs, ref_log_probs) -> [...]``, see `grpo_jax.objective.kl`.
-        kl_coef: weight of the KL term, not negative.
+        kl_coef: weight of the KL term, not negative. Above 0 it needs ref_log_probs or kls.
         kl_ratio_corrected: whether the estimator is multiplied by the importance ratio (of the ratio level,
             and differentiated). At the token level that is unbiased for the current policy, with the
             gradient of KL(pi || ref).
@@ -266,10 +207,33 @@ def grpo_loss(
     Returns:
         (loss [], LossMetrics). On-policy (ratio 1) the value of the policy loss is close to 0 because
         advantages are centred. What matters is the gradient, which is not 0.
+
+    Raises:
+        ValueError: a mask is not bool, weights are no floats, or kl_coef is above 0 without a reference.
+
+    >>> log_probs = jnp.log(jnp.array([[0.5, 0.5], [0.25, 0.5]]))
+    >>> mask = jnp.array([[True, True], [True, False]])
+    >>> advantages = jnp.array([1.0, -1.0])
+    >>> loss = lambda x: grpo_loss(x, log_probs, advantages, mask, loss_weights(mask))[0]
+    >>> jax.grad(loss)(log_probs).tolist()  # the good row shall become more likely
+    [[-0.25, -0.25], [0.5, 0.0]]
     """
-    chex.assert_rank([log_probs, old_log_probs, mask, weights], 2)
-    chex.assert_equal_shape([log_probs, old_log_probs, mask, weights])
-    chex.assert_shape(advantages, (log_probs.shape[0],))
+    check_shapes(
+        log_probs=log_probs,
+        old_log_probs=old_log_probs,
+        mask=mask,
+        weights=weights,
+        ref_log_probs=ref_log_probs,
+        kls=kls,
+        at_reference=at_reference,
+        entropies=entropies,
+        penalty_weights=penalty_weights,
+    )
+    chex.assert_shape(advantages, log_probs.shape[:1], custom_message="advantages [B]")
+    _check_masks(mask=mask, at_reference=at_reference)
+    _check_floats(weights=weights, penalty_weights=penalty_weights)
+    if kls is None and ref_log_probs is None:
+        _check_no_kl(kl_coef)
     mask = jnp.asarray(mask, bool)
     log_probs = jnp.where(mask, log_probs, 0)
     penalty_weights = weights if penalty_weights is None else penalty_weights
@@ -287,10 +251,35 @@ def grpo_loss(
     if kls is not None:
         loss = loss + kl_coef * jnp.sum(penalty_weights * kls)
     if entropies is not None:
-        chex.assert_equal_shape([log_probs, entropies])
         loss = loss - entropy_coef * jnp.sum(penalty_weights * jnp.where(mask, entropies, 0))
     clipped = _clipped_tokens(surrogate, log_rho, log_probs, advantages)
     return loss, _loss_metrics(policy_loss, kls, log_rho, clipped, stale, mask)
+
+
+def _check_masks(**masks: ArrayLike | None) -> None:
+    for name, mask in masks.items():
+        if mask is not None and jnp.result_type(mask) != jnp.bool_:
+            raise ValueError(
+                f"{name}: its dtype is {jnp.result_type(mask)}; give a bool [B,T], such as {name} != 0. "
+                "Positional order: log_probs, old_log_probs, advantages, mask, weights"
+            )
+
+
+def _check_floats(**weights: ArrayLike | None) -> None:
+    for name, values in weights.items():
+        if values is not None and not jnp.issubdtype(jnp.result_type(values), jnp.floating):
+            raise ValueError(
+                f"{name}: their dtype is {jnp.result_type(values)}; give floats [B,T], such as "
+                "loss_weights(mask)"
+            )
+
+
+def _check_no_kl(kl_coef: Real[ArrayLike, ""]) -> None:
+    if not isinstance(kl_coef, jax.core.Tracer) and kl_coef > 0:  # under jit nobody knows its value
+        raise ValueError(
+            f"kl_coef={float(kl_coef):g} needs a reference: give ref_log_probs [B,T], log-probs under the "
+            "frozen model (or kls), or kl_coef=0"
+        )
 
 
 def _kls(kls, log_probs, ref_log_probs, log_rho, mask, kl_estimator, kl_ratio_corrected) -> Array | None:
@@ -298,7 +287,6 @@ def _kls(kls, log_probs, ref_log_probs, log_rho, mask, kl_estimator, kl_ratio_co
     if kls is None and ref_log_probs is None:
         return None
     if kls is None:
-        chex.assert_equal_shape([log_probs, ref_log_probs])
         ref_log_probs = jax.lax.stop_gradient(jnp.where(mask, ref_log_probs, 0))
         kls = kl_estimator(log_probs, ref_log_probs)
     chex.assert_equal_shape([log_probs, kls])

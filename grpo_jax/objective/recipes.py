@@ -133,9 +133,13 @@ class Recipe:
         at_reference: Bool[ArrayLike, "B T"] | None = None,
         entropies: Float[ArrayLike, "B T"] | None = None,
     ) -> tuple[Float[Array, ""], LossMetrics]:
-        """Computes `grpo_loss` with this recipe's choices and returns (loss [], LossMetrics)."""
+        """Computes `grpo_loss` with this recipe's choices and returns (loss [], LossMetrics).
+
+        Without ref_log_probs and kls there is no KL term, whatever kl_coef is.
+        """
         if self.exact_kl and kls is None and ref_log_probs is not None:
             raise ValueError("an exact KL needs kls [B,T], see `token_log_probs_and_kls`")
+        in_loss = self.kl_placement == "loss" and not (kls is None and ref_log_probs is None)
         return grpo_loss(
             log_probs,
             old_log_probs,
@@ -146,7 +150,7 @@ class Recipe:
             ratio_level=self.ratio_level,
             surrogate=functools.partial(self.surrogate, **self.clip),
             kl_estimator=self.kl_estimator,
-            kl_coef=self.kl_coef if self.kl_placement == "loss" else 0.0,
+            kl_coef=self.kl_coef if in_loss else 0.0,
             kl_ratio_corrected=self.kl_ratio_corrected,
             kls=kls,
             at_reference=at_reference,

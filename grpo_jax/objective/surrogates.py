@@ -2,12 +2,14 @@
 
 Every surrogate has the signature ``f(log_ratios [B,T], log_probs [B,T], advantages [B,1], **clip keywords)
 -> [B,T]``. One that couples the tokens of a row also has a keyword `mask` [B,T] and is given the mask. The
-others work element by element, so they take any shape: in the annotations it is `*BT`.
+others work element by element, so they take any shape: in the annotations it is `*BT`. `log_ratios` makes the
+ratios of a level that a surrogate gets.
 """
 
 import inspect
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -15,6 +17,12 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Real
 
 from grpo_jax.objective.kl import bounded_exp
+
+TokensLike = Float[ArrayLike, "B T"]  # a caller may give NumPy arrays
+MaskLike = Bool[ArrayLike, "B T"]
+Tokens = Float[Array, "B T"]
+Mask = Bool[Array, "B T"]
+Rows = Float[Array, "B 1"]
 
 
 def clipped_surrogate(
@@ -193,3 +201,78 @@ def clip_keywords(surrogate: Callable[..., Array]) -> tuple[str, ...]:
     """Lists the numbers that a surrogate can be given, such as `clip_range`."""
     parameters = inspect.signature(surrogate).parameters.items()
     return tuple(n for n, p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY and n != "mask")
+
+
+def check_shapes(**arrays: ArrayLike | None) -> None:
+    """Raises AssertionError if arrays [B,T] differ in shape; it names the argument and both shapes.
+
+    Args:
+        arrays: arrays by the name of their argument. `None` stands for one that is not given.
+    """
+    (name, first), *others = arrays.items()
+    chex.assert_rank(first, 2, custom_message=f"{name} [B,T]")
+    for other, array in others:
+        if array is not None:
+            chex.assert_shape(array, first.shape, custom_message=f"{other} [B,T], the shape of {name}")
+
+
+def token_log_ratios(differences: Tokens, log_probs: Tokens, mask: Mask) -> Tokens:
+    """Returns each token's own log ratio, as PPO and GRPO have it."""
+    return differences
+
+
+def sequence_log_ratios(differences: Tokens, log_probs: Tokens, mask: Mask) -> Tokens:
+    """Returns the mean of the row's log ratios. GSPO, https://arxiv.org/abs/2507.18071, equation 7."""
+    return jnp.where(mask, _row_means(differences, mask), 0)
+
+
+def sequence_token_log_ratios(differences: Tokens, log_probs: Tokens, mask: Mask) -> Tokens:
+    """Returns that mean with the gradient of the token's own log-prob. GSPO-token, equation 14."""
+    means = jax.lax.stop_gradient(_row_means(differences, mask))
+    return jnp.where(mask, means + log_probs - jax.lax.stop_gradient(log_probs), 0)
+
+
+def _row_means(differences: Tokens, mask: Mask) -> Rows:
+    """Returns the mean [B,1] of each row's masked-in values. The other values have to be 0."""
+    lengths = jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1).astype(differences.dtype)
+    return jnp.sum(differences, axis=-1, keepdims=True) / lengths
+
+
+# name -> f(differences, log_probs, mask). The differences are log(pi / pi_old) of the tokens. Both are 0 at
+# masked positions, and so is the result.
+RATIO_LEVELS: dict[str, Callable[[Tokens, Tokens, Mask], Tokens]] = {
+    "token": token_log_ratios,
+    "sequence": sequence_log_ratios,
+    "sequence_token": sequence_token_log_ratios,
+}
+
+
+def log_ratios(
+    log_probs: TokensLike, old_log_probs: TokensLike, mask: MaskLike, *, level: str = "token"
+) -> Tokens:
+    """Computes the log importance ratios log(pi / pi_old) at one of the `RATIO_LEVELS`.
+
+        token           each token's own ratio (PPO, GRPO)
+        sequence        one ratio per row, the mean over its tokens (GSPO, equation 7)
+        sequence_token  that value with the gradient of the token's own (GSPO-token, equation 14)
+
+    Args:
+        log_probs: [B,T], log-probs under the policy being trained.
+        old_log_probs: [B,T], log-probs under the policy that sampled. No gradient flows into it.
+        mask: [B,T] bool. Values at masked positions, inf and NaN included, have no influence.
+        level: a key of `RATIO_LEVELS`.
+
+    Returns:
+        [B,T], 0 at masked positions.
+
+    Raises:
+        ValueError: the level is unknown.
+    """
+    if level not in RATIO_LEVELS:
+        raise ValueError(f"level: {level!r}; choose one of {', '.join(RATIO_LEVELS)}")
+    check_shapes(log_probs=log_probs, old_log_probs=old_log_probs, mask=mask)
+    mask = jnp.asarray(mask, bool)
+    # Mask before any arithmetic, because exp of an extreme padded value gives 0 * inf = NaN in the gradient.
+    log_probs = jnp.where(mask, log_probs, 0)
+    differences = log_probs - jax.lax.stop_gradient(jnp.where(mask, old_log_probs, 0))
+    return RATIO_LEVELS[level](differences, log_probs, mask)

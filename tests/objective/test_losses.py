@@ -426,7 +426,7 @@ def test_runaway_tokens_stay_finite(level, sign):
                 for estimator in KL_ESTIMATORS:
                     loss, gradient, metrics = run(changed, level=level, clip=clip, estimator=estimator)
                     assert np.isfinite(loss) and np.isfinite(gradient).all()
-                    chex.assert_tree_all_finite(metrics)
+                    chex.assert_tree_all_finite(jax.tree.leaves(metrics))
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -543,3 +543,62 @@ def test_errors():
         grpo_loss(ones, ones, jnp.ones(2), ones, ones, ref_log_probs=ones[:, :2])
     with pytest.raises(AssertionError):
         log_ratios(ones[0], ones[0], ones[0])
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+@pytest.mark.parametrize("jitted", [False, True])
+def test_arguments_of_another_kind_are_named(jitted):
+    ones = jnp.ones((2, 3))
+    mask = ones > 0
+    good = {
+        "log_probs": ones,
+        "old_log_probs": ones,
+        "advantages": jnp.ones(2),
+        "mask": mask,
+        "weights": ones,
+    }
+
+    def call(**changed):
+        function = jax.jit(grpo_loss) if jitted else grpo_loss
+        return function(**{**good, **changed})
+
+    assert call()[1].num_tokens == 6
+    with pytest.raises(ValueError, match=r"^mask: its dtype is float32; give a bool \[B,T\]") as swapped:
+        call(mask=ones, weights=mask)
+    assert "\n" not in str(swapped.value)
+    with pytest.raises(ValueError, match=r"^mask: its dtype is int32; .* such as mask != 0"):
+        call(mask=mask.astype(jnp.int32))
+    with pytest.raises(ValueError, match=r"^weights: their dtype is bool; give floats .* loss_weights"):
+        call(weights=mask)
+    with pytest.raises(ValueError, match=r"^penalty_weights: their dtype is bool"):
+        call(penalty_weights=mask)
+    with pytest.raises(ValueError, match=r"^at_reference: its dtype is float32"):
+        call(at_reference=ones)
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+def test_shapes_that_differ_are_named_with_both():
+    ones = jnp.ones((2, 3))
+    good = {"log_probs": ones, "old_log_probs": ones, "advantages": ones[:, 0], "mask": ones > 0}
+    good["weights"] = ones
+    names = ["old_log_probs", "mask", "weights", "ref_log_probs", "kls", "entropies", "penalty_weights"]
+    for name in names:
+        wrong = (good.get(name, ones))[:, :2]
+        with pytest.raises(AssertionError, match=rf"\(2, 2\).*\(2, 3\).*{name} \[B,T\]") as caught:
+            grpo_loss(**{**good, name: wrong})
+        assert "\n" not in str(caught.value)
+    with pytest.raises(AssertionError, match=r"\(2, 1\) but expected \(2\).*advantages \[B\]"):
+        grpo_loss(**{**good, "advantages": ones[:, :1]})
+    with pytest.raises(AssertionError, match=r"shape \(3,\).*log_probs \[B,T\]"):
+        log_ratios(ones[0], ones[0], ones[0] > 0)
+
+
+def test_a_kl_term_needs_a_reference():
+    ones = jnp.ones((2, 3))
+    data = (ones, ones, jnp.ones(2), ones > 0, ones)
+    for kl_coef in (0.04, np.float32(0.04), jnp.float32(0.04)):
+        with pytest.raises(ValueError, match=r"^kl_coef=0.04 needs a reference: give ref_log_probs \[B,T\]"):
+            grpo_loss(*data, kl_coef=kl_coef)
+    grpo_loss(*data, kl_coef=0.0)
+    assert grpo_loss(*data, kl_coef=0.04, kls=ones)[1].kl == 1
+    assert jax.jit(lambda kl_coef: grpo_loss(*data, kl_coef=kl_coef))(0.04)[1].kl == 0  # its value is unknown
