@@ -18,10 +18,12 @@ from grpo_jax.objective.advantages import (
     effective_weights,
     group_advantages,
     group_stds,
+    grow,
     informative_groups,
     leave_one_out_advantages,
     normalize_then_sum,
     scale_by_batch,
+    shrink_factor,
 )
 
 FAST = settings(max_examples=150, deadline=None, derandomize=True)
@@ -104,6 +106,16 @@ def test_equal_rewards_of_one_group_stay_zero_beside_live_groups(scale):
     result = np.asarray(function_of(scale)(rewards))
     assert (result[[0, 2]] == 0).all() and (result[1] != 0).all()
     chex.assert_tree_all_finite(jax.grad(lambda r: jnp.sum(function_of(scale)(r)[..., 0]))(rewards))
+
+
+def test_shrunk_rewards_grow_back():
+    rewards = jnp.array([[3e30, -3e30], [0.35, 7.0]])
+    shrink = shrink_factor(rewards, axis=-1)
+    assert shrink.tolist() == [[2.0**-80], [1.0]]
+    np.testing.assert_array_equal(grow(rewards * shrink, shrink), rewards)
+    largest = np.finfo(np.float32).max
+    too_large = jnp.array([[largest, -largest], [1.0, 1.0]])
+    np.testing.assert_array_equal(grow(too_large, shrink), [[largest, -largest], [1.0, 1.0]])
 
 
 @pytest.mark.parametrize("scale", ["std", "batch"])
