@@ -12,10 +12,24 @@ import pytest
 
 from grpo_jax.objective.losses import LossMetrics
 from grpo_jax.objective.recipes import Recipe, grpo
+from grpo_jax.policy.cache import DecoderCache
+from grpo_jax.policy.decoding import _Decode, _Rows
 from grpo_jax.training.train_state import init_train_state
 from grpo_jax.types import Experience, Judged, Policy, Prompts, Rollout, Totals
 
-RECORDS = [Prompts, Rollout, Totals, Judged, Experience, Policy, LossMetrics, Recipe]
+RECORDS = [
+    Prompts,
+    Rollout,
+    Totals,
+    Judged,
+    Experience,
+    Policy,
+    LossMetrics,
+    Recipe,
+    DecoderCache,
+    _Decode,
+    _Rows,
+]
 PROMPTS = Prompts(tokens=np.zeros((1, 2), np.int32), mask=np.ones((1, 2), bool))
 
 

@@ -3,15 +3,17 @@
 Its arrays are [N, heads, G, slots, head_dim], so that what one matrix product reads lies together.
 """
 
+import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
 class DecoderCache:
     """Keys and values of the tokens seen: those of each prompt once, and those of each row since.
 
@@ -22,6 +24,8 @@ class DecoderCache:
     prefix: tuple[tuple[Array, Array], ...] | None  # per layer (keys, values) [n,k,s,d]
     own: tuple[tuple[Array, Array], ...]  # per layer (keys, values) [n,k,g,t,d]
     size: Array  # [] int32, own slots in use
+
+    replace = dataclasses.replace
 
 
 def init_cache(

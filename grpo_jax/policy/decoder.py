@@ -17,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -199,7 +198,8 @@ class _Decoder:
             )
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
 class _OutputLast:
     """A decoder's parameters with every kernel as [in, out]."""
 
@@ -222,4 +222,4 @@ def _output_last(a: Architecture, tree: dict[str, Any]) -> _OutputLast:
         return layer | lists | {name: flip(layer[name]) for name in ("output", "down")}
 
     head = flip(tree["head"]) if "head" in tree else {"kernel": tree["embedding"].T}
-    return _OutputLast(tree | {"head": head, "layers": [flip_all(layer) for layer in tree["layers"]]})
+    return _OutputLast(tree=tree | {"head": head, "layers": [flip_all(layer) for layer in tree["layers"]]})

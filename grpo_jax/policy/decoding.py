@@ -1,11 +1,12 @@
 """Generates completions. Each prompt is prefilled once, and its cache is forked to the rows of its group."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import chex
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,7 +79,8 @@ def row_keys(key: Array, rows: Array) -> Array:
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
 class _Rows:
     """What decoding needs of the b rows that are still running."""
 
@@ -91,8 +93,11 @@ class _Rows:
     last: Array  # [b] the token sampled last
     done: Array  # [b] bool
 
+    replace = dataclasses.replace
 
-@flax.struct.dataclass
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
 class _Decode:
     """What the decoding loop carries."""
 
@@ -103,6 +108,8 @@ class _Decode:
     log_probs: Array
     kept_mass: Array
     finished: Array  # [B] bool, kept here because a row that leaves `rows` may be unfinished
+
+    replace = dataclasses.replace
 
 
 def _sample_and_record(policy, params, carry: _Decode, hidden, eos_ids, stop_table, sampling) -> _Decode:

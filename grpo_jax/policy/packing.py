@@ -4,13 +4,15 @@ Completions are shorter than their limit, so [B,K] arrays are mostly padding. La
 alike (embeddings, dense layers, norms, the unembedding) can run on [P] packed tokens. Attention needs rows.
 """
 
-import flax.struct
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
 class Packing:
     """The indices of the real tokens of a [B,K] mask, in row-major order, at most P of them."""
 
