@@ -1,8 +1,11 @@
 """The README's section for a model, data and a reward of one's own, as printed, to an exported model."""
 
 import csv
+import importlib
 import re
+import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -23,8 +26,9 @@ def place(tmp_path, monkeypatch):
     for language in ("python", "yaml"):
         ((name, text),) = re.findall(rf"```{language}\n# (\S+)\n(.*?)```", SECTION, re.DOTALL)
         (tmp_path / name).write_text(text)
+    replace(tmp_path / "mine.yaml", '"packaged:arithmetic"', "models/mine")
     shutil.copytree("tests/fixtures/models/llama3", tmp_path / "models" / "mine")
-    with open(tmp_path / "questions.csv", "w", newline="") as file:
+    with open(tmp_path / "mine.csv", "w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["question", "answer"])
         rows.writerows([f"What is {a} plus 1?", a + 1] for a in range(40))
@@ -42,20 +46,39 @@ def test_from_a_table_to_an_exported_model(place, capsys):
     assert load_model("models/better").config.model_type == "llama"
 
 
+def test_the_whole_section_as_printed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (make_table,) = re.findall(r"^python3 -c .*$", SECTION, re.MULTILINE)
+    subprocess.run(["bash", "-c", make_table], check=True, timeout=60)
+    assert "\n12+34,46\n" in Path("mine.csv").read_text()
+    for language in ("python", "yaml"):
+        ((name, text),) = re.findall(rf"```{language}\n# (\S+)\n(.*?)```", SECTION, re.DOTALL)
+        Path(name).write_text(text)
+    commands = re.findall(r"^\.venv/bin/grpo-jax (\w+) ([^#\n]*)", SECTION, re.MULTILINE)
+    assert [name for name, _ in commands] == ["plan", "score", "train", "evaluate", "generate", "export"]
+    shorter = {"score": ["--num_prompts=2", *SMALL], "train": SMALL, "evaluate": ["--num_prompts=8"]}
+    for name, arguments in commands:
+        more = shorter.get(name, [])
+        assert importlib.import_module(f"grpo_jax.{name}").main([*shlex.split(arguments), *more]) == 0
+        assert capsys.readouterr().out
+    assert {path.name for path in Path("runs/mine").iterdir()} >= {"hf", "best", "config.yaml"}
+    assert load_model("models/better").source == "models/better"
+
+
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (lambda: Path("questions.csv").unlink(), r"questions\.csv: there is no such file"),
+        (lambda: Path("mine.csv").unlink(), r"mine\.csv: there is no such file"),
         (
-            lambda: replace("questions.csv", "question,", "text,"),
+            lambda: replace("mine.csv", "question,", "text,"),
             r"'question' is undefined; the columns are: text",
         ),
         (
-            lambda: replace("questions.csv", ",answer", ",solution"),
+            lambda: replace("mine.csv", ",answer", ",solution"),
             r"needs `answer`, which is neither a column",
         ),
         (
-            lambda: replace("mine.yaml", "train_file: questions.csv", "task: adition"),
+            lambda: replace("mine.yaml", "train_file: mine.csv", "task: adition"),
             "did you mean 'addition'",
         ),
         (
@@ -66,7 +89,7 @@ def test_from_a_table_to_an_exported_model(place, capsys):
             lambda: replace("mine.yaml", "eval_fraction", "eval_fracton"),
             r"did you mean 'data\.eval_fraction'",
         ),
-        (lambda: replace("mine.yaml", "}}\\nA:", "}\\nA:"), r"data\.prompt_template, line 1: unexpected"),
+        (lambda: replace("mine.yaml", "}}=", "}="), r"data\.prompt_template, line 1: unexpected"),
         (
             lambda: replace("my_reward.py", "columns):", "columns)"),
             r"my_reward\.py:1: SyntaxError: expected ':'",
@@ -106,7 +129,7 @@ def test_every_wrong_turn_is_one_line(break_it, message, place):
 SERVER = "function: http_score, arguments: {url: http://127.0.0.1:9/score}"
 
 
-def replace(path: str, old: str, new: str) -> None:
+def replace(path: str | Path, old: str, new: str) -> None:
     """Replaces a text of a file, which has to be there."""
     text = Path(path).read_text()
     assert old in text

@@ -1,6 +1,7 @@
 """One printed line when a run is in a state that people ask about. It says what that means and what to do.
 
-Names and formulas of the metrics are in `grpo_jax.training.metrics`. The README has their healthy ranges.
+Names and formulas of the metrics are in `grpo_jax.training.metrics`. Their healthy ranges
+are in `grpo_jax/training/README.md`.
 """
 
 from collections.abc import Callable, Sequence
