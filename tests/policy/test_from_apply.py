@@ -128,6 +128,12 @@ def test_the_function_gets_what_is_promised():
     np.testing.assert_allclose(hidden[mask], expected[mask], atol=2e-5)
 
 
+def test_logits_of_half_precision_become_float32():
+    half = policy_from_apply(lambda *arguments: bare(*arguments).astype(jnp.bfloat16))
+    logits, _ = half.forward(PARAMS, jnp.array([[2, 3]] * 3), jnp.ones((3, 2), bool), jnp.zeros((3, 2), int))
+    assert logits.dtype == half.unembed(PARAMS, logits).dtype == jnp.float32
+
+
 def test_slots_that_are_not_written_are_masked():
     seen = []
 
