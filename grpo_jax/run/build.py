@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import optax
@@ -18,10 +18,11 @@ from grpo_jax.evaluation.categories import rows_by_category
 from grpo_jax.evaluation.verdicts import Correct
 from grpo_jax.models.endings import end_arguments, stop_notes, turn_end_note
 from grpo_jax.models.loading import Model, decode
-from grpo_jax.objective.recipes import CLIP_KEYWORDS, Recipe, make_recipe
+from grpo_jax.objective.recipes import Recipe
 from grpo_jax.policy.lora import Lora, merge_adapters
 from grpo_jax.rewards.judging import reach_verdict
 from grpo_jax.rewards.loading import Reward
+from grpo_jax.run.effective_config import named_recipe
 from grpo_jax.run.first_look import notes_about_prompts, show_first_prompt
 from grpo_jax.run.named_rewards import check_data_columns, choose_rule, drop_bad_rows, load_named_rewards
 from grpo_jax.run.trained_model import init_state, make_run_optimizer, make_run_schedule, prepare_model
@@ -252,10 +253,8 @@ def _make_recipe(config: Config) -> Recipe:
     """
     algorithm = config.algorithm
     limit = config.sampling.max_new_tokens
-    choices = {field.name for field in fields(Recipe)} | CLIP_KEYWORDS
-    given = {key: value for key, value in asdict(algorithm).items() if key in choices - {"name"}}
     try:
-        recipe = make_recipe(algorithm.name, **given)
+        recipe = named_recipe(config)
     except ValueError as error:
         raise ValueError(f"algorithm: {error}") from None
     if recipe.overlong_tokens(limit) > limit:

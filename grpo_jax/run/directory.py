@@ -15,6 +15,7 @@ from grpo_jax.config.run import Config
 from grpo_jax.models.loading import Model, load_model, set_endings
 from grpo_jax.models.peft import check_base
 from grpo_jax.policy.lora import Lora
+from grpo_jax.run.effective_config import effective_config
 from grpo_jax.run.trained_model import build_model
 from grpo_jax.training.train_state import TrainState, policy_params
 from grpo_jax.types import Params
@@ -32,8 +33,8 @@ _DATE = "model.chat_template_date"  # stored at the first start, and kept unless
 
 
 def config_dict(config: Config) -> dict[str, Any]:
-    """Returns the resolved config as plain nested dicts."""
-    return asdict(config)
+    """Returns the config as plain nested dicts, with the values of its recipe that take effect."""
+    return asdict(effective_config(config))
 
 
 def read_config(run_dir: str | Path) -> Config:

@@ -20,6 +20,7 @@ from grpo_jax.config.parsing import parse_record
 from grpo_jax.config.run import Config
 from grpo_jax.objective.recipes import RECIPES, make_recipe
 from grpo_jax.run.directory import config_dict, read_config, write_config
+from grpo_jax.run.effective_config import effective_config
 
 ROOT = Path(grpo_jax.__file__).parent
 
@@ -96,7 +97,7 @@ def test_written_and_read_again(tmp_path):
     )
     assert {name: getattr(config.data, name) for name in given["data"]} == given["data"]
     write_config(config)
-    assert read_config(config.run_dir) == config
+    assert read_config(config.run_dir) == effective_config(config)
     assert config_dict(config)["rewards"][1]["arguments"] == {"words": ["yes", "no"]}
 
 

@@ -18,6 +18,7 @@ from grpo_jax.run.directory import (
     restore_checkpoint,
     write_config,
 )
+from grpo_jax.run.effective_config import effective_config
 from grpo_jax.train import train
 
 
@@ -53,7 +54,7 @@ def test_check_same_run(tmp_path):
 def test_config_of_a_run(tmp_path):
     config = small_run.config(tmp_path / "deep" / "run")
     write_config(config)
-    assert read_config(config.run_dir) == config
+    assert read_config(config.run_dir) == effective_config(config)
     with pytest.raises(ValueError, match=r"is not a run directory: it has no config.yaml"):
         read_config(tmp_path)
     path = tmp_path / "deep" / "run" / "config.yaml"

@@ -1,0 +1,55 @@
+"""The config with the values that take effect: what the recipe has where the user left a key open."""
+
+from dataclasses import asdict, fields, replace
+from typing import Any
+
+from grpo_jax.config.run import Config
+from grpo_jax.objective.advantages import ADVANTAGES
+from grpo_jax.objective.kl import KL_ESTIMATORS
+from grpo_jax.objective.recipes import CLIP_KEYWORDS, Recipe, make_recipe
+from grpo_jax.objective.surrogates import SURROGATES
+
+
+def named_recipe(config: Config) -> Recipe:
+    """Makes the recipe that a config names and changes.
+
+    Raises:
+        ValueError: its choices contradict each other.
+    """
+    choices = {field.name for field in fields(Recipe)} | CLIP_KEYWORDS
+    algorithm = asdict(config.algorithm)
+    given = {key: value for key, value in algorithm.items() if key in choices - {"name"}}
+    return make_recipe(config.algorithm.name, **given)
+
+
+def effective_config(config: Config) -> Config:
+    """Returns the config with the recipe's own values in the place of null.
+
+    The recipe of the result is the same. A key stays null where the recipe has no value: a bonus or a cap
+    that is off, and a clip range that another surrogate has.
+    """
+    values = _values(named_recipe(config), config.sampling.max_new_tokens)
+    open_keys = [
+        field.name for field in fields(config.algorithm) if getattr(config.algorithm, field.name) is None
+    ]
+    filled = {key: values[key] for key in open_keys if key in values}
+    return replace(config, algorithm=replace(config.algorithm, **filled))
+
+
+def _values(recipe: Recipe, max_new_tokens: int) -> dict[str, Any]:
+    """Returns what a recipe is made of, under the names of the config."""
+    estimators = {function: name for name, function in KL_ESTIMATORS.items()}
+    kl_estimator = "exact" if recipe.exact_kl else estimators[recipe.kl_estimator]
+    values = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
+    return {
+        **values,
+        **recipe.clip,
+        "advantage": _name(ADVANTAGES, recipe.advantage),
+        "surrogate": _name(SURROGATES, recipe.surrogate),
+        "kl_estimator": f"ratio_{kl_estimator}" if recipe.kl_ratio_corrected else kl_estimator,
+        "overlong_buffer": recipe.overlong_tokens(max_new_tokens),
+    }
+
+
+def _name(table: dict[str, Any], function: Any) -> str:
+    return next(name for name, entry in table.items() if entry is function)
