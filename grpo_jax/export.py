@@ -1,6 +1,7 @@
 """Writes a checkpoint of a run as a model directory, or its LoRA adapters as one for peft.
 
 python -m grpo_jax.export runs/arithmetic --to models/adder
+python -m grpo_jax.export runs/arithmetic --to models/adder --push_to_hub owner/adder
 """
 
 import re
@@ -14,6 +15,7 @@ from grpo_jax.models.peft import save_adapters
 from grpo_jax.models.tensor_files import DTYPES
 from grpo_jax.run.directory import load_adapters, load_run, read_config
 from grpo_jax.run.model_card import write_card
+from grpo_jax.run.publishing import check_push, push
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -32,6 +34,9 @@ class ExportArguments:
             which take half the space.
         adapter: whether the adapters of a LoRA run are written alone, as peft reads them. By default they are
             merged into the model.
+        push_to_hub: name of a repository of the Hugging Face hub, `owner/name`, to which the directory is
+            uploaded. It takes a token (`hf auth login` or HF_TOKEN). `null` publishes nothing.
+        private: whether a repository that push_to_hub makes is private.
     """
 
     run: str
@@ -40,6 +45,8 @@ class ExportArguments:
     max_shard_size: str = "5GB"
     dtype: str = "float32"
     adapter: bool = False
+    push_to_hub: str | None = None
+    private: bool = False
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
@@ -80,6 +87,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     size = parse_size(arguments.max_shard_size)
     config = read_config(arguments.run)
+    if arguments.private and arguments.push_to_hub is None:
+        raise ValueError("private: it is for push_to_hub; give the name of a repository there")
+    if arguments.push_to_hub is not None:
+        check_push(arguments.push_to_hub, arguments.to)
     if arguments.adapter:
         base, lora, adapters, step = load_adapters(arguments.run, step=arguments.step)
         save_adapters(base, lora, adapters, arguments.to)
@@ -89,6 +100,10 @@ def main(argv: list[str] | None = None) -> int:
         write_card(config, arguments.to, step=step, run_dir=arguments.run)
     opens = "peft" if arguments.adapter else "transformers"
     print(f"saved step {step} of {arguments.run} in {arguments.to}, a directory that {opens} opens")
+    if arguments.push_to_hub is not None:
+        message = f"Add the model of step {step}"
+        address = push(arguments.push_to_hub, arguments.to, private=arguments.private, message=message)
+        print(f"published it as {address}")
     return 0
 
 

@@ -68,7 +68,7 @@ DOORS = {
         "models.loading",
         "models.tokenizer_files",
     },
-    "huggingface_hub": {"models.directories"},
+    "huggingface_hub": {"models.directories", "run.model_card", "run.publishing"},
     "safetensors": {"models.tensor_files"},
     "orbax": {"checkpoints.manager"},
     "grain": {"data.loading"},

@@ -18,6 +18,7 @@ PACKAGED = Path(str(files("grpo_jax"))) / "packaged"
 ADAPTER_CONFIG = "adapter_config.json"
 # Patterns of everything but the weights.
 _SMALL_FILES = [
+    "README.md",  # for the license
     "config.json",
     "generation_config.json",
     "tokenizer*",
@@ -34,11 +35,10 @@ _SMALL_FILES = [
 
 def find_directory(name: str, *, revision: str | None) -> Path:
     """Returns the local directory of a model. It downloads a model named by a hub id."""
-    packaged = name.removeprefix("packaged:")
-    path = Path(name).expanduser() if packaged == name else PACKAGED / packaged
-    is_path = packaged != name or path.is_dir() or name.startswith((".", "/", "~")) or name.count("/") > 1
-    if not is_path:
+    path = local_directory(name)
+    if path is None:
         return _download(name, revision)
+    packaged = name.removeprefix("packaged:")
     if revision is not None:
         raise ValueError(f"revision {revision!r} is for hub ids; {name} is local")
     if packaged != name and ("/" in packaged or not path.is_dir()):
@@ -47,6 +47,16 @@ def find_directory(name: str, *, revision: str | None) -> Path:
     if not path.is_dir():
         raise FileNotFoundError(f"{name}: no such directory")
     return path
+
+
+def local_directory(name: str) -> Path | None:
+    """Returns the path that a model's name means, which may not exist, or None for a hub id."""
+    packaged = name.removeprefix("packaged:")
+    if packaged != name:
+        return PACKAGED / packaged
+    path = Path(name).expanduser()
+    is_path = path.is_dir() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    return path if is_path else None
 
 
 def check_no_adapter(directory: Path, name: str) -> None:

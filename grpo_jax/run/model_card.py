@@ -1,15 +1,19 @@
 """The README.md of an exported model: where it comes from, how it was trained, and with what result."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from grpo_jax.config.run import Config
 from grpo_jax.config.sampling import as_list
+from grpo_jax.models.directories import local_directory
 from grpo_jax.objective.recipes import RECIPES
 from grpo_jax.trackers.jsonl import LogRow
 
@@ -47,19 +51,23 @@ def model_card(
     name = Path(run).resolve().name
     algorithm = config.algorithm
     recipe = RECIPES[algorithm.name]
-    front = {
-        "base_model": _base_model(config.model.hf_model_name),
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": _TAGS,
-    }
+    results = _eval_results(config, rows, step)
+    front = ModelCardData(
+        base_model=_base_model(config.model.hf_model_name),
+        datasets=_datasets(config),
+        eval_results=results or None,
+        library_name="transformers",
+        model_name=name if results else None,
+        pipeline_tag="text-generation",
+        tags=_TAGS,
+        **_license(config),
+    )
     source = f"`{config.model.hf_model_name}`"
     if config.model.revision is not None:
         source += f" at revision `{config.model.revision}`"
     updates = "update" if step == 1 else "updates"
     moved = "" if Path(run) == Path(config.run_dir) else f" --run_dir {run}"
     parts = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {name}",
         f"{source}, trained for {step} {updates} with grpo_jax: recipe `{recipe.name}` ({recipe.paper}), "
         f"groups of {algorithm.group_size} completions, {config.training.batch_size} completions per update.",
@@ -79,7 +87,8 @@ def model_card(
         f"python -m grpo_jax.train --config {run}/config.yaml{moved}\n"
         "```",
     ]
-    return "\n\n".join(parts) + "\n"
+    text = "\n\n".join(parts) + "\n"
+    return ModelCard(f"---\n{front.to_yaml()}\n---\n\n{text}").content
 
 
 def _read_rows(path: Path) -> list[LogRow]:
@@ -99,18 +108,74 @@ def _read_rows(path: Path) -> list[LogRow]:
 
 def _base_model(name: str) -> str:
     """Returns a name that the hub accepts: that of a model on the hub, or the last part of a local path."""
-    local = name.startswith(("packaged:", ".", "/", "~")) or name.count("/") > 1 or Path(name).is_dir()
-    return Path(name.removeprefix("packaged:")).resolve().name if local else name
+    path = local_directory(name)
+    return name if path is None else path.resolve().name
 
 
-def _evaluation(rows: Sequence[LogRow], step: int) -> str:
-    """Returns a table of the first and the last evaluation up to a step."""
+def _license(config: Config) -> dict[str, Any]:
+    """Returns what the card of the base model says of its license, which holds for this model as well.
+
+    Nothing is downloaded: the card of a model of the hub came with the model.
+    """
+    name = config.model.hf_model_name
+    path = local_directory(name)
+    if path is not None:
+        file = path / "README.md"
+    else:
+        cached = huggingface_hub.try_to_load_from_cache(name, "README.md", revision=config.model.revision)
+        if not isinstance(cached, str):
+            return {}
+        file = Path(cached)
+    try:
+        data = ModelCard.load(file, ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError, yaml.YAMLError):  # no card, or one that is not as the hub wants it
+        return {}
+    return {key: data[key] for key in ("license", "license_name", "license_link") if data.get(key)}
+
+
+def _datasets(config: Config) -> list[str] | None:
+    """Returns the data set of the hub that was trained on, if it was one."""
+    name = config.data.dataset
+    return [name] if name and not Path(name).expanduser().exists() else None
+
+
+def _evaluations(rows: Sequence[LogRow], step: int) -> list[tuple[int, LogRow]]:
+    """Returns (step, figures) of each evaluation up to a step."""
     evaluated = [
         (row["step"], {key: value for key, value in row.items() if key.startswith("eval/")})
         for row in rows
         if row["step"] <= step
     ]
-    evaluated = [(at, values) for at, values in evaluated if values]
+    return [(at, values) for at, values in evaluated if values]
+
+
+def _eval_results(config: Config, rows: Sequence[LogRow], step: int) -> list[EvalResult]:
+    """Returns the figures of the last evaluation up to a step, as the hub lists them (`model-index`)."""
+    evaluated = _evaluations(rows, step)
+    if not evaluated:
+        return []
+    data = config.data
+    datasets = _datasets(config)
+    name = data.dataset or (Path(data.eval_file).name if isinstance(data.eval_file, str) else data.task)
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=datasets[0] if datasets else Path(name).name,
+            dataset_name=f"{name}, held-out prompts",
+            dataset_config=data.dataset_config,
+            dataset_split=data.eval_split if data.dataset else None,
+            metric_type=key.removeprefix("eval/"),
+            metric_name=key.removeprefix("eval/"),
+            metric_value=round(float(value), 4),
+        )
+        for key, value in evaluated[-1][1].items()
+        if isinstance(value, int | float) and math.isfinite(value)
+    ]
+
+
+def _evaluation(rows: Sequence[LogRow], step: int) -> str:
+    """Returns a table of the first and the last evaluation up to a step."""
+    evaluated = _evaluations(rows, step)
     if not evaluated:
         return "There was none."
     columns = [evaluated[0]] + ([evaluated[-1]] if len(evaluated) > 1 else [])
