@@ -52,32 +52,37 @@ class Policy:
     """A causal language model as a record of pure functions of its parameters.
 
     A pytree without leaves: it may be passed through ``jax.jit`` and compares by the identity of
-    its functions, so one loaded model means one compilation.
+    its functions, so one loaded model means one compilation. `policy_from_apply` makes one of a function that
+    returns logits, and `policy_of` of a Flax model.
+
+    Args:
+        forward: function (params, tokens [B,K], mask [B,L], positions [B,K], cache | None) -> (hidden
+            [B,K,D], cache | None). Without a cache L == K, and mask says which of the K tokens are real. With
+            a cache L is the cache's max_length, and mask says which slots may be attended to. Slots not yet
+            written are never attended. A keyword num_tokens promises that at most that many of the B*K tokens
+            are real. Hidden states of the others are then undefined, and a policy may save the work on them.
+            It is passed only where a caller gives num_tokens, so a policy for callers who never do may leave
+            it out.
+        unembed: function (params, hidden [...,D]) -> logits [...,V], float32.
+        init_cache: function (batch, max_length) -> cache.
+        fork_cache: function (full cache of N rows, group_size) -> full cache of N*group_size rows,
+            prompt-major.
+        grow_cache: function (cache, max_length) -> the same with room for more.
+        take_cache: function (cache, rows [b]) -> cache of those rows.
+        for_decoding: function (params, number of rows at the end) -> params laid out for decoding down to so
+            many rows, which the other functions take as well. None means that they stay as they are.
+        forward_groups: function (params, Prompts [N,S], tokens [B,K], mask [B,K], num_tokens=None) -> (hidden
+            [N,D] of each prompt's last token, hidden [B,K,D]), which runs prompts and their continuations in
+            one pass. None means that the policy has no such pass, and a cache is forked.
     """
 
-    # (params, tokens [B,K], mask [B,L], positions [B,K], cache | None) -> (hidden [B,K,D], cache | None)
-    # Without a cache L == K, and mask says which of the K tokens are real. With a cache L is the cache's
-    # max_length, and mask says which slots may be attended to; slots not yet written are never attended.
-    # A keyword num_tokens promises that at most that many of the B*K tokens are real; hidden states of the
-    # others are then undefined, and a policy may save the work on them. It is passed only where a caller
-    # gives num_tokens, so a policy for callers who never do may leave it out.
     forward: Callable[..., tuple[Array, Cache]] = field(metadata=STATIC)
-    # (params, hidden [...,D]) -> logits [...,V], float32
     unembed: Callable[[Params, Array], Array] = field(metadata=STATIC)
-    # (batch, max_length) -> cache
     init_cache: Callable[[int, int], Cache] = field(metadata=STATIC)
-    # (full cache of N rows, group_size) -> full cache of N*group_size rows, prompt-major
     fork_cache: Callable[[Cache, int], Cache] = field(metadata=STATIC, default=repeat_rows)
-    # (cache, max_length) -> the same with room for more
     grow_cache: Callable[[Cache, int], Cache] = field(metadata=STATIC, default=pad_slots)
-    # (cache, rows [b]) -> cache of those rows
     take_cache: Callable[[Cache, Array], Cache] = field(metadata=STATIC, default=take_rows)
-    # (params, number of rows at the end) -> params laid out for decoding down to so many rows, which the
-    # other functions take as well. None: as they are.
     for_decoding: Callable[[Params, int], Params] | None = field(metadata=STATIC, default=None)
-    # (params, Prompts [N,S], tokens [B,K], mask [B,K], num_tokens=None)
-    #     -> (hidden [N,D] of each prompt's last token, hidden [B,K,D])
-    # Prompts and their continuations, in one pass. None: the policy has no such pass, and a cache is forked.
     forward_groups: Callable[..., tuple[Array, Array]] | None = field(metadata=STATIC, default=None)
 
     replace = dataclasses.replace
@@ -126,22 +131,35 @@ class Silence:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What the reward functions make of B completions."""
+    """What the reward functions make of B completions.
 
-    scores: Float[ArrayLike, "B R"]  # float32 on the host, NaN where a reward function gave no value
-    silences: Sequence[Silence] = ()  # rewards that say nothing
-    num_lost: Mapping[str, int] = field(default_factory=dict)  # reward with a timeout -> rows that it lost
-    logged: Mapping[str, Sequence[float]] = field(default_factory=dict)  # what functions logged, by name
-    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)  # and what they say of each completion
+    Args:
+        scores: [B,R] float32 on the host, NaN where a reward function gave no value.
+        silences: the rewards that say nothing.
+        num_lost: mapping from a reward with a timeout to the number of rows that it lost.
+        logged: figures that functions logged, by name.
+        columns: texts or numbers that functions say of each completion, by name.
+    """
+
+    scores: Float[ArrayLike, "B R"]
+    silences: Sequence[Silence] = ()
+    num_lost: Mapping[str, int] = field(default_factory=dict)
+    logged: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """Left-padded prompts."""
+    """Left-padded prompts. `pad_prompts` makes them of lists of token ids.
+
+    Args:
+        tokens: [N,S] int32, token ids.
+        mask: [N,S] bool, False on the left padding.
+    """
 
     tokens: Int[ArrayLike, "N S"]
-    mask: Bool[ArrayLike, "N S"]  # False on the left padding
+    mask: Bool[ArrayLike, "N S"]
 
     replace = dataclasses.replace
 

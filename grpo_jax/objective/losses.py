@@ -35,18 +35,26 @@ class LossMetrics:
     """What `grpo_loss` saw, per call. `metrics.merge_loss_metrics` joins the slices of a batch.
 
     All are [], or [M] of M slices. Means and shares are over masked-in tokens, 0 if there are none.
+
+    Args:
+        policy_loss: sum(weights * surrogate).
+        kl: mean estimate of KL(pi || ref) in nats, 0 without a reference.
+        ratio_mean: mean importance ratio.
+        ratio_max: largest importance ratio.
+        clip_low: share of tokens whose gradient the surrogate stops at a ratio below 1.
+        clip_high: the same at a ratio above 1.
+        stale: share of tokens in sequences dropped as stale.
+        num_tokens: number of masked-in tokens.
     """
 
-    policy_loss: Real[ArrayLike, "*slices"]  # sum(weights * surrogate)
-    kl: Real[ArrayLike, "*slices"]  # mean estimate of KL(pi || ref), nats; 0 without a reference
-    ratio_mean: Real[ArrayLike, "*slices"]  # mean importance ratio
-    ratio_max: Real[ArrayLike, "*slices"]  # largest importance ratio
-    clip_low: Real[
-        ArrayLike, "*slices"
-    ]  # share of tokens whose gradient the surrogate stops at a ratio below 1
-    clip_high: Real[ArrayLike, "*slices"]  # the same at a ratio above 1
-    stale: Real[ArrayLike, "*slices"]  # share of tokens in sequences dropped as stale
-    num_tokens: Real[ArrayLike, "*slices"]  # masked-in tokens
+    policy_loss: Real[ArrayLike, "*slices"]
+    kl: Real[ArrayLike, "*slices"]
+    ratio_mean: Real[ArrayLike, "*slices"]
+    ratio_max: Real[ArrayLike, "*slices"]
+    clip_low: Real[ArrayLike, "*slices"]
+    clip_high: Real[ArrayLike, "*slices"]
+    stale: Real[ArrayLike, "*slices"]
+    num_tokens: Real[ArrayLike, "*slices"]
 
     replace = dataclasses.replace
 

@@ -17,22 +17,12 @@ from jaxtyping import Bool, Float, Int, Real, Shaped
 from grpo_jax.objective.advantages import ADVANTAGES, AGGREGATIONS, MISSING, group_advantages
 from grpo_jax.objective.kl import KL_ESTIMATORS, kl_exact, kl_k1, kl_k3
 from grpo_jax.objective.losses import RATIO_LEVELS, REDUCTIONS, LossMetrics, grpo_loss, loss_weights
-from grpo_jax.objective.surrogates import (
-    SURROGATES,
-    cispo_surrogate,
-    clip_keywords,
-    clipped_surrogate,
-    gmpo_surrogate,
-    reinforce_surrogate,
-    sapo_surrogate,
-)
+from grpo_jax.objective.surrogates import SURROGATES, clip_keywords, clipped_surrogate
 
 # `ratio_k1` and `ratio_k3` are k1 and k3 times the importance ratio, see `grpo_loss`; `exact` is `kl_exact`.
 KL_NAMES = (*KL_ESTIMATORS, "ratio_k1", "ratio_k3", "exact")
 KL_PLACEMENTS = ("loss", "reward")
 CLIP_KEYWORDS = frozenset(key for surrogate in SURROGATES.values() for key in clip_keywords(surrogate))
-
-
 _NUMBERS = ("clip", "kl_coef", "entropy_coef", "top_entropy", "max_staleness", "importance_cap")
 
 
@@ -40,33 +30,54 @@ _NUMBERS = ("clip", "kl_coef", "entropy_coef", "top_entropy", "max_staleness", "
 class Recipe:
     """One objective. Functions and names are static. Numbers are leaves of the pytree, so they may change
     between calls of a jitted function without a recompilation.
+
+    Args:
+        name: name of the recipe, a key of `RECIPES`.
+        paper: the citation.
+        advantage: one of `ADVANTAGES`, rewards [N,G] -> advantages [N,G].
+        ratio_level: level of the importance ratio, see `log_ratios`.
+        surrogate: one of `SURROGATES`, (log ratios, log-probs, advantages) -> losses [B,T].
+        clip: keywords of the surrogate, such as `clip_range`.
+        kl_estimator: function of two log-probs, or of logits if it is `kl_exact`.
+        kl_ratio_corrected: whether the KL estimate is multiplied by the ratio, see `grpo_loss`.
+        kl_placement: `loss`, or `reward` (minus kl_coef times `kl_penalty`, and no KL term in the loss).
+        kl_coef: weight of the KL term.
+        reduction: what the loss is a mean or a sum over, see `loss_weights`.
+        aggregation: how several rewards become one, one of `AGGREGATIONS`.
+        missing: what a missing reward does, see `effective_weights`.
+        kl_on_dead_groups: whether groups without a signal feel the KL term.
+        entropy_coef: weight of the entropy bonus. None means that there is none, as for the next three.
+        top_entropy: share of the tokens that train, see `top_entropy_mask`.
+        max_staleness: limit in nats, see `grpo_loss`.
+        importance_cap: largest weight of a token, see `importance_weights`.
+        mask_truncated: whether completions truncated at the limit neither train nor shift the baseline.
+        overlong_share: buffer of `overlong_penalty` as a share of the limit. 0 turns it off.
+        overlong_buffer: the same in tokens. None means that overlong_share decides.
+        dynamic_sampling: whether only groups with a signal train, see `grpo_jax.training.actor`.
     """
 
     name: str
     paper: str
-    # the five axes
-    advantage: Callable[..., Array] = group_advantages  # one of ADVANTAGES
-    ratio_level: str = "token"  # see log_ratios
-    surrogate: Callable[..., Array] = clipped_surrogate  # one of SURROGATES
-    # keywords of the surrogate
+    advantage: Callable[..., Array] = group_advantages
+    ratio_level: str = "token"
+    surrogate: Callable[..., Array] = clipped_surrogate
     clip: dict[str, Real[ArrayLike, ""]] = dataclasses.field(default_factory=dict)
-    kl_estimator: Callable[[Array, Array], Array] = kl_k3  # takes log-probs, or logits if it is kl_exact
-    kl_ratio_corrected: bool = False  # see grpo_loss
-    kl_placement: str = "loss"  # or "reward": minus kl_coef times kl_penalty, and no KL term in the loss
+    kl_estimator: Callable[[Array, Array], Array] = kl_k3
+    kl_ratio_corrected: bool = False
+    kl_placement: str = "loss"
     kl_coef: Real[ArrayLike, ""] = 0.0
-    reduction: str = "sequence"  # see loss_weights
-    # around them
-    aggregation: str = "sum_then_normalize"  # of several rewards: one of AGGREGATIONS
-    missing: str = "drop"  # see effective_weights
-    kl_on_dead_groups: bool = True  # whether groups without a signal feel the KL term
-    entropy_coef: Real[ArrayLike, ""] | None = None  # weight of the entropy bonus
-    top_entropy: Real[ArrayLike, ""] | None = None  # share of the tokens that train, see top_entropy_mask
-    max_staleness: Real[ArrayLike, ""] | None = None  # see grpo_loss
-    importance_cap: Real[ArrayLike, ""] | None = None  # see importance_weights
-    mask_truncated: bool = False  # completions truncated at the limit do not train, nor shift the baseline
-    overlong_share: float = 0.0  # buffer of overlong_penalty as a share of the limit; 0 turns it off
-    overlong_buffer: int | None = None  # the same in tokens; None means that overlong_share decides
-    dynamic_sampling: bool = False  # only groups with a signal train, see grpo_jax.training.actor
+    reduction: str = "sequence"
+    aggregation: str = "sum_then_normalize"
+    missing: str = "drop"
+    kl_on_dead_groups: bool = True
+    entropy_coef: Real[ArrayLike, ""] | None = None
+    top_entropy: Real[ArrayLike, ""] | None = None
+    max_staleness: Real[ArrayLike, ""] | None = None
+    importance_cap: Real[ArrayLike, ""] | None = None
+    mask_truncated: bool = False
+    overlong_share: float = 0.0
+    overlong_buffer: int | None = None
+    dynamic_sampling: bool = False
 
     replace = dataclasses.replace
 
@@ -133,10 +144,7 @@ class Recipe:
         at_reference: Bool[ArrayLike, "B T"] | None = None,
         entropies: Float[ArrayLike, "B T"] | None = None,
     ) -> tuple[Float[Array, ""], LossMetrics]:
-        """Computes `grpo_loss` with this recipe's choices and returns (loss [], LossMetrics).
-
-        Without ref_log_probs and kls there is no KL term, whatever kl_coef is.
-        """
+        """Computes `grpo_loss` with these choices. There is no KL term without ref_log_probs and kls."""
         if self.exact_kl and kls is None and ref_log_probs is not None:
             raise ValueError("an exact KL needs kls [B,T], see `token_log_probs_and_kls`")
         in_loss = self.kl_placement == "loss" and not (kls is None and ref_log_probs is None)
@@ -219,7 +227,7 @@ gspo_token = Recipe(
 cispo = Recipe(
     name="cispo",
     paper="MiniMax 2025, https://arxiv.org/abs/2506.13585, equations 4 and 5",
-    surrogate=cispo_surrogate,
+    surrogate=SURROGATES["cispo"],
     clip={"cap": 5.0},  # the paper gives no number; this is ScaleRL's, https://arxiv.org/abs/2510.13786
     reduction="token",
 )
@@ -227,14 +235,14 @@ cispo = Recipe(
 sapo = Recipe(
     name="sapo",
     paper="Gao et al. 2025, https://arxiv.org/abs/2511.20347, equations 4 to 6",
-    surrogate=sapo_surrogate,
+    surrogate=SURROGATES["sapo"],
     clip={"tau": 1.0, "tau_negative": 1.05},
 )
 
 gmpo = Recipe(
     name="gmpo",
     paper="Zhao et al. 2025, https://arxiv.org/abs/2507.20673, equation 3",
-    surrogate=gmpo_surrogate,
+    surrogate=SURROGATES["gmpo"],
     clip={"log_clip_range": 0.4},
 )
 
@@ -244,7 +252,7 @@ rloo = Recipe(
     paper="Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740, section 2.3",
     advantage=ADVANTAGES["leave_one_out"],
     ratio_level="sequence",
-    surrogate=reinforce_surrogate,
+    surrogate=SURROGATES["reinforce"],
     kl_estimator=kl_k1,
     kl_placement="reward",
     kl_coef=0.03,  # as in its summarisation runs, appendix C; in dialogue it is 0.10
@@ -256,7 +264,7 @@ reinforce = Recipe(
     name="reinforce",
     paper="Williams 1992, https://doi.org/10.1007/BF00992696, with the group's mean as baseline",
     advantage=ADVANTAGES["none"],
-    surrogate=reinforce_surrogate,
+    surrogate=SURROGATES["reinforce"],
     reduction="token",
 )
 

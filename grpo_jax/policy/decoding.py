@@ -196,6 +196,14 @@ def generate(
         *full* distribution (at temperature 0, of the unscaled one), whatever the truncation. The first
         eos, or the first token that completes a stop string, is part of the completion, which is then
         `finished`. Tokens after it are 0.
+
+    >>> from grpo_jax import policy_from_apply
+    >>> policy = policy_from_apply(lambda params, tokens, mask, positions: params[tokens])
+    >>> table = 9 * jnp.eye(4)[jnp.array([1, 2, 3, 0])]  # after token i comes i + 1, and after 3 comes 0
+    >>> limits = {"group_size": 2, "max_new_tokens": 3, "eos_ids": jnp.array([3])}
+    >>> rollout = generate(policy, table, pad_prompts([[0], [1]], 1), jax.random.key(0), **limits)
+    >>> rollout.tokens.tolist(), rollout.finished.tolist()
+    ([[1, 2, 3], [1, 2, 3], [2, 3, 0], [2, 3, 0]], [True, True, True, True])
     """
     chex.assert_rank([prompts.tokens, prompts.mask], 2)
     num_prompts, prompt_length = prompts.tokens.shape

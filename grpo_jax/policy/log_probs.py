@@ -272,6 +272,21 @@ def completion_log_probs(
 
     Returns:
         (log_probs [B,T], entropies [B,T]), float32 nats, 0 where masked.
+
+    >>> from grpo_jax import policy_from_apply
+    >>> policy = policy_from_apply(lambda params, tokens, mask, positions: params[tokens])
+    >>> rollout = Rollout(
+    ...     prompt_tokens=jnp.array([[1, 2]]),
+    ...     prompt_mask=jnp.array([[True, True]]),
+    ...     tokens=jnp.array([[1, 3]]),
+    ...     mask=jnp.array([[True, False]]),
+    ...     log_probs=None,  # nothing of the sampler is needed
+    ...     kept_mass=None,
+    ...     finished=None,
+    ... )
+    >>> log_probs, entropies = completion_log_probs(policy, jnp.zeros((4, 4)), rollout)
+    >>> jnp.exp(log_probs).round(2).tolist(), jnp.exp(entropies).round(2).tolist()  # of four even tokens
+    ([[0.25, 1.0]], [[4.0, 1.0]])
     """
     chex.assert_rank([rollout.prompt_tokens, rollout.tokens, rollout.mask], 2)
 

@@ -223,6 +223,18 @@ def train_step(
     Raises:
         ValueError: num_microbatches does not divide B, ref_params do not fit the kind of KL, frozen or
             dropout_key do not fit the state, or the model of the state is unknown.
+
+    >>> from grpo_jax import experience_of, generate, init_train_state, make_recipe, pad_prompts
+    >>> from grpo_jax import policy_from_apply
+    >>> policy = policy_from_apply(lambda params, tokens, mask, positions: params[tokens])
+    >>> state = init_train_state(policy, jnp.zeros((3, 3)), optax.sgd(1.0))
+    >>> limits = {"group_size": 4, "max_new_tokens": 1, "eos_ids": 0}
+    >>> rollout = generate(policy, state.params, pad_prompts([[1]], 1), jax.random.key(0), **limits)
+    >>> rewards = (rollout.tokens == 2).reshape(1, 4)  # the task is to say 2
+    >>> recipe = make_recipe("dr_grpo")
+    >>> state, metrics = train_step(state, experience_of(rollout, recipe, rewards=rewards), recipe=recipe)
+    >>> int(state.step), int(jnp.argmax(state.params[1]))
+    (1, 2)
     """
     check_frozen(state, frozen)
     if (dropout_key is not None) != (state.lora is not None and state.lora.dropout > 0):
