@@ -285,7 +285,7 @@ def test_refuses_what_is_no_run_to_resume(argv, whole, tmp_path):
     ("changes", "message"),
     [
         ({"training__learning_rate": 2e-4}, "training.learning_rate is 0.0001 there and 0.0002 here"),
-        ({"algorithm__kl_coef": 0.5}, "algorithm.kl_coef is None there and 0.5 here"),
+        ({"algorithm__kl_coef": 0.5}, "algorithm.kl_coef is 0.04 there and 0.5 here"),
         ({"training__seed": 3}, "training.seed is 0 there and 3 here"),
         ({"sampling__temperature": 0.9}, "sampling.temperature is 1.0 there and 0.9 here"),
         ({"model__dtype": "bfloat16"}, "model.dtype is 'float32' there and 'bfloat16' here"),
