@@ -1,9 +1,13 @@
 """Keeps secrets out of the logs."""
 
+import json
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import yaml
 
 _SECRET = {"secret", "password", "passwd", "passphrase", "credential", "auth", "apikey", "env", "environ"}
 _SECRET_UNLESS_NUMBER = {"key", "token"}  # max_new_tokens is no secret
@@ -12,6 +16,7 @@ _SECRET_TEXT = re.compile(
     r"|(?<=://)[^/@\s]+(?=@)"
 )
 _REDACTED = "[redacted]"
+_PLAIN_WORD = re.compile(r"[\w@%+=:,./-]*|.*\[redacted\].*")
 
 
 def _is_secret(name: str, value: Any = "") -> bool:
@@ -36,6 +41,44 @@ def redact(config: Any) -> Any:
     """
     values = {v for k, v in os.environ.items() if _is_secret(k) and len(v) >= 8}
     return _redact(config, sorted(values, key=len, reverse=True))
+
+
+def redact_command(argv: Sequence[str]) -> str:
+    """Returns a command line without secrets, quoted for a shell.
+
+    An option's name decides whether its value is hidden, and in a value such as `[{api_key: abc}]` the names
+    in it do.
+
+    >>> redact_command(["train", "--seed=1", "--api_key", "abc", "--rewards=[{token: abc}]"])
+    'train --seed=1 --api_key [redacted] --rewards=[{"token": "[redacted]"}]'
+    """
+    shown = []
+    option = ""
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        if argument.startswith("--") and equals:
+            shown.append(f"{name}={_redact_option(name, value)}")
+            option = ""
+        elif argument.startswith("--"):
+            shown.append(argument)
+            option = argument
+        else:
+            shown.append(_redact_option(option, argument))
+            option = ""
+    return " ".join(word if _PLAIN_WORD.fullmatch(word) else shlex.quote(word) for word in shown)
+
+
+def _redact_option(name: str, value: str) -> str:
+    content: Any = None
+    if value.lstrip().startswith(("{", "[")):
+        try:
+            content = yaml.safe_load(value)
+        except yaml.YAMLError:
+            content = None
+    if isinstance(content, Mapping | list) and not _is_secret(name, value):
+        hidden = redact(content)
+        return value if hidden == content else json.dumps(hidden, default=str)
+    return redact({name: value})[name]
 
 
 def _redact(value: Any, secrets: Sequence[str]) -> Any:
