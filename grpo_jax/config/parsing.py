@@ -90,9 +90,10 @@ def parse_record(
 
     def finish(options: Sequence[str]) -> Any:
         values = build(options)
-        for option, exists in (("config", config_option), ("from_trl", from_trl)):
-            if exists:
-                values.pop(option)
+        if config_option:
+            values.pop("config")
+        if from_trl and values.pop("from_trl") is not None:
+            raise ValueError("from_trl is an option of the command line, and no key of a config file")
         return record(**values)
 
     def as_meant(options: Sequence[str]) -> list[str]:

@@ -293,6 +293,15 @@ def test_a_file_that_is_none(tmp_path):
         config_of(tmp_path, "a")
 
 
+def test_it_is_no_key_of_a_config_file(tmp_path):
+    (tmp_path / "a.yaml").write_text("from_trl: trl.yaml\n")
+    with pytest.raises(ValueError, match=r"a\.yaml, line 1: from_trl is an option of the"):
+        argv = ["--config", str(tmp_path / "a.yaml")]
+        parse_record(Config, argv, command="t", description="", from_trl=True)
+    with pytest.raises(ValueError, match="--from_trl: expected one argument"):
+        parse_record(Config, ["--from_trl"], command="t", description="", from_trl=True)
+
+
 def test_a_config_of_trl_where_ours_is_expected_says_how(tmp_path):
     (tmp_path / "trl.yaml").write_text(MINIMAL)
     argv = ["--config", str(tmp_path / "trl.yaml")]
