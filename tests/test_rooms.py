@@ -40,6 +40,7 @@ ROOMS = {
         "rewards",
         "trackers",
         "training",
+        "version",
     ),
     "cpu_tuning": (),
     "lazy_names": (),

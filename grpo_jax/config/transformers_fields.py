@@ -14,7 +14,7 @@ _BATCH = (
 )
 _REMAT = "it is `model.remat: full` here, or `model.remat: dots`"
 _XLA = "not needed: everything is compiled by XLA"
-_HUB = "not supported: the model is written to run_dir/hf, from where any tool uploads it"
+_HUB = "not supported in training: the command export takes --push_to_hub owner/name"
 _ONE_DEVICE = "not supported: a run uses one device and holds the whole model there"
 _NO_DATA = "not needed: all data are read at the start; seed and step determine their order"
 _EVERY_STEP = "not needed: every step is a row of metrics.jsonl"

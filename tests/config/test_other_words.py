@@ -117,7 +117,7 @@ WRONG = [
     ("training.lr_scheduler_type=constant_with_warmup", "it is `training.lr_schedule: constant` here"),
     ("lora_target_modules=all-linear", "it is `lora.targets: []` here"),
     ("use_vllm=true", "not supported: our own compiled loop"),
-    ("push_to_hub=true", "not supported: the model is written"),
+    ("push_to_hub=true", "not supported in training: the command export takes"),
     # verl
     ("actor_rollout_ref.rollout.n=8", "`algorithm.group_size`"),
     ("actor_rollout_ref.actor.ppo_mini_batch_size=64", "prompts times `algorithm.group_size`"),
