@@ -41,6 +41,7 @@ ROOMS = {
         "trackers",
         "training",
         "version",
+        "error_text",
     ),
     "cpu_tuning": (),
     "lazy_names": (),
