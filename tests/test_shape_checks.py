@@ -89,6 +89,8 @@ def test_pytrees_of_records_are_good_whatever_their_leaves_are():
     assert shapes.tokens == jax.ShapeDtypeStruct((2, 3), jnp.int32)
     assert jax.jit(lambda e: e.replace(advantages=-e.advantages))(EXPERIENCE).advantages.tolist() == [-1, -1]
     assert jax.tree.structure(EXPERIENCE) == jax.tree.structure(jax.tree.map(jnp.asarray, EXPERIENCE))
+    for leaf in (True, np.True_, np.zeros(7), "name", None, object()):
+        assert jax.tree.map(lambda _, leaf=leaf: leaf, EXPERIENCE).mask is leaf
 
 
 def test_off_is_off_and_ends():
