@@ -82,7 +82,9 @@ def code_of(folder: str) -> dict[str, str]:
 
 CORE = declared(PROJECT["dependencies"])
 EXTRAS = {name: declared(listed) for name, listed in PROJECT["optional-dependencies"].items()}
-OPTIONAL = set().union(*(names for extra, names in EXTRAS.items() if extra not in ("test", "notebooks")))
+OPTIONAL = set().union(
+    *(names for extra, names in EXTRAS.items() if extra not in ("test", "notebooks", "docs"))
+)
 PACKAGE = code_of("grpo_jax")
 # Modules of our own that scripts, tests and benchmarks import from beside them.
 OURS = {path.stem for folder in ("tests", "scripts", "benchmarks") for path in (ROOT / folder).rglob("*.py")}
@@ -155,6 +157,13 @@ def test_whatever_is_declared_is_imported():
     everywhere = package | imported(["tests", "notebooks", "scripts", "benchmarks"])
     assert EXTRAS["test"] - everywhere - set(BY_OTHERS) == set()
     assert set(BY_OTHERS) <= EXTRAS["test"] - everywhere, "these are imported: take them out"
+
+
+def test_the_extra_docs_is_what_the_site_is_configured_with():
+    conf = (ROOT / "docs" / "conf.py").read_text()
+    used = {"sphinx"} if "sphinx.ext.autodoc" in conf else set()
+    used |= {name for name in ("myst-nb", "furo") if f'"{name.replace("-", "_")}"' in conf}
+    assert EXTRAS["docs"] == used
 
 
 def test_each_distribution_is_declared_once():
