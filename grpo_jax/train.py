@@ -118,6 +118,8 @@ def train(config: Config) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command."""
+    from grpo_jax.run.run_record import recording
+
     config = parse_record(
         Config,
         or_default(argv),
@@ -126,7 +128,9 @@ def main(argv: list[str] | None = None) -> int:
         from_trl=True,
     )
     enable_compilation_cache()
-    return train(config)
+    with recording() as record:
+        record.exit_code = train(config)
+    return record.exit_code
 
 
 if __name__ == "__main__":

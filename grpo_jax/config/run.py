@@ -247,8 +247,8 @@ class Config:
         evaluation: held-out evaluation.
         checkpoints: saving and resuming.
         tracking: where metrics are logged.
-        run_dir: directory of the run. It holds config.yaml, metrics.jsonl, completions.jsonl, checkpoints/
-            and hf/, with LoRA also adapter/, and best/ if best_metric is given.
+        run_dir: directory of the run. It holds config.yaml, run.json, metrics.jsonl, completions.jsonl,
+            checkpoints/ and hf/, with LoRA also adapter/, and best/ if best_metric is given.
     """
 
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)

@@ -16,6 +16,7 @@ from grpo_jax.models.loading import Model, load_model, set_endings
 from grpo_jax.models.peft import check_base
 from grpo_jax.policy.lora import Lora
 from grpo_jax.run.effective_config import effective_config
+from grpo_jax.run.run_record import start_record
 from grpo_jax.run.trained_model import build_model
 from grpo_jax.training.train_state import TrainState, policy_params
 from grpo_jax.types import Params
@@ -57,13 +58,14 @@ def run_of(name: str) -> Path | None:
 
 
 def write_config(config: Config) -> None:
-    """Writes the resolved config into the run directory."""
+    """Writes the resolved config into the run directory, and starts the record run.json beside it."""
     directory = Path(config.run_dir)
     directory.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(config_dict(config), sort_keys=False)
     unfinished = directory / "config.yaml.unfinished"
     unfinished.write_text("# the resolved configuration of this run\n" + text)
     os.replace(unfinished, directory / "config.yaml")  # a kill leaves the old one or the new one
+    start_record(directory)
 
 
 def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:

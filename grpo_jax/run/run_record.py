@@ -1,6 +1,7 @@
 """run.json in the directory of a run: what it ran with, on what, for how long, and how it ended."""
 
 import contextlib
+import contextvars
 import json
 import os
 import platform
@@ -84,16 +85,32 @@ class RunRecord:
         os.replace(unfinished, self._path)  # a kill leaves the old one or the new one
 
 
+_current: contextvars.ContextVar[RunRecord | None] = contextvars.ContextVar("run record", default=None)
+
+
 @contextlib.contextmanager
 def recording() -> Iterator[RunRecord]:
-    """Yields the record of a run, and completes it when the run ends, also with an error."""
+    """Yields the record of a run, and completes it when the run ends, also with an error.
+
+    Inside, `start_record` starts it.
+    """
     record = RunRecord()
+    token = _current.set(record)
     try:
         yield record
     except BaseException as error:
         record.finish(error)
         raise
+    finally:
+        _current.reset(token)
     record.finish()
+
+
+def start_record(run_dir: str | Path) -> None:
+    """Starts the record of this run, if it has one: the run has a directory now."""
+    record = _current.get()
+    if record is not None:
+        record.start(run_dir)
 
 
 def _code_of(error: BaseException) -> int:
