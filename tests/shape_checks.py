@@ -9,6 +9,7 @@ import contextlib
 import re
 import sys
 
+import jax
 from beartype import BeartypeConf, beartype
 from jaxtyping import config, install_import_hook
 
@@ -40,17 +41,23 @@ def check_call(function):
     """Returns a function that compares its arguments with the annotations of `function`.
 
     The records are pytrees. JAX makes them of anything as it takes them apart and puts them together, such as
-    shapes, truth values or bare objects. A record that JAX's own code makes is not checked.
+    shapes, truth values or bare objects. A record that JAX's own code makes is not checked. Neither is one
+    of shapes, which the package makes to lower a program.
     """
     checked = _check(function)
     if function.__name__ != "__init__":
         return checked
 
     def check_record(self, *args, **kwargs):
-        if not _is_made_by_jax(sys._getframe(1)):
+        if not _is_made_by_jax(sys._getframe(1)) and not _has_shapes((args, kwargs)):
             checked(self, *args, **kwargs)
 
     return check_record
+
+
+def _has_shapes(tree):
+    """Says whether there is a shape in the place of an array."""
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
 
 
 def _is_made_by_jax(frame):
