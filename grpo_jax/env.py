@@ -37,7 +37,9 @@ def requirements() -> dict[str, list[str]]:
         return {}
     found: dict[str, list[str]] = {}
     for line in declared:
-        name, extra = _REQUIREMENT.fullmatch(line).groups()
+        if (requirement := _REQUIREMENT.fullmatch(line)) is None:
+            continue  # no requirement as we write them
+        name, extra = requirement.groups()
         if name != "grpo-jax":
             found.setdefault(extra or "", []).append(name)
     return found

@@ -60,8 +60,8 @@ def _resolve(arguments: EvaluateArguments) -> Config:
     changed = {name: value for name, value in evaluation.items() if value is not None}
     config = replace(config, evaluation=replace(config.evaluation, **changed))
     sampling = {"max_new_tokens": arguments.max_new_tokens, "temperature": arguments.temperature}
-    changed = {name: value for name, value in sampling.items() if value is not None}
-    config = replace(config, sampling=replace(config.sampling, **changed))
+    drawn = {name: value for name, value in sampling.items() if value is not None}
+    config = replace(config, sampling=replace(config.sampling, **drawn))
     if arguments.temperature is not None:
         config = replace(config, evaluation=replace(config.evaluation, temperature=None))
     if arguments.seed is not None:

@@ -14,6 +14,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 BY_OTHERS = {
     "pytest-xdist": "the README's test command passes -n",
     "ruff": "a command; .ci/run and pre-commit call it",
+    "mypy": "a command; .ci/run calls it",
     "ipykernel": "it runs the cells of the notebooks",
 }
 # What scripts and benchmarks need beyond the extras; each says so where it is used.

@@ -60,13 +60,13 @@ def to_host(tree: PyTree, item: str) -> Leaves:
 def to_device(leaves: Leaves, template: PyTree) -> PyTree:
     """Fills the template's pytree with the leaves, as uncommitted arrays, weakly typed where it is."""
     arrays = [_to_array(leaves[name], struct) for name, _, struct in _named(template)]
-    return jax.tree.structure(template).unflatten(arrays)
+    return jax.tree.unflatten(jax.tree.structure(template), arrays)
 
 
 def describe(value: np.ndarray) -> list:
     """Returns the dtype, shape and CRC-32 of an array, as they come back from JSON."""
     data = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
-    return [str(value.dtype), list(value.shape), zlib.crc32(data)]
+    return [str(value.dtype), list(value.shape), zlib.crc32(data.data)]
 
 
 def fingerprint(tree: PyTree) -> str:

@@ -173,8 +173,8 @@ class Checkpoints:
             except CorruptedCheckpoint as error:
                 corrupted[step] = error
                 continue
-            for bad, error in corrupted.items():
-                warnings.warn(f"{error}; going back to the checkpoint of step {step}", stacklevel=2)
+            for bad, reason in corrupted.items():
+                warnings.warn(f"{reason}; going back to the checkpoint of step {step}", stacklevel=2)
                 self._set_aside(bad)
             return step, *restored
         if not corrupted:

@@ -96,7 +96,7 @@ def find_problems(argv: Sequence[str], reader: Reader) -> tuple[list[str], str |
         options = [word for piece in good if _section(piece.key, reader) == section for word in piece.options]
         make = reader.build if section else reader.finish
         for line in _complaints(make, options):
-            key = re.match(r"[\w.]*", line)[0]
+            key = "".join(re.findall(r"\A[\w.]*", line))
             if line not in unrelated and (section not in wrong_sections or "; it must be " in line):
                 found.append(_at(places.get(key, ""), line))
     files = [file for file, count in of_trl.items() if count >= _LOOKS_LIKE_TRL and reader.from_trl]

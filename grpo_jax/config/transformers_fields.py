@@ -26,7 +26,7 @@ _DETERMINISTIC = "not needed: a run is a function of `training.seed`"
 _ALWAYS = "not needed: the command train trains and evaluates, evaluate evaluates alone"
 _TRACKIO = "not supported: `tracking.wandb` and `tracking.tensorboard` are the trackers"
 
-TRAINING_ARGUMENTS = (
+TRAINING_ARGUMENTS: tuple[tuple, ...] = (
     ("output_dir", "trainer_output", _is("run_dir")),
     ("per_device_train_batch_size", 8, _BATCH),
     ("num_train_epochs", 3.0, _is("training.num_epochs")),

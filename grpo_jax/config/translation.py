@@ -23,7 +23,7 @@ _NOT_PLAIN = {"true", "false", "yes", "no", "on", "off", "null", "none", "nan", 
 @functools.cache
 def flat_defaults() -> dict[str, Any]:
     """Returns our defaults by their keys with dots."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for section, content in asdict(Config()).items():
         if isinstance(content, dict):
             flat |= {f"{section}.{key}": value for key, value in content.items()}

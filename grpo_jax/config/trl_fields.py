@@ -147,7 +147,7 @@ MODEL_CONFIG = (
 )  # fmt: skip
 
 _REWARDS = "it is `rewards` here, such as rewards: [exact_match, path/file.py:function]"
-SCRIPT_ARGUMENTS = (
+SCRIPT_ARGUMENTS: tuple[tuple[Any, ...], ...] = (
     ("reward_model_name_or_path", None,
      "it is a reward here: rewards: [{function: reward_model, arguments: {model: ...}}]"),
     ("reward_funcs", None, _REWARDS),

@@ -82,7 +82,7 @@ def _named_separator(open_file: Callable[[], BinaryIO]) -> str | None:
 def _is_spaced(open_file: Callable[[], BinaryIO], separator: str) -> bool:
     """Says whether the names have a space after each separator. The cells then have it as well."""
     with _open_text(open_file) as file:
-        names = next(filter(None, _reader(file, separator)), [])
+        names: list[str] = next(filter(None, _reader(file, separator)), [])
     return any(name.startswith(" ") and name.strip() for name in names[1:])
 
 

@@ -57,7 +57,7 @@ class EncodedExamples(Sequence):
             mine == theirs for mine, theirs in zip(self, other, strict=True)
         )
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]  # as Python's documentation has it
 
     @property
     def lengths(self) -> np.ndarray:

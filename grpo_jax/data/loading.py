@@ -88,6 +88,7 @@ def batch(examples: Sequence[Example], *, seed: int, step: int, num_prompts: int
 def _name_of_source(data: DataConfig) -> str:
     if data.train_file is not None:
         return stem(find_files(data.train_file)[0])
+    assert data.dataset is not None  # the task has checked it
     return data.dataset.rstrip("/").rpartition("/")[2]
 
 

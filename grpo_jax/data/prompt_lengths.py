@@ -97,6 +97,7 @@ def fit_prompts(
     for i in over:
         prompt = fitted[i].prompt
         truncate = _truncate_text if isinstance(prompt, str) else _truncate_chat
+        assert limit is not None  # none is longer than no limit
         shorter = truncate(model, prompt, limit)
         if shorter is None:
             raise ValueError(

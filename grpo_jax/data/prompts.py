@@ -23,7 +23,7 @@ class PromptForm:
 
     template: Template | None = None
     system_prompt: str | None = None
-    shots: tuple[tuple[str, str], ...] = field(default=())
+    shots: tuple[tuple[Prompt, str], ...] = field(default=())
     separator: str = "\n\n"
 
 
@@ -47,7 +47,7 @@ def make_prompt_form(
     """
     template = None if prompt_template is None else compile_template(prompt_template)
     form = PromptForm(template=template, system_prompt=system_prompt, separator=few_shot_separator)
-    shots = []
+    shots: list[tuple[Prompt, str]] = []
     for i, shot in enumerate(few_shot):
         columns = {name: value for name, value in shot.items() if name != "completion"}
         try:

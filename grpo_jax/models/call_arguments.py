@@ -41,7 +41,9 @@ def arguments_of(call: Callable, name: str) -> Arguments:
         ValueError: a parameter is required and its name says nothing, or two say the same.
     """
     signature = inspect.signature(call)
-    first, *others = [*signature.parameters.values()] or [None]
+    parameters = list(signature.parameters.values())
+    first = parameters[0] if parameters else None
+    others = parameters[1:]
     if first is None or first.kind not in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
         raise ValueError(f"{name}{signature} has no first argument for the tokens; write {WRAPPED}")
     if first.name in (*MASK_NAMES, *POSITION_NAMES, *_SWITCHES):

@@ -179,7 +179,9 @@ def _llama_architecture(s: Settings) -> Architecture:
 
 
 def _scaling(rope: dict | None) -> LinearScaling | Llama3Scaling | None:
-    kind = None if rope is None else rope.get("rope_type", rope.get("type"))
+    if rope is None:
+        return None
+    kind = rope.get("rope_type", rope.get("type"))
     if kind == "linear":
         return LinearScaling(factor=float(rope["factor"]))
     if kind == "llama3":

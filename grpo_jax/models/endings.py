@@ -16,11 +16,16 @@ _GIVEN = "sampling.eos_token_ids"
 class Ending(Protocol):
     """The fields of a `Model` that say how its completions end."""
 
-    tokenizer: Any
-    eos_ids: tuple[int, ...]
-    eos_origins: tuple[str, ...]
-    stops: Stops | None
-    chat: ChatSettings
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def eos_ids(self) -> tuple[int, ...]: ...
+    @property
+    def eos_origins(self) -> tuple[str, ...]: ...
+    @property
+    def stops(self) -> Stops | None: ...
+    @property
+    def chat(self) -> ChatSettings: ...
 
 
 def find_eos(

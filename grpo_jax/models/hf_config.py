@@ -75,7 +75,7 @@ def _older_rope(raw: dict) -> dict:
     """
     if (rope := raw.get("rope_parameters")) is None:
         return raw
-    local = {}
+    local: dict = {}
     if raw.get("model_type") == "gemma3_text":
         rope, local = _rope_of_layers(rope)
     if not {"rope_type", "rope_theta"} <= set(rope):

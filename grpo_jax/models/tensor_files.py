@@ -111,7 +111,7 @@ def write_params(
     size_of_one = DTYPES[dtype].itemsize
     shards = _into_shards(flatten_dict(params), max_shard_size, size_of_one)
     count = len(shards)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = SAFETENSORS if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
         tensors = {}
@@ -149,7 +149,7 @@ def _count(tree: Params) -> int:
 
 def _into_shards(leaves: dict[tuple[str, ...], jax.Array], max_size: int, size_of_one: int) -> list[dict]:
     """Distributes parameters, in their order, over as many files as are needed."""
-    shards = [{}]
+    shards: list[dict] = [{}]
     size = 0
     for key, leaf in leaves.items():
         if shards[-1] and size + leaf.size * size_of_one > max_size:
@@ -246,7 +246,7 @@ def _open_shards(index: Path, read: Callable[[Path], Mapping[str, Read]]) -> Map
         weight_map = {name: str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
     except (ValueError, KeyError, AttributeError, TypeError):
         raise ValueError(f"{index}: not an index of shards (no `weight_map`)") from None
-    tensors = {}
+    tensors: dict[str, Read] = {}
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file:
             raise ValueError(f"{index}: shard {file!r} is outside the directory")

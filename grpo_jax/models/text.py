@@ -28,11 +28,12 @@ def encode(model: Rendering, prompts: Sequence[str | list[dict]]) -> list[list[i
         ValueError: a prompt is empty, messages have no chat template, or a text is no Unicode or can only be
             turned into a control token.
     """
-    found = try_encode(model, prompts)
-    for result in found:
+    encoded = []
+    for result in try_encode(model, prompts):
         if isinstance(result, ValueError):
             raise result
-    return found
+        encoded.append(result)
+    return encoded
 
 
 def try_encode(

@@ -174,7 +174,7 @@ def _finish(call: Future | Callable[[], Any]) -> Any:
         _Failed: the function raised anything else, or raised SystemExit or KeyboardInterrupt itself.
     """
     process = os.getpid()
-    signals = []
+    signals: list[int] = []
     try:
         with _noted(signals):
             value = call if isinstance(call, Future) else call()

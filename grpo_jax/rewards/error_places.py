@@ -22,7 +22,8 @@ def user_frame(error: BaseException, module: str | None = None) -> traceback.Fra
     """
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if frame.filename == module or not _is_installed(frame.filename)]
-    return (own or frames or [None])[-1]
+    found = own or frames
+    return found[-1] if found else None
 
 
 def _is_installed(filename: str) -> bool:

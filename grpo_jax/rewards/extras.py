@@ -85,8 +85,9 @@ class Extras:
             "log_metric": lambda: self._log_metric,
             "log_extra": lambda: self._log_extra(reward, size),
         }
-        if self.completion_ids is not None:
-            given["completion_ids"] = lambda: [list(ids) for ids in self.completion_ids]
+        completion_ids = self.completion_ids
+        if completion_ids is not None:
+            given["completion_ids"] = lambda: [list(ids) for ids in completion_ids]
         return {name: given[name]() for name in wanted_extras(reward, columns) if name in given}
 
     def _log_metric(self, name: str, value: Any) -> None:

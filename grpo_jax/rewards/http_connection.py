@@ -118,7 +118,7 @@ def _send(session: requests.Session, request: requests.Request, timeout: float) 
     deadline = time.monotonic() + timeout
     prepared = session.prepare_request(request)
     settings = session.merge_environment_settings(prepared.url, {}, True, None, None)
-    limit = urllib3.Timeout(total=timeout)
+    limit: Any = urllib3.Timeout(total=timeout)  # requests passes it on, which its annotations do not say
     with session.send(prepared, timeout=limit, allow_redirects=False, **settings) as response:
         if not 200 <= response.status_code < 300:
             return None, response

@@ -144,7 +144,7 @@ def _try_arguments(reward: Reward, parameters: Mapping[str, inspect.Parameter]) 
     for name in reward.arguments:
         if name not in own:
             raise ValueError(f"{who}: `{name}` is a column of the data, not an argument")
-    columns = {name: [] for name in parameters if name not in own}
+    columns: dict[str, list] = {name: [] for name in parameters if name not in own}
     try:  # a batch of no rows checks the values
         reward.function(**columns, **reward.arguments)
     except (ValueError, TypeError) as error:

@@ -95,7 +95,7 @@ def _read_rows(path: Path) -> list[LogRow]:
     """Reads metrics.jsonl, without a last line that a kill has truncated. There may be no such file."""
     if not path.is_file():
         return []
-    rows = []
+    rows: list[LogRow] = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
@@ -141,7 +141,7 @@ def _datasets(config: Config) -> list[str] | None:
 
 def _evaluations(rows: Sequence[LogRow], step: int) -> list[tuple[int, LogRow]]:
     """Returns (step, figures) of each evaluation up to a step."""
-    evaluated = [
+    evaluated: list[tuple[int, LogRow]] = [
         (row["step"], {key: value for key, value in row.items() if key.startswith("eval/")})
         for row in rows
         if row["step"] <= step

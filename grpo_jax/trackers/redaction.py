@@ -20,8 +20,8 @@ _PLAIN_WORD = re.compile(r"[\w@%+=:,./-]*|.*\[redacted\].*")
 
 
 def _is_secret(name: str, value: Any = "") -> bool:
-    words = re.findall(r"[a-z0-9]+", re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).lower())
-    words = {word.removesuffix("s") for word in words}
+    found = re.findall(r"[a-z0-9]+", re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).lower())
+    words = {word.removesuffix("s") for word in found}
     if value is None or isinstance(value, bool):
         return False
     return bool(words & _SECRET) or (
