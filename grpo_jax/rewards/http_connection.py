@@ -76,7 +76,7 @@ def ask_endpoint(
     stopped: threading.Event,
 ) -> Any:
     """Sends a request until there is an answer, and returns its JSON."""
-    shown = shown_url(request.url)
+    shown = shown_url(str(request.url))
     tries = f" ({retry.total + 1} tries)" if retry.total else ""
     while True:
         pause = None
@@ -117,7 +117,7 @@ def _send(session: requests.Session, request: requests.Request, timeout: float) 
     """
     deadline = time.monotonic() + timeout
     prepared = session.prepare_request(request)
-    settings = session.merge_environment_settings(prepared.url, {}, True, None, None)
+    settings = session.merge_environment_settings(str(prepared.url), {}, True, None, None)
     limit: Any = urllib3.Timeout(total=timeout)  # requests passes it on, which its annotations do not say
     with session.send(prepared, timeout=limit, allow_redirects=False, **settings) as response:
         if not 200 <= response.status_code < 300:
