@@ -1,6 +1,6 @@
 """Breaks each formula in turn and shows that the tests notice: a table of mutants, all killed.
 
-    python scripts/mutation_check.py                 # all of them, 20 minutes of one core
+    python scripts/mutation_check.py                 # all of them, 25 minutes of one core
     python scripts/mutation_check.py --only kl       # those whose file or name contains a text
 
 A mutant is one replacement in one file of a copy of the package; the test modules named for that file then
@@ -48,7 +48,9 @@ MUTANTS = {
     "objective/advantages.py": [
         ("sign of the baseline", "jnp.where(valid & alive, rewards - mean, 0)", "jnp.where(valid & alive, rewards + mean, 0)"),
         ("no baseline", "jnp.where(valid & alive, rewards - mean, 0)", "jnp.where(valid & alive, rewards, 0)"),
-        ("float noise of dead groups", "jnp.where(valid & alive, rewards - mean, 0)", "jnp.where(valid, rewards - mean, 0)"),
+        # Either guard alone keeps a dead group at 0: the rewards counted from the lowest, and `alive`.
+        ("float noise of dead groups", "    rewards = _from_lowest(rewards, valid, axis=-1)\n    mean = jnp.sum(rewards, axis=-1, keepdims=True) / jnp.maximum(count, 1)\n    return jnp.where(valid & alive, rewards - mean, 0)", "    mean = jnp.sum(rewards, axis=-1, keepdims=True) / jnp.maximum(count, 1)\n    return jnp.where(valid, rewards - mean, 0)"),
+        ("offsets lose digits", "    rewards = _from_lowest(rewards, valid, axis=-1)\n    mean", "    mean"),
         ("advantages of invalid rows", "jnp.where(valid & alive, rewards - mean, 0)", "jnp.where(alive, rewards - mean, 0)"),
         ("invalid rewards take part", "    rewards = jnp.where(valid, rewards, 0)\n", ""),
         ("ddof", "jnp.maximum(count - ddof, 1)", "jnp.maximum(count, 1)"),
