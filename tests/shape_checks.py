@@ -13,7 +13,7 @@ import jax
 from beartype import BeartypeConf, beartype
 from jaxtyping import config, install_import_hook
 
-CHECKED = ("grpo_jax.types", "grpo_jax.objective")
+CHECKED = ("grpo_jax.types", "grpo_jax.objective", "grpo_jax.training")
 # Files of JAX, and those of the checks themselves. The methods of a dataclass are in a file named <string>.
 _JAX = re.compile(r".*[/\\]jax[/\\]_src[/\\]")
 _CHECKS = re.compile(r".*[/\\](jaxtyping|beartype)[/\\]|.*shape_checks\.py$|<")

@@ -9,14 +9,18 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import shape_checks
 from jaxtyping import TypeCheckError
 
 from grpo_jax.objective.kl import kl_exact
 from grpo_jax.objective.losses import grpo_loss, loss_weights
+from grpo_jax.objective.recipes import grpo
 from grpo_jax.policy.shapes import split_rows
-from grpo_jax.types import Experience
+from grpo_jax.training.experience import add_up_rewards, make_experience
+from grpo_jax.training.train_state import init_train_state
+from grpo_jax.types import Experience, Judged, Rollout
 
 ROOT = Path(__file__).parent.parent
 FLOATS = np.zeros((2, 3), np.float32)
@@ -65,6 +69,79 @@ def test_a_wrong_result_is_caught(monkeypatch):
     monkeypatch.setattr(jax.nn, "log_softmax", lambda logits: logits[..., None])
     with pytest.raises(TypeCheckError, match=r"checking the return value of grpo_jax.objective.kl.kl_exact"):
         kl_exact(FLOATS, FLOATS)
+
+
+def totals_of(**changes):
+    arguments = {
+        "scores": np.zeros((2, 2), np.float32),
+        "lengths": np.array([3, 3]),
+        "finished": np.ones(2, bool),
+        "reward_weights": [1.0, 2.0],
+    }
+    return add_up_rewards(recipe=grpo, max_length=3, group_size=2, **arguments | changes)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"lengths": np.array([3])},  # one row would be broadcast
+        {"lengths": np.ones(2, np.float32)},
+        {"finished": np.ones((2, 1), bool)},
+        {"finished": np.ones(2, np.int32)},
+        {"reward_weights": np.ones(3)},
+    ],
+)
+def test_wrong_rewards_are_caught(wrong):
+    assert totals_of().rewards.shape == (2,)
+    with pytest.raises(TypeCheckError, match=r"parameters of grpo_jax\.training\.experience\.add_up_rewards"):
+        totals_of(**wrong)
+
+
+def experience_of(recipe=grpo, **settings):
+    rollout = Rollout(
+        prompt_tokens=EXPERIENCE.prompt_tokens,
+        prompt_mask=EXPERIENCE.prompt_mask,
+        tokens=EXPERIENCE.tokens,
+        mask=MASK,
+        log_probs=FLOATS,
+        kept_mass=FLOATS,
+        finished=np.ones(2, bool),
+    )
+    judged = Judged(
+        rollout=rollout,
+        old_log_probs=FLOATS,
+        entropies=None,
+        ref_log_probs=None,
+        scores=np.zeros((2, 2), np.float32),
+        totals=totals_of(),
+    )
+    settings = {"reward_weights": [1.0, 2.0], "max_length": 3, "group_size": 2, "prompt_length": 4} | settings
+    return make_experience(judged, recipe, **settings)
+
+
+def test_a_wrong_argument_of_make_experience_is_caught():
+    assert experience_of().advantages.shape == (2,)
+    with pytest.raises(
+        TypeCheckError, match=r"parameters of grpo_jax\.training\.experience\.make_experience"
+    ):
+        experience_of(reward_weights=np.ones((1, 2)))
+
+
+def test_advantages_of_groups_in_place_of_rows_are_caught():
+    def advantage(rewards, *, valid):
+        return rewards.mean(axis=1)
+
+    with pytest.raises(TypeCheckError, match=r"return value of grpo_jax\.training\.experience\._advantages"):
+        experience_of(grpo.replace(advantage=advantage))
+
+
+def test_a_wrong_counter_of_a_state_is_caught(toy_policy):
+    policy, params = toy_policy
+    state = init_train_state(policy, params, optax.sgd(0.1))
+    assert state.replace(skipped=np.int32(3)).skipped == 3
+    for wrong in ({"skipped": np.zeros(2, np.int32)}, {"step": np.zeros((), np.float32)}, {"policy": None}):
+        with pytest.raises(TypeCheckError, match=r"grpo_jax\.training\.train_state\.TrainState"):
+            state.replace(**wrong)
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,14 @@
 import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Float, Int, PRNGKeyArray
 
 from grpo_jax.objective.recipes import Recipe
 from grpo_jax.policy.decoding import generate, pad_prompts
@@ -22,7 +23,7 @@ from grpo_jax.training.reference import is_reference
 from grpo_jax.types import Example, Experience, Judged, Params, Policy, Rollout, Silence, Verdict
 
 # round -> (examples of its N prompts, key of its noise). A rollout counts its rounds from 0.
-NextPrompts = Callable[[int], tuple[Sequence[Example], Array]]
+NextPrompts = Callable[[int], tuple[Sequence[Example], PRNGKeyArray]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +58,8 @@ class Actor:
     decode: Callable[[np.ndarray, np.ndarray], Sequence[str]]
     judge: Callable[..., Verdict]
     reward_weights: Mapping[str, float]
-    eos_ids: Array
-    stop_table: Array | None = None
+    eos_ids: Int[ArrayLike, "..."]
+    stop_table: Int[ArrayLike, "states V"] | None = None
     group_size: int
     prompt_length: int
     max_new_tokens: int
@@ -118,8 +119,7 @@ def collect(
             actor, params, ref_params, next_prompts, leftovers, rounds
         )
         if leftovers is not None:  # A checkpoint has one shape, whatever the bucket of the round is.
-            judged = widen_prompts(leftovers.judged, actor.prompt_length)
-            leftovers = Groups(judged=judged, samples=leftovers.samples)
+            leftovers = replace(leftovers, judged=widen_prompts(leftovers.judged, actor.prompt_length))
     started = time.perf_counter()
     experience = make_experience(
         batch.judged,
@@ -145,13 +145,12 @@ def collect(
             "dynamic_sampling/missing_groups": len(batch.samples) // actor.group_size - num_live,
             "dynamic_sampling/leftover_groups": kept,
         }
-    advantages = np.asarray(experience.advantages)
     return Collected(
         experience=experience,
         metrics={name: float(value) for name, value in {**measured, **logged, **times}.items()},
         samples=[
             {**sample, "advantage": float(value)}
-            for sample, value in zip(batch.samples, advantages, strict=True)
+            for sample, value in zip(batch.samples, np.asarray(experience.advantages), strict=True)
         ],
         num_tokens=int(everything.rollout.prompt_mask.sum() + everything.rollout.mask.sum()),
         num_rounds=len(rounds),
@@ -236,7 +235,7 @@ def _settings(actor: Actor) -> dict[str, Any]:
     }
 
 
-def _sample_round(actor, params, ref_params, examples: Sequence[Example], key: Array) -> _Round:
+def _sample_round(actor, params, ref_params, examples: Sequence[Example], key: PRNGKeyArray) -> _Round:
     started = time.perf_counter()
     rollout = _rollout(actor, params, examples, key)
     tokens = np.asarray(rollout.tokens)
@@ -296,7 +295,7 @@ def _measure(actor: Actor, judged: Judged) -> dict[str, Any]:
     }
 
 
-def _rollout(actor: Actor, params: Params, examples: Sequence[Example], key: Array) -> Rollout:
+def _rollout(actor: Actor, params: Params, examples: Sequence[Example], key: PRNGKeyArray) -> Rollout:
     sequences = actor.encode(examples)
     longest = max(len(sequence) for sequence in sequences)
     if longest > actor.prompt_length:
@@ -316,8 +315,10 @@ def _rollout(actor: Actor, params: Params, examples: Sequence[Example], key: Arr
     return jax.block_until_ready(rollout)
 
 
-def _log_probs(actor: Actor, params: Params, rollout: Rollout) -> tuple[Array, Array]:
-    """Returns (log_probs [B,T], entropies [B,T])."""
+def _log_probs(
+    actor: Actor, params: Params, rollout: Rollout
+) -> tuple[Float[ArrayLike, "B T"], Float[ArrayLike, "B T"]]:
+    """Returns (log_probs, entropies)."""
     return completion_log_probs(
         actor.policy,
         params,
@@ -332,7 +333,7 @@ def _log_probs(actor: Actor, params: Params, rollout: Rollout) -> tuple[Array, A
 def _samples(names, examples, texts, judged: Judged, columns) -> list[dict[str, Any]]:
     """Returns what a human reads of every completion, with the columns that reward functions add."""
 
-    def number(value: float) -> float | None:
+    def number(value: float | np.floating) -> float | None:
         return None if np.isnan(value) else float(value)
 
     totals = judged.totals

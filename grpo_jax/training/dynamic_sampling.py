@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
 from grpo_jax.types import Judged
 
@@ -27,7 +28,7 @@ class Groups:
     samples: list[dict[str, Any]]
 
 
-def take_groups(groups: Groups, indices: Sequence[int] | np.ndarray, group_size: int) -> Groups:
+def take_groups(groups: Groups, indices: Sequence[int] | Int[np.ndarray, " n"], group_size: int) -> Groups:
     """Returns the groups at the given indices, in that order, on the host."""
     rows = (np.asarray(indices, int)[:, None] * group_size + np.arange(group_size)).reshape(-1)
     judged = jax.tree.map(lambda x: np.asarray(x)[rows], groups.judged)
@@ -47,7 +48,9 @@ def join_groups(parts: Sequence[Groups]) -> Groups:
     return Groups(judged=joined, samples=[sample for part in parts for sample in part.samples])
 
 
-def fill_batch(informative: Groups | None, dead: Groups | None, *, count: int, group_size: int):
+def fill_batch(
+    informative: Groups | None, dead: Groups | None, *, count: int, group_size: int
+) -> tuple[Groups, int, Groups | None]:
     """Makes a batch of exactly `count` groups, informative ones first.
 
     Args:

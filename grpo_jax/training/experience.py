@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Float, Int
 
 from grpo_jax.objective.advantages import (
     effective_weights,
@@ -16,12 +18,18 @@ from grpo_jax.objective.recipes import Recipe
 from grpo_jax.objective.shaping import importance_weights, kl_penalty, overlong_penalty, top_entropy_mask
 from grpo_jax.types import Experience, Judged, Totals
 
+RewardWeights = Sequence[float] | Float[ArrayLike, " R"]
+
 _LARGEST = float(np.finfo(np.float32).max)
 
 
 def combine(
-    scores: np.ndarray, weights: Sequence[float], *, missing: str = "drop", group_size: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+    scores: Float[ArrayLike, "B R"],
+    weights: RewardWeights,
+    *,
+    missing: str = "drop",
+    group_size: int | None = None,
+) -> tuple[Float[np.ndarray, " B"], Bool[np.ndarray, " B"]]:
     """Adds up the rewards of every completion.
 
     Args:
@@ -48,12 +56,12 @@ def combine(
 
 
 def add_up_rewards(
-    scores: np.ndarray,
-    lengths: np.ndarray,
-    finished: np.ndarray,
+    scores: Float[ArrayLike, "B R"],
+    lengths: Int[ArrayLike, " B"],
+    finished: Bool[ArrayLike, " B"],
     recipe: Recipe,
     *,
-    reward_weights: Sequence[float],
+    reward_weights: RewardWeights,
     max_length: int,
     group_size: int,
 ) -> Totals:
@@ -73,7 +81,7 @@ def add_up_rewards(
     """
     penalty = _length_penalty(lengths, recipe, max_length)
 
-    def add_up(given: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def add_up(given: Float[ArrayLike, "B R"]) -> tuple[Float[np.ndarray, " B"], Bool[np.ndarray, " B"]]:
         sums, valid = combine(given, reward_weights, missing=recipe.missing, group_size=group_size)
         return np.where(valid, sums + penalty, 0), valid
 
@@ -101,7 +109,9 @@ def add_up_rewards(
     )
 
 
-def _length_penalty(lengths: np.ndarray, recipe: Recipe, max_length: int) -> np.ndarray:
+def _length_penalty(
+    lengths: Int[ArrayLike, " B"], recipe: Recipe, max_length: int
+) -> Float[np.ndarray, " B"]:
     """Returns the recipe's `overlong_penalty` of lengths [B] in tokens: [B], 0 if the recipe has none."""
     buffer = recipe.overlong_tokens(max_length)
     if not buffer:
@@ -109,7 +119,7 @@ def _length_penalty(lengths: np.ndarray, recipe: Recipe, max_length: int) -> np.
     return np.asarray(overlong_penalty(lengths, max_length=max_length, buffer=buffer))
 
 
-def _training_rows(finished: np.ndarray, recipe: Recipe) -> np.ndarray:
+def _training_rows(finished: Bool[ArrayLike, " B"], recipe: Recipe) -> Bool[np.ndarray, " B"]:
     """Says which rows train, bool [B]. The other rows have no part in the statistics of their group."""
     finished = np.asarray(finished, bool)
     return finished if recipe.mask_truncated else np.ones_like(finished)
@@ -119,7 +129,7 @@ def make_experience(
     judged: Judged,
     recipe: Recipe,
     *,
-    reward_weights: Sequence[float],
+    reward_weights: RewardWeights,
     group_size: int,
     prompt_length: int,
     max_length: int,
@@ -177,7 +187,9 @@ def make_experience(
     )
 
 
-def _policy_factors(judged: Judged, recipe: Recipe, trained: Array, part: np.ndarray) -> Array:
+def _policy_factors(
+    judged: Judged, recipe: Recipe, trained: Bool[ArrayLike, "rows T"], part: Int[np.ndarray, " rows"]
+) -> Float[Array, "rows T"] | Float[Array, ""]:
     """Returns the factors of the weights of the policy term in the rows `part`: [rows,T], or 1."""
     factors = jnp.ones((), jnp.float32)
     if recipe.top_entropy is not None:
@@ -189,7 +201,15 @@ def _policy_factors(judged: Judged, recipe: Recipe, trained: Array, part: np.nda
     return factors
 
 
-def _advantages(judged, recipe, live, signal, *, reward_weights, group_size) -> Array:
+def _advantages(
+    judged: Judged,
+    recipe: Recipe,
+    live: Bool[np.ndarray, " B"],
+    signal: Bool[ArrayLike, " B"],
+    *,
+    reward_weights: RewardWeights,
+    group_size: int,
+) -> Float[Array, " B"]:
     """Computes the advantages [B]. A KL in the reward, where the recipe wants it, enters here."""
     totals = judged.totals
     valid = totals.train_valid & live

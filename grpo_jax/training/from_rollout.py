@@ -1,12 +1,17 @@
 """What somebody's own loop needs between `generate` and `train_step`: rewards in, an Experience out."""
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Float, Real
 
 from grpo_jax.objective.recipes import Recipe
 from grpo_jax.training.experience import add_up_rewards, make_experience
 from grpo_jax.types import Experience, Judged, Rollout
+
+Values = Real[ArrayLike, "N G"] | Sequence[Sequence[float]]
 
 _SCORED = "grpo_jax.completion_log_probs(policy, {}, rollout)"
 
@@ -15,11 +20,11 @@ def experience_of(
     rollout: Rollout,
     recipe: Recipe,
     *,
-    rewards: Array | None = None,
-    advantages: Array | None = None,
-    ref_log_probs: Array | None = None,
-    old_log_probs: Array | None = None,
-    entropies: Array | None = None,
+    rewards: Values | None = None,
+    advantages: Values | None = None,
+    ref_log_probs: Float[ArrayLike, "B T"] | None = None,
+    old_log_probs: Float[ArrayLike, "B T"] | None = None,
+    entropies: Float[ArrayLike, "B T"] | None = None,
     num_microbatches: int = 1,
 ) -> Experience:
     """Makes what `train_step` takes of a rollout and its rewards, as the recipe says.
@@ -82,7 +87,7 @@ def experience_of(
     return experience.replace(advantages=jnp.asarray(values, jnp.float32).reshape(-1))
 
 
-def _checked_values(rollout: Rollout, name: str, values: Array) -> np.ndarray:
+def _checked_values(rollout: Rollout, name: str, values: Values) -> Float[np.ndarray, "N G"]:
     """Returns rewards or advantages [N,G] on the host, and raises unless their groups are the rollout's."""
     values = np.asarray(values, np.float64)
     rows = rollout.tokens.shape[0]

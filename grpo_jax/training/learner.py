@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import optax
 from flax.training import train_state
 from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Float, PRNGKeyArray, Real
 
 from grpo_jax.objective.losses import LossMetrics
 from grpo_jax.objective.recipes import Recipe
@@ -41,6 +43,8 @@ from grpo_jax.types import Experience, Params, Policy
 # The state was part of this module until version 0.2.
 __all__ = ["TrainState", "experience_loss", "init_train_state", "policy_params", "train_step"]
 
+Scalars = dict[str, Real[ArrayLike, ""]]  # by their logged names
+
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
@@ -57,14 +61,14 @@ def experience_loss(
     lora: Lora | None = None,
     frozen: Params | None = None,
     ref_params: Params | None = None,
-    at_reference: bool | Array = False,
-    has_signal: bool | Array = True,
-    dropout_key: Array | None = None,
+    at_reference: Bool[ArrayLike, "..."] = False,
+    has_signal: Bool[ArrayLike, ""] = True,
+    dropout_key: PRNGKeyArray | None = None,
     group_size: int = 1,
     num_tokens: int | None = None,
-    temperature: float | Array,
+    temperature: Real[ArrayLike, ""],
     chunk_size: int,
-) -> tuple[Array, tuple[LossMetrics, dict[str, Array]]]:
+) -> tuple[Float[Array, ""], tuple[LossMetrics, Scalars]]:
     """Computes the recipe's loss of params: (loss [], (LossMetrics, other metrics)).
 
     Args:
@@ -125,7 +129,9 @@ def experience_loss(
     return loss, (metrics, measured)
 
 
-def _gradients(state, experience, num_microbatches, loss_fn):
+def _gradients(
+    state: TrainState, experience: Experience, num_microbatches: int, loss_fn: Callable
+) -> tuple[Params, Float[Array, ""], LossMetrics, Scalars]:
     """Returns (gradients, loss, LossMetrics, other metrics) of the batch, one slice at a time."""
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     if num_microbatches == 1:
@@ -175,14 +181,14 @@ def train_step(
     recipe: Recipe,
     frozen: Params | None = None,
     ref_params: Params | None = None,
-    at_reference: bool | Array = False,
-    dropout_key: Array | None = None,
+    at_reference: Bool[ArrayLike, ""] = False,
+    dropout_key: PRNGKeyArray | None = None,
     group_size: int = 1,
     num_microbatches: int = 1,
     num_tokens: int | None = None,
-    temperature: float | Array = 1.0,
+    temperature: Real[ArrayLike, ""] = 1.0,
     chunk_size: int = CHUNK_SIZE,
-) -> tuple[train_state.TrainState, dict[str, Array]]:
+) -> tuple[train_state.TrainState, Scalars]:
     """Makes one optimizer update from one batch of experience. Compiled once per shape.
 
     The gradient is that of `grpo_loss` over the whole batch, and micro-batches only bound memory. If the

@@ -91,6 +91,8 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Float, Real, Shaped
 
 from grpo_jax.objective.advantages import group_stds, grow, informative_groups, shrink_factor
 from grpo_jax.objective.losses import LossMetrics
@@ -98,12 +100,16 @@ from grpo_jax.objective.shaping import importance_weights
 from grpo_jax.types import Rollout
 
 
-def token_mean(values: Array, mask: Array) -> Array:
+def token_mean(values: Shaped[ArrayLike, "B T"], mask: Bool[ArrayLike, "B T"]) -> Float[Array, ""]:
     """Returns the mean [] of values [B,T] over masked-in tokens, or 0 without any."""
     return jnp.sum(jnp.where(mask, values, 0)) / jnp.maximum(jnp.sum(mask), 1)
 
 
-def logp_difference_max(sampler_log_probs: Array, log_probs: Array, mask: Array) -> Array:
+def logp_difference_max(
+    sampler_log_probs: Float[ArrayLike, "B T"],
+    log_probs: Float[ArrayLike, "B T"],
+    mask: Bool[ArrayLike, "B T"],
+) -> Float[Array, ""]:
     """Returns the largest difference [] between two log-probs [B,T] of the same token, nats."""
     return jnp.max(jnp.abs(jnp.where(mask, sampler_log_probs - log_probs, 0)))
 
@@ -127,7 +133,7 @@ def merge_loss_metrics(parts: LossMetrics) -> LossMetrics:
     )
 
 
-def loss_metrics_dict(metrics: LossMetrics) -> dict[str, Array]:
+def loss_metrics_dict(metrics: LossMetrics) -> dict[str, Real[ArrayLike, ""]]:
     """Names the fields of LossMetrics as they are logged."""
     return {
         "policy_loss": metrics.policy_loss,
@@ -141,7 +147,9 @@ def loss_metrics_dict(metrics: LossMetrics) -> dict[str, Array]:
     }
 
 
-def reward_metrics(rewards: Array, valid: Array) -> dict[str, Array]:
+def reward_metrics(
+    rewards: Real[ArrayLike, "N G"], valid: Bool[ArrayLike, "N G"]
+) -> dict[str, Float[Array, ""]]:
     """Computes the reward metrics of rewards [N,G], of which only the valid ones [N,G] count."""
     valid = jnp.asarray(valid, bool)
     rewards = jnp.where(valid, rewards, 0)
@@ -157,7 +165,7 @@ def reward_metrics(rewards: Array, valid: Array) -> dict[str, Array]:
 
 
 def reward_means(
-    names: Sequence[str], scores: np.ndarray, num_lost: Mapping[str, int] | None = None
+    names: Sequence[str], scores: Float[np.ndarray, "B R"], num_lost: Mapping[str, int] | None = None
 ) -> dict[str, float]:
     """Computes the metrics of each reward function alone.
 
@@ -184,8 +192,11 @@ def reward_means(
 
 
 def rollout_metrics(
-    rollout: Rollout, scored_log_probs: Array | None, *, importance_cap: float | None = None
-) -> dict[str, Array]:
+    rollout: Rollout,
+    scored_log_probs: Float[ArrayLike, "B T"] | None,
+    *,
+    importance_cap: Real[ArrayLike, ""] | None = None,
+) -> dict[str, Real[Array, ""]]:
     """Computes the completion and sampling metrics of a rollout.
 
     Args:

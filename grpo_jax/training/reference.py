@@ -4,13 +4,15 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Real
 
 from grpo_jax.policy.lora import adds_nothing
 from grpo_jax.types import Params
 
 
 @jax.jit
-def is_reference(params: Params, ref_params: Params, frozen: Params | None = None) -> Array:
+def is_reference(params: Params, ref_params: Params, frozen: Params | None = None) -> Bool[Array, ""]:
     """Says whether every parameter of the policy equals that of its reference: bool [].
 
     If so, the KL between them is 0, and any other value that two programs give is rounding.
@@ -27,7 +29,7 @@ def is_reference(params: Params, ref_params: Params, frozen: Params | None = Non
 
 
 @jax.jit
-def mix_params(params: Params, ref_params: Params, alpha: float | Array) -> Params:
+def mix_params(params: Params, ref_params: Params, alpha: Real[ArrayLike, ""]) -> Params:
     """Moves a reference towards the policy: ``alpha * params + (1 - alpha) * ref_params``.
 
     This is the soft update of TR-DPO, https://arxiv.org/abs/2404.09656. An alpha of 1 copies the policy. The

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax.training import train_state
-from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Int
 
 from grpo_jax.policy.from_apply import check_causal
 from grpo_jax.policy.lora import Lora, merge_adapters
@@ -27,10 +28,15 @@ class TrainState(train_state.TrainState):
     `init_train_state` makes a state, and `train_step` also takes the plain flax class.
     """
 
+    # flax says an int or a jax Array, and a FrozenDict. A restored state has NumPy arrays, and any pytree.
+    step: Int[ArrayLike, ""]
+    params: Params
     policy: Policy
-    skipped: Array  # [] int32, updates skipped since the start because something was not finite
-    skipped_in_a_row: Array  # [] int32, the same since the last update that was finite
-    idle: Array  # [] int32, updates since the start that moved nothing because no gradient was above 0
+    # Numbers of updates, int32: skipped since the start because something was not finite, the same since the
+    # last update that was finite, and moved nothing since the start because no gradient was above 0.
+    skipped: Int[ArrayLike, ""]
+    skipped_in_a_row: Int[ArrayLike, ""]
+    idle: Int[ArrayLike, ""]
     # What params are adapters of. None means that they are the policy's parameters.
     lora: Lora | None = flax.struct.field(pytree_node=False, default=None)
 
@@ -80,7 +86,14 @@ def _copy(tree: Any) -> Any:
     return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
 
 
-def _new_state(policy, params, optimizer, opt_state, step, lora=None) -> TrainState:
+def _new_state(
+    policy: Policy,
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    opt_state: Any,
+    step: Int[ArrayLike, ""],
+    lora: Lora | None = None,
+) -> TrainState:
     # Each counter has a buffer of its own, because one buffer cannot be donated twice.
     return TrainState(
         step=step,

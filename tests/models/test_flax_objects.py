@@ -269,6 +269,7 @@ def test_what_cannot_be_trained_says_what_to_do(name):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.usefixtures("no_shape_checks")
 def test_what_is_no_state_says_what_to_make():
     with pytest.raises(ValueError, match=r"dict is no TrainState; make one with grpo_jax\.init_train_state"):
         train_step({"params": MODEL.params}, EXPERIENCE, recipe=RECIPE)

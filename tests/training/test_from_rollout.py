@@ -96,6 +96,7 @@ BAD = {
 }
 
 
+@pytest.mark.usefixtures("no_shape_checks")
 @pytest.mark.parametrize("name", BAD)
 def test_what_does_not_fit_is_one_line(name):
     recipe, values, message = BAD[name]
