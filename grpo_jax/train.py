@@ -102,7 +102,7 @@ def train(config: Config) -> int:
         resume_step=resume_step,
     )
     try:
-        with trackers, Interrupts() as interrupts:
+        with trackers, Interrupts(trackers.doing, trackers.message) as interrupts:
             if progress.step == 0:
                 evaluate_and_keep_best(run, progress, trackers, first=True)
             run_loop(run, progress, checkpoints, trackers, interrupts)

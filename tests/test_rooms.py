@@ -28,7 +28,8 @@ ROOMS = {
     "data": ("config", "models", "rewards", "spelling"),
     "evaluation": ("data", "models", "policy", "rewards", "training"),
     "checkpoints": ("error_text",),
-    "trackers": ("config", "error_text"),
+    "screen": (),
+    "trackers": ("config", "error_text", "screen"),
     "run": (
         "checkpoints",
         "config",
@@ -38,6 +39,7 @@ ROOMS = {
         "objective",
         "policy",
         "rewards",
+        "screen",
         "trackers",
         "training",
         "version",
@@ -51,9 +53,9 @@ ROOMS = {
     "version": (),
     # What `from grpo_jax import ...` gives: the lower rooms only.
     "public": ("objective", "policy", "training"),
-    "cli": ("cpu_tuning", "error_text"),
+    "cli": ("cpu_tuning", "error_text", "screen"),
     # It loads a command by name, when it is asked for one.
-    "__main__": ("cli", "spelling", "version"),
+    "__main__": ("cli", "screen", "spelling", "version"),
 }
 # A command may import from every room, and nobody imports a command.
 COMMANDS = ("train", "evaluate", "generate", "plan", "score", "export", "env")
@@ -76,7 +78,7 @@ DOORS = {
     "grain": {"data.loading"},
     "wandb": {"trackers"},
     "tensorboardX": {"trackers"},
-    "rich": {"trackers"},
+    "rich": {"screen", "trackers"},
     "jsonargparse": {"config.parsing"},
     "datasets": {"data.hub"},
     "pyarrow": {"data.rows"},

@@ -1,9 +1,9 @@
 """The training loop of a run: one rollout, its updates, what is logged, evaluated and saved."""
 
 import functools
-import signal
 import time
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 
 import jax
@@ -20,6 +20,7 @@ from grpo_jax.run.best_model import keep_best
 from grpo_jax.run.build import Run
 from grpo_jax.run.diagnostics import Notices
 from grpo_jax.run.evaluation import evaluate_run
+from grpo_jax.run.interrupts import Interrupts as Interrupts
 from grpo_jax.run.progress import Progress, save
 from grpo_jax.trackers import Trackers
 from grpo_jax.trackers.console import spread
@@ -28,27 +29,8 @@ from grpo_jax.training.learner import train_step
 from grpo_jax.training.reference import is_reference, mix_params
 
 _JIT_BOUNDARIES = (generate, completion_log_probs, train_step)
+EnterPhase = Callable[..., None]  # (phase in a word, what a log says about it) -> None
 _MAX_SKIPPED = 5  # updates in a row without a finite gradient before the run stops
-
-
-class Interrupts:
-    """Turns the first Ctrl-C or SIGTERM into a flag. A second one interrupts at once."""
-
-    def __init__(self):
-        self.signum: int | None = None
-
-    def __enter__(self):
-        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_):
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
-
-    def _note(self, signum, _frame):
-        if self.signum is not None:
-            raise KeyboardInterrupt
-        self.signum = signum
 
 
 def trainer_state(run: Run, progress: Progress) -> TrainerState:
@@ -59,16 +41,29 @@ def trainer_state(run: Run, progress: Progress) -> TrainerState:
     )
 
 
-def _new_rollout(run: Run, actor: Actor, progress: Progress, key: jax.Array) -> None:
+def _say_no_phase(_phase: str, _detail: str = "") -> None:
+    pass
+
+
+def _new_rollout(run: Run, actor: Actor, progress: Progress, key: jax.Array, enter: EnterPhase) -> None:
     """Makes the rollout that the next updates use. Its index in data order and noise is num_rounds."""
     config = run.config
+    reach = functools.partial(reach_verdict, run.rewards, trainer_state=trainer_state(run, progress))
+
+    def judge(*args, completion_ids):
+        enter("rewarding")
+        verdict = reach(*args, completion_ids=completion_ids)
+        enter("scoring")  # log-probs of what was sampled
+        return verdict
+
     actor = replace(
         actor,
         recipe=actor.recipe.replace(kl_coef=progress.kl_coef),
-        judge=functools.partial(reach_verdict, run.rewards, trainer_state=trainer_state(run, progress)),
+        judge=judge,
     )
 
     def next_prompts(round_: int):
+        enter("sampling", f"{run.config.training.batch_size} completions")
         index = progress.num_rounds + round_
         examples = batch(
             run.task.train, seed=config.training.seed, step=index, num_prompts=run.config.num_prompts
@@ -153,14 +148,25 @@ def _after_update(run: Run, progress: Progress, updated: dict[str, float]) -> No
         )
 
 
-def one_step(run: Run, actor: Actor, progress: Progress, key: jax.Array) -> dict[str, float]:
-    """Makes one optimizer step, after a new rollout if the last one is used up, and returns its metrics."""
+def one_step(
+    run: Run, actor: Actor, progress: Progress, key: jax.Array, enter: EnterPhase = _say_no_phase
+) -> dict[str, float]:
+    """Makes one optimizer step, after a new rollout if the last one is used up, and returns its metrics.
+
+    Args:
+        run: the run.
+        actor: the actor of the run.
+        progress: the progress, which is changed.
+        key: key of the sampling noise.
+        enter: function that is told which phase begins.
+    """
     started = time.perf_counter()
     index = progress.step % run.config.updates_per_rollout
     if index == 0:
-        _new_rollout(run, actor, progress, key)
+        _new_rollout(run, actor, progress, key, enter)
     # The schedule counts the updates that moved something.
     moved = progress.step - int(progress.state.skipped) - int(progress.state.idle)
+    enter("updating")
     update_started = time.perf_counter()
     kl_coef = progress.kl_coef
     updated = _update(run, progress, index % run.config.algorithm.num_minibatches)
@@ -195,6 +201,8 @@ def evaluate_and_keep_best(run: Run, progress: Progress, trackers: Trackers, *, 
 
     The first evaluation of a process also prints what its figures cannot tell.
     """
+    if run.task.evaluation:
+        trackers.enter("evaluating", f"{len(run.task.evaluation)} held-out prompts")
     params = progress.policy_params
     say = trackers.message if first else None
     metrics = evaluate_run(run, params, say, trainer_state=trainer_state(run, progress))
@@ -216,7 +224,8 @@ def run_loop(
     evaluated = saved == 0  # by this process
     num_programs = _num_programs()
     while progress.step < run.num_steps and interrupts.signum is None:
-        metrics = one_step(run, actor, progress, key)
+        metrics = one_step(run, actor, progress, key, trackers.enter)
+        interrupts.has_work = True
         metrics["compilations"] = _num_programs() - num_programs
         step = progress.step
         last = step == run.num_steps

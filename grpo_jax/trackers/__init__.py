@@ -75,6 +75,8 @@ class Trackers:
         self._others = list(others)
         self._num_completions = num_completions
         self._failed: set[str] = set()
+        self._step = 0
+        self._phase = ""
 
     def __enter__(self) -> "Trackers":
         return self
@@ -84,6 +86,7 @@ class Trackers:
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Hands the metrics of a step to every tracker. Nothing happens without metrics."""
+        self._step = step
         if metrics:
             self._record.log(step, metrics)
             for tracker in (self._console, *self._others):
@@ -96,6 +99,19 @@ class Trackers:
             self._record.log_completions(step, rows)
             for tracker in (self._console, *self._others):
                 self._guard(tracker, tracker.log_completions, step, rows)
+
+    def enter(self, phase: str, detail: str = "") -> None:
+        """Shows the phase that begins, such as `sampling`, and what a log says about it."""
+        self._phase = phase
+        self._guard(self._console, self._console.enter, phase, detail)
+
+    def doing(self) -> str:
+        """Says what an interrupted run has to finish."""
+        if self._phase == "evaluating":
+            return f"the evaluation after step {self._step}"
+        if self._phase in ("sampling", "rewarding", "scoring"):
+            return f"the rollout of step {self._step + 1}"
+        return f"step {self._step + 1}"
 
     def message(self, text: str) -> None:
         """Prints a notice without breaking the progress bar."""
@@ -143,7 +159,7 @@ def make_trackers(
     Raises:
         ImportError: an option is on whose package is missing. The message says what to install.
     """
-    console = ConsoleTracker(total_steps, resume_step)
+    console = ConsoleTracker(total_steps, resume_step, eval_every=_evaluation_pace(config))
     others: list[Tracker] = []
     if tracking.tensorboard:
         others.append(TensorBoardTracker(run_dir, config, resume_step))
@@ -161,3 +177,8 @@ def make_trackers(
     # This comes last, because it rewinds the files, and a missing package must not cost anybody's record.
     record = JsonlTracker(run_dir, resume_step)
     return Trackers(record, console, others, num_completions=tracking.num_completions)
+
+
+def _evaluation_pace(config: Mapping[str, Any]) -> int:
+    """Returns the number of steps between two evaluations, or 0 if the config names none."""
+    return (config.get("evaluation") or {}).get("every") or 0

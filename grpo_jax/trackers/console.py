@@ -2,18 +2,18 @@
 
 import json
 import math
-import os
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from grpo_jax.error_text import one_line
+from grpo_jax.screen.display import Screen
+from grpo_jax.screen.lines import clock_text
+from grpo_jax.screen.pace import Pace
+from grpo_jax.screen.start import current_rows, current_screen
 from grpo_jax.trackers.jsonl import LogRow, Metrics, plain
 
 
@@ -21,6 +21,21 @@ def printable(value: Any) -> str:
     """Makes a model's text safe for a terminal by escaping control and invisible characters."""
     text = value if isinstance(value, str) else json.dumps(plain(value), ensure_ascii=False)
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def turns(prompt: Any) -> str:
+    """Shows a chat as its turns, a line each. Any other value is shown as it is.
+
+    >>> print(turns([{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]))
+    user: 2+2?
+    assistant: 4
+    """
+    is_chat = isinstance(prompt, (list, tuple)) and all(
+        isinstance(message, Mapping) and "role" in message for message in prompt
+    )
+    if not is_chat:
+        return printable(prompt)
+    return "\n".join(f"{printable(m['role'])}: {printable(m.get('content') or '')}" for m in prompt)
 
 
 def describe_error(error: Exception) -> str:
@@ -34,6 +49,7 @@ def _figure(value: float | None, spec: str = ".4g") -> str:
     return "-" if value is None else format(float(value), spec)
 
 
+_NARROW = 80  # columns
 _SHOWN_CHARACTERS = 160  # number of characters of a prompt (its end) and of a completion (its start)
 
 
@@ -53,19 +69,24 @@ def bars(counts: Sequence[int]) -> str:
     return "".join("▁▂▃▄▅▆▇█"[-(-8 * count // highest) - 1] if count else "." for count in counts)
 
 
-def samples_table(title: str, rows: Sequence[LogRow]) -> Table:
-    """Makes a table of samples: prompt, completion, reward, rewards/<name> and, if given, the advantage."""
+def samples_table(title: str, rows: Sequence[LogRow], *, width: int = 120) -> Table:
+    """Makes a table of samples: prompt, completion, reward, rewards/<name> and, if given, the advantage.
+
+    Below 80 columns only the texts and the reward are shown.
+    """
     table = Table(title=Text(printable(title)), title_justify="left")
     names = [name for name in rows[0] if name.startswith("rewards/")] if rows else []
     for heading in ("prompt", "completion"):
         table.add_column(heading, overflow="fold", ratio=1)
-    figures = ["reward", *(names if len(names) > 1 else [])]
-    figures += ["advantage"] if rows and "advantage" in rows[0] else []
+    figures = ["reward"]
+    if width >= _NARROW:
+        figures += names if len(names) > 1 else []
+        figures += ["advantage"] if rows and "advantage" in rows[0] else []
     for name in figures:
         heading = printable(name.removeprefix("rewards/"))
         table.add_column(Text(heading), justify="right", overflow="fold")
     for row in rows:
-        prompt = printable(row["prompt"])
+        prompt = turns(row["prompt"])
         completion = printable(row["completion"])
         prompt = prompt if len(prompt) <= _SHOWN_CHARACTERS else "…" + prompt[-_SHOWN_CHARACTERS:]
         more = len(completion) > _SHOWN_CHARACTERS
@@ -94,7 +115,9 @@ class ConsoleTracker:
     Args:
         total_steps: number of steps of the whole run.
         resume_step: number of steps done before.
-        stream: stream to print to. None means standard output.
+        eval_every: number of steps between two evaluations, which the time left counts. 0 means that there is
+            one at the end.
+        stream: stream to print to. None means the screen of the command, or else standard output.
         clock: function that returns seconds, for the time left and the pace of lines.
     """
 
@@ -103,70 +126,75 @@ class ConsoleTracker:
         total_steps: int,
         resume_step: int | None = None,
         *,
+        eval_every: int = 0,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._stream = sys.stdout if stream is None else stream
+        ours = None if stream is not None else current_screen()
+        self._screen = ours or Screen(stream=stream, clock=clock)
         self._total = total_steps
         self._first = resume_step or 0
         self._tokens: float | None = None if resume_step else 0
         self._every = max(1, math.ceil(total_steps / 40))
         self._clock = clock
-        self._began: tuple[int, float] | None = None  # step and time of the first training metrics
+        self._pace = Pace(total_steps, eval_every, clock)
         self._line = (self._first - self._every, -math.inf)  # step and time of the last line
-        terminal = self._stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
-        # rich is told, because FORCE_COLOR in a CI job would make it take the log for a terminal.
-        self._console = Console(
-            file=self._stream,
-            force_terminal=terminal,
-            color_system="auto" if terminal else None,
-            width=None if terminal else 120,
-        )
-        self._progress = self._bar() if terminal else None
+        self._held_out: float | None = None
+        if total_steps:
+            self._screen.step = self._first
+            self._screen.total = total_steps
+            self._screen.seconds_left = self._pace.seconds_left
 
-    def _bar(self) -> Progress:
-        progress = Progress(
-            MofNCompleteColumn(),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[figures]}", markup=False),
-            TimeRemainingColumn(),
-            console=self._console,
-            refresh_per_second=4,
-        )
-        self._task = progress.add_task("", total=self._total, completed=self._first, figures="")
-        return progress
+    def enter(self, phase: str, detail: str = "") -> None:
+        """Shows the phase that begins."""
+        self._pace.enter(phase)
+        self._screen.enter(phase, detail)
 
     def log(self, step: int, metrics: Metrics) -> None:
+        if (print_row := current_rows()) is not None:
+            print_row({"step": step, **plain(metrics)})
         evaluation = {name: value for name, value in metrics.items() if name.startswith("eval/")}
         if evaluation:
+            self._pace.evaluated()
+            self._held_out = evaluation.get("eval/greedy_accuracy", self._held_out)
             figures = "  ".join(f"{n.removeprefix('eval/')} {_figure(v)}" for n, v in evaluation.items())
             self.message(f"step {step}/{self._total}  evaluation: {figures}")
         if len(evaluation) < len(metrics):
             self._log_training(step, metrics)
 
     def _log_training(self, step: int, metrics: Metrics) -> None:
-        length = metrics.get("completions/mean_length")
-        figures = (
-            f"reward {_figure(metrics.get('reward'), '.3f')}  kl {_figure(metrics.get('kl'), '.4f')}  "
-            f"length {_figure(length, '.1f')}  {self._speed(metrics)} tokens/s"
-        )
-        if self._progress is not None:
-            self._progress.start()  # does nothing once started
-            self._progress.update(self._task, completed=step, figures=figures)
+        speed = self._speed(metrics)
+        self._pace.stepped(step)
+        self._screen.step = step
+        self._screen.figures = self._shown(metrics, speed)
+        if self._screen.is_terminal:
+            self._screen.draw()  # does nothing once it is drawn
             return
         now = self._clock()
         line_step, line_time = self._line
         if step - line_step >= self._every or now - line_time >= 10 or step == self._total:
             self._line = (step, now)
-            self.message(f"step {step}/{self._total}  {figures}  {self._time_left(step, now)} left")
+            length = metrics.get("completions/mean_length")
+            figures = (
+                f"reward {_figure(metrics.get('reward'), '.3f')}  kl {_figure(metrics.get('kl'), '.4f')}  "
+                f"length {_figure(length, '.1f')}  {speed} tokens/s"
+            )
+            left = self._pace.seconds_left()
+            self.message(f"step {step}/{self._total}  {figures}  {_duration(left)} left")
 
-    def _time_left(self, step: int, now: float) -> str:
-        if self._began is None:  # the first step compiles, so it says nothing about the others
-            self._began = (step, now)
-            return "-"
-        first, started = self._began
-        minutes, seconds = divmod(round((now - started) / (step - first) * (self._total - step)), 60)
-        return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+    def _shown(self, metrics: Metrics, speed: str) -> list[tuple[str, str]]:
+        """Returns the figures under the bar, those first that count most."""
+        figures = [("reward", _figure(metrics.get("reward"), ".3f"))]
+        if self._held_out is not None:
+            figures.append(("held-out", f"{self._held_out:.1%}"))
+        figures += [
+            ("kl", _figure(metrics.get("kl"), ".4f")),
+            ("length", _figure(metrics.get("completions/mean_length"), ".1f")),
+            (speed, "tokens/s"),
+        ]
+        more = {"frac_reward_zero_std": "no signal", "completions/clipped_ratio": "cut off"}
+        figures += [(text, f"{metrics[name]:.0%}") for name, text in more.items() if name in metrics]
+        return figures
 
     def _speed(self, metrics: Metrics) -> str:
         tokens = metrics.get("num_tokens")
@@ -177,31 +205,30 @@ class ConsoleTracker:
 
     def log_completions(self, step: int, rows: Sequence[LogRow]) -> None:
         if rows:
-            self._print(samples_table(f"step {step}: completions", rows))
+            self.show(samples_table(f"step {step}: completions", rows, width=self._screen.width))
 
     def show(self, table: Table) -> None:
         """Prints a table, above the bar if there is one."""
-        self._print(table)
+        self._screen.print_table(table)
+
+    def show_figures(self, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Prints a table of figures. If it is too wide, its rows become columns."""
+        widths = [
+            max(len(printable(cell)) for cell in column) + 3 for column in zip(headings, *rows, strict=True)
+        ]
+        if sum(widths) >= self._screen.width and len(rows) < len(headings):
+            columns = [list(column) for column in zip(headings, *rows, strict=True)]
+            headings = columns[0]
+            rows = columns[1:]
+        self.show(figures_table(title, headings, rows))
 
     def message(self, text: str) -> None:
         """Prints a text, above the bar if there is one."""
-        self._print("\n".join(printable(line) for line in text.split("\n")))
-
-    def _print(self, what: str | Table) -> None:
-        if self._progress is not None:
-            # soft_wrap keeps a command that a message shows on one line.
-            is_text = isinstance(what, str)
-            self._console.print(Text(what) if is_text else what, soft_wrap=is_text)
-            return
-        if not isinstance(what, str):
-            with self._console.capture() as capture:
-                self._console.print(what)
-            what = capture.get().rstrip("\n")
-        # A log in ASCII shows other characters as escapes.
-        encoding = self._stream.encoding or "utf-8"
-        self._stream.write(what.encode(encoding, "backslashreplace").decode(encoding) + "\n")
-        self._stream.flush()
+        self._screen.message("\n".join(printable(line) for line in text.split("\n")))
 
     def close(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+        self._screen.close()
+
+
+def _duration(seconds: float | None) -> str:
+    return "-" if seconds is None else clock_text(seconds)
