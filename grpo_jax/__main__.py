@@ -6,6 +6,7 @@ A command is loaded when it is asked for, so the list of them and the version ar
 import importlib
 import sys
 
+from grpo_jax.screen.start import begin
 from grpo_jax.spelling import suggest
 from grpo_jax.version import __version__
 
@@ -46,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     name, *arguments = (sys.argv[1:] if argv is None else argv) or [""]
     if name in COMMANDS:
+        begin(name, arguments)  # before the imports that take seconds
         from grpo_jax.cli import run_command
 
         run_command(lambda: importlib.import_module(f"grpo_jax.{name}").main(arguments))

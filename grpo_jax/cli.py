@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import sys
@@ -14,6 +15,7 @@ import jax
 
 from grpo_jax.cpu_tuning import use_huge_pages
 from grpo_jax.error_text import one_line
+from grpo_jax.screen.start import catch_interrupts, current_screen, end, say_interrupted
 
 
 def enable_compilation_cache() -> Path:
@@ -33,17 +35,18 @@ def enable_compilation_cache() -> Path:
 
 
 @contextlib.contextmanager
-def json_alone(wanted: bool) -> Iterator[Callable[[Any], None]]:
-    """Keeps standard output for one JSON document. Everything else that is printed goes to standard error.
+def json_alone(wanted: bool, *, at_once: bool = False) -> Iterator[Callable[[Any], None]]:
+    """Keeps standard output for JSON documents. Everything else that is printed goes to standard error.
 
     Reward functions print: in a call, when their file is imported, from C, from processes that they start,
     and when the process ends.
 
     Args:
         wanted: False leaves standard output as it is.
+        at_once: whether each document is a line that is printed when it is given.
 
     Yields:
-        a function that takes the document, which is printed at the end.
+        a function that takes a document, which is printed at the end if it is not printed at once.
     """
     documents: list[Any] = []
     if not wanted:
@@ -55,7 +58,7 @@ def json_alone(wanted: bool) -> Iterator[Callable[[Any], None]]:
     os.dup2(2, 1)
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            yield documents.append
+            yield (lambda document: _write_line(kept, document)) if at_once else documents.append
     finally:
         stream.flush()
         _flush_c()
@@ -65,6 +68,32 @@ def json_alone(wanted: bool) -> Iterator[Callable[[Any], None]]:
         print(json.dumps(document), file=stream, flush=True)
     atexit.unregister(_end_of_output)
     atexit.register(_end_of_output)  # before the functions that reward files have registered
+
+
+def _write_line(descriptor: int, document: Any) -> None:
+    left = (json.dumps(document) + "\n").encode()
+    while left:
+        left = left[os.write(descriptor, left) :]
+
+
+@functools.cache
+def _watch_compilations() -> None:
+    """Lets the screen of the command know when a program is compiled."""
+    # JAX records a scalar with the name of the event when it begins, and a duration when it ends.
+    events = ("/jax/core/compile/jaxpr_trace_duration", "/jax/core/compile/backend_compile_duration")
+
+    def began(event: str, _value: float, **_: Any) -> None:
+        screen = current_screen()
+        if screen is not None and event in events:
+            screen.begin_compilation()
+
+    def ended(event: str, seconds: float, fun_name: str = "", **_: Any) -> None:
+        screen = current_screen()
+        if screen is not None and event in events:
+            screen.end_compilation(fun_name if event == events[-1] else "", seconds)
+
+    jax.monitoring.register_scalar_listener(began)
+    jax.monitoring.register_event_duration_secs_listener(ended)
 
 
 def _flush_c() -> None:
@@ -85,10 +114,14 @@ def run_command(main: Callable[[], int | None]) -> None:
 
     GRPO_JAX_TRACEBACK=1 shows the traceback instead.
     """
+    catch_interrupts()
+    _watch_compilations()
     use_huge_pages()
     try:
         code = main() or 0
     except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if (screen := current_screen()) is not None:
+            screen.close()
         if os.environ.get("GRPO_JAX_TRACEBACK"):
             raise
         # Several problems of a config have a line each. Any other message is one line.
@@ -99,7 +132,9 @@ def run_command(main: Callable[[], int | None]) -> None:
         print(f"error: {text}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:  # before training has anything to save, or for the second time
-        print("interrupted", file=sys.stderr)
+        say_interrupted("interrupted")
         code = 130
+    finally:
+        end()
     sys.stdout.flush()
     sys.exit(code)

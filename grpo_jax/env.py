@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from grpo_jax.screen.start import clear
 from grpo_jax.version import __version__
 
 # Only what selects code or devices is shown, never a token, a key or an address.
@@ -144,6 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     arguments = parser.parse_args(argv)
     document = report()
+    clear()
     print(json.dumps(document) if arguments.json else _text(document))
     return 0
 

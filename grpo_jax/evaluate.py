@@ -6,11 +6,18 @@ python -m grpo_jax.evaluate --model runs/arithmetic --baseline packaged:arithmet
 """
 
 import sys
+
+from grpo_jax.screen.start import begin, clear, enter, say_more
+
+if __name__ == "__main__":
+    begin("evaluate", sys.argv[1:])  # before the imports that take seconds
+
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from grpo_jax.cli import enable_compilation_cache, json_alone, run_command
+from grpo_jax.config.output import OutputArguments
 from grpo_jax.config.parsing import parse_record
 from grpo_jax.config.run import Config
 from grpo_jax.evaluation.outcomes import compare
@@ -20,7 +27,7 @@ from grpo_jax.run.evaluation import evaluate_run, observe_run, remarks_on_run, s
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateArguments:
+class EvaluateArguments(OutputArguments):
     """Arguments of the command.
 
     Args:
@@ -34,7 +41,6 @@ class EvaluateArguments:
         max_new_tokens: largest number of completion tokens. `null` means that of the config.
         temperature: temperature of the sampled completions. `null` means that of the config.
         seed: seed of the sampling noise. `null` means that of the config.
-        json: whether one JSON object is printed instead of lines.
     """
 
     model: str
@@ -45,7 +51,6 @@ class EvaluateArguments:
     max_new_tokens: int | None = None
     temperature: float | None = None
     seed: int | None = None
-    json: bool = False
 
 
 def _resolve(arguments: EvaluateArguments) -> Config:
@@ -87,8 +92,10 @@ def _build_run(name: str, config: Config) -> Run:
 
 def _print_results(arguments: EvaluateArguments, run: Run, show: Callable[[Any], None]) -> None:
     notes: list[str] = []
-    results = evaluate_run(run, run.model.params, notes.append)
     count = len(run.task.evaluation)
+    enter("evaluating", f"{arguments.model} on {count} held-out prompts")
+    results = evaluate_run(run, run.model.params, notes.append)
+    clear()
     if arguments.json:
         found = {"notes": notes} if notes else {}
         show({"model": arguments.model, "num_prompts": count, **results, **found})
@@ -96,7 +103,7 @@ def _print_results(arguments: EvaluateArguments, run: Run, show: Callable[[Any],
     print(f"{arguments.model} on {count} held-out prompts")
     for name, value in results.items():
         print(f"  {name.removeprefix('eval/'):<28} {value:.4f}")
-    for note in notes:
+    for note in [] if arguments.quiet else notes:
         print(f"note: {note}")
 
 
@@ -108,8 +115,11 @@ def _print_comparison(
             f"{arguments.model} and {arguments.baseline} drop different prompts as too long, so they "
             "cannot be compared; set data.max_prompt_length to what both take"
         )
+    enter("evaluating", arguments.model)
     outcome = observe_run(run, run.model.params)
+    enter("evaluating", f"{arguments.baseline}")
     baseline = observe_run(base_run, base_run.model.params)
+    clear()
     mine = summarize_run(run, outcome)
     theirs = summarize_run(base_run, baseline)
     notes = [f"{arguments.model}: {line}" for line in remarks_on_run(run, outcome)]
@@ -136,7 +146,7 @@ def _print_comparison(
             f"  {name.removeprefix('eval/'):<18} {value:+.4f}  [{low:+.4f}, {high:+.4f}]  "
             f"{mine[name]:.4f} against {theirs[name]:.4f}"
         )
-    for note in notes:
+    for note in [] if arguments.quiet else notes:
         print(f"note: {note}")
 
 
@@ -149,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
         description="Evaluate a model or a run on held-out prompts, or compare two.",
         config_option=False,
     )
-    enable_compilation_cache()
+    say_more(f"compilation cache: {enable_compilation_cache()}")
     config = _resolve(arguments)
     with json_alone(arguments.json) as show:
         run = _build_run(arguments.model, config)

@@ -4,11 +4,19 @@ python -m grpo_jax.export runs/arithmetic --to models/adder
 python -m grpo_jax.export runs/arithmetic --to models/adder --push_to_hub owner/adder
 """
 
-import re
 import sys
+
+from grpo_jax.screen.start import begin, clear, enter
+
+if __name__ == "__main__":
+    begin("export", sys.argv[1:])  # before the imports that take seconds
+
+import json
+import re
 from dataclasses import dataclass
 
 from grpo_jax.cli import run_command
+from grpo_jax.config.output import OutputArguments
 from grpo_jax.config.parsing import parse_record
 from grpo_jax.models.loading import save_model
 from grpo_jax.models.peft import save_adapters
@@ -21,7 +29,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportArguments:
+class ExportArguments(OutputArguments):
     """Arguments of the command.
 
     Args:
@@ -49,6 +57,7 @@ class ExportArguments:
     private: bool = False
 
     def __post_init__(self):
+        super().__post_init__()
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: {self.dtype!r}; choose one of {', '.join(DTYPES)}")
         if self.adapter and self.dtype != "float32":
@@ -91,6 +100,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError("private: it is for push_to_hub; give the name of a repository there")
     if arguments.push_to_hub is not None:
         check_push(arguments.push_to_hub, arguments.to)
+    enter("exporting", arguments.to)
     if arguments.adapter:
         base, lora, adapters, step = load_adapters(arguments.run, step=arguments.step)
         save_adapters(base, lora, adapters, arguments.to)
@@ -99,10 +109,18 @@ def main(argv: list[str] | None = None) -> int:
         save_model(model, model.params, arguments.to, max_shard_size=size, dtype=arguments.dtype)
         write_card(config, arguments.to, step=step, run_dir=arguments.run)
     opens = "peft" if arguments.adapter else "transformers"
-    print(f"saved step {step} of {arguments.run} in {arguments.to}, a directory that {opens} opens")
+    address = None
     if arguments.push_to_hub is not None:
+        enter("publishing", arguments.push_to_hub)
         message = f"Add the model of step {step}"
         address = push(arguments.push_to_hub, arguments.to, private=arguments.private, message=message)
+    clear()
+    if arguments.json:
+        document = {"run": arguments.run, "step": step, "to": arguments.to, "opens": opens}
+        print(json.dumps({**document, **({"address": address} if address else {})}))
+        return 0
+    print(f"saved step {step} of {arguments.run} in {arguments.to}, a directory that {opens} opens")
+    if address:
         print(f"published it as {address}")
     return 0
 

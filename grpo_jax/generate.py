@@ -4,6 +4,13 @@ python -m grpo_jax.generate --model runs/arithmetic --prompt "12+34=" --num_samp
 """
 
 import sys
+
+from grpo_jax.screen.start import begin, clear, enter, say_aside, say_more
+
+if __name__ == "__main__":
+    begin("generate", sys.argv[1:])  # before the imports that take seconds
+
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +19,7 @@ import jax
 from grpo_jax.cli import enable_compilation_cache, run_command
 from grpo_jax.config.checks import check_ranges, require
 from grpo_jax.config.model import spelled_values
+from grpo_jax.config.output import OutputArguments
 from grpo_jax.config.parsing import parse_record
 from grpo_jax.config.run import Config
 from grpo_jax.config.sampling import SAMPLING_RANGES, SamplingConfig, check_endings, endings
@@ -22,8 +30,8 @@ from grpo_jax.run.directory import load_model_or_run, read_config, run_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateArguments:
-    """Arguments of the command.
+class GenerateArguments(OutputArguments):
+    """Arguments of the command. With `json` each completion is an object on a line of its own.
 
     Args:
         model: a local directory, a hub id, `packaged:<name>`, or a run directory.
@@ -70,6 +78,7 @@ class GenerateArguments:
     dtype: str = "float32"
 
     def __post_init__(self):
+        super().__post_init__()
         require(self.prompt != "", "prompt: it is empty; give at least one character")
         check_ranges("", vars(self), (*SAMPLING_RANGES, *_RANGES))
         check_endings("", eos_token_ids=self.eos_token_ids, stop=self.stop, include_stop=self.include_stop)
@@ -124,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
         command="python -m grpo_jax.generate",
         description="Complete a prompt with a model or a run.",
     )
-    enable_compilation_cache()
+    say_more(f"compilation cache: {enable_compilation_cache()}")
     run = run_of(arguments.model)
     config = Config() if run is None else read_config(run)
     settings = with_defaults(arguments, config.sampling)
@@ -143,13 +152,14 @@ def main(argv: list[str] | None = None) -> int:
         ),
     )
     for note in stop_notes(model):
-        print(f"note: {note}", file=sys.stderr)
+        say_aside(f"note: {note}")
     prompt = [{"role": "user", "content": arguments.prompt}] if arguments.chat else arguments.prompt
     sequences = encode(model, [prompt])
     length = len(sequences[0])
     settings["max_new_tokens"] = fit_positions(
         settings["max_new_tokens"], length, model, exact=arguments.max_new_tokens is not None
     )
+    enter("sampling", f"{arguments.num_samples} completions")
     texts, _ = complete(
         model,
         model.params,
@@ -159,8 +169,9 @@ def main(argv: list[str] | None = None) -> int:
         group_size=arguments.num_samples,
         **settings,
     )
+    clear()
     for text in texts:
-        print(text)
+        print(json.dumps({"prompt": arguments.prompt, "completion": text}) if arguments.json else text)
     return 0
 
 

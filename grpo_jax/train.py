@@ -3,16 +3,23 @@
 python -m grpo_jax.train --config configs/grpo_config.yaml --algorithm.kl_coef 0.05
 """
 
-import shutil
 import sys
-from dataclasses import replace
+
+from grpo_jax.screen.start import begin
+
+if __name__ == "__main__":
+    begin("train", sys.argv[1:])  # before the imports that take seconds
+
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
 
 from grpo_jax.checkpoints.manager import Checkpoints
-from grpo_jax.cli import enable_compilation_cache, run_command
+from grpo_jax.cli import enable_compilation_cache, json_alone, run_command
 from grpo_jax.config.default import or_default
+from grpo_jax.config.output import OUTPUT_OPTIONS, OutputArguments, without_output
 from grpo_jax.config.parsing import parse_record
 from grpo_jax.config.run import Config
 from grpo_jax.models.loading import save_model
@@ -27,6 +34,7 @@ from grpo_jax.run.model_card import write_card
 from grpo_jax.run.planning import make_plan
 from grpo_jax.run.progress import Progress, restore, resume_candidates, start
 from grpo_jax.run.trained_model import resolve_adapter
+from grpo_jax.screen.start import rows_printed_by, say, say_aside, say_more, say_result
 from grpo_jax.trackers import make_trackers
 
 
@@ -43,11 +51,11 @@ def _export(run: Run, progress: Progress) -> None:
     target = Path(config.run_dir) / "hf"
     save_model(run.model, progress.policy_params, target)
     write_card(config, target, step=progress.step)
-    print(f"saved {target}, a directory that transformers opens", flush=True)
+    say_result(f"saved {target}, a directory that transformers opens")
     if run.lora is not None:
         target = Path(config.run_dir) / "adapter"
         save_adapters(run.model, run.lora, progress.state.params, target)
-        print(f"saved {target}, a directory that peft opens", flush=True)
+        say_result(f"saved {target}, a directory that peft opens")
 
 
 def train(config: Config) -> int:
@@ -71,7 +79,7 @@ def train(config: Config) -> int:
     if progress is not None and not _measures_as_before(config, progress):
         outdate_best(config.run_dir)
     write_config(config)
-    print(make_plan(run).text(), flush=True)
+    say(make_plan(run).text())
 
     if progress is None:
         # A run that was killed before its first checkpoint starts again, and its model may have changed.
@@ -83,9 +91,9 @@ def train(config: Config) -> int:
         progress = start(run)
     else:
         resume_step = progress.step
-        print(describe_start(resume_step, run.num_steps), flush=True)
+        say(describe_start(resume_step, run.num_steps))
         for remark in progress.remarks:
-            print(f"note: {remark}", flush=True)
+            say(f"note: {remark}")
     # A reference that moves is in every checkpoint, the base of LoRA in its own directory.
     stays = progress.ref_params is not None and not (config.algorithm.ref_sync_every or run.lora)
     if stays and not checkpoints.has_reference():
@@ -110,27 +118,41 @@ def train(config: Config) -> int:
         checkpoints.close()
         close_rewards([*run.rewards, *run.eval_rewards])
     if interrupts.signum is not None and progress.step < run.num_steps:
-        print(f"interrupted after step {progress.step}, saved; the same command continues it", flush=True)
+        say_result(f"interrupted after step {progress.step}, saved; the same command continues it")
         return 128 + interrupts.signum
     _export(run, progress)
     return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments(Config, OutputArguments):
+    """The config of a run, and what is printed.
+
+    With `json` each row of metrics.jsonl is a line of standard output as well.
+    """
+
+    def __post_init__(self):
+        Config.__post_init__(self)
+        OutputArguments.__post_init__(self)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command."""
     from grpo_jax.run.run_record import recording
 
-    config = parse_record(
-        Config,
-        or_default(argv),
+    arguments = parse_record(
+        TrainArguments,
+        or_default(argv, own=OUTPUT_OPTIONS, say=say_aside),
         command="python -m grpo_jax.train",
         description="Train a causal language model with GRPO.",
         from_trl=True,
     )
-    enable_compilation_cache()
-    with recording() as record:
-        record.exit_code = train(config)
-    return record.exit_code
+    say_more(f"compilation cache: {enable_compilation_cache()}")
+    config = without_output(arguments, Config)
+    with json_alone(arguments.json, at_once=True) as print_row, rows_printed_by(print_row, arguments.json):
+        with recording() as record:
+            record.exit_code = train(config)
+        return record.exit_code
 
 
 if __name__ == "__main__":

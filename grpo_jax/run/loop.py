@@ -244,7 +244,9 @@ def run_loop(
             evaluate_and_keep_best(run, progress, trackers, first=not evaluated)
             evaluated = True
         if last or step % config.checkpoints.every == 0:
+            trackers.enter("saving", f"step {step} in {config.run_dir}/checkpoints")
             save(run, checkpoints, progress)
             saved = step
     if progress.step > saved:
+        trackers.enter("saving", f"step {progress.step} in {config.run_dir}/checkpoints")
         save(run, checkpoints, progress)

@@ -11,6 +11,7 @@ from grpo_jax.screen.lines import Figures, clock_text, fit_items, wrap_text
 
 Level = Literal["quiet", "normal", "verbose"]
 _BAR_WIDTH = 10
+_WORTH_TELLING = 0.1  # seconds of a compilation
 _SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 # What stands for the drawings where the terminal knows ASCII alone.
 _PLAIN = str.maketrans({"━": "#", "─": "-", "…": "~", **dict.fromkeys(_SPINNER, "*")})
@@ -126,15 +127,26 @@ class Screen:
             return
         if self.level != "verbose" and (text in self._told or self.figures):
             return  # once is enough, and the lines of the steps follow
+        if text in self._told and not text.startswith(("evaluating", "saving")):
+            return  # every step has the others
         self._told.add(text)
         passed = clock_text(self._clock() - self._started)
         self.print_text(text if not self._told - {text} else f"{passed}  {text}")
 
-    def note_compilation(self, begins: bool, name: str = "", seconds: float = 0.0) -> None:
-        """Notes that a program is being compiled, or that it is done."""
-        self._compiling = 1 if begins else 0
-        if name and not begins and self.level == "verbose" and seconds >= 0.05:
-            self.print_text(f"compiled {name} in {seconds:.1f} s")
+    def begin_compilation(self) -> None:
+        """Notes that a program begins to be traced or compiled."""
+        self._compiling += 1
+
+    def end_compilation(self, name: str, seconds: float) -> None:
+        """Notes that a program is done.
+
+        Args:
+            name: name of a program that was compiled or read from the cache; empty if it was traced only.
+            seconds: how long it took.
+        """
+        self._compiling = max(0, self._compiling - 1)
+        if name and self.level == "verbose" and seconds >= _WORTH_TELLING:
+            self.print_text(f"compiled {name} in {seconds:.1f} s, or read it from the cache")
 
     def message(self, text: str) -> None:
         """Prints lines that belong to the log of a command, unless it is quiet."""
@@ -152,6 +164,8 @@ class Screen:
             return
         from rich.text import Text
 
+        if self._live is not None:
+            self._live.refresh()  # the bar that is drawn again under the text is that of now
         # soft_wrap keeps what is longer than a line, such as a path, in one piece that can be copied.
         self.console.print(Text(wrap_text(text, self.width)), soft_wrap=True)
 

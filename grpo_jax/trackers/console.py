@@ -205,7 +205,12 @@ class ConsoleTracker:
 
     def log_completions(self, step: int, rows: Sequence[LogRow]) -> None:
         if rows:
-            self.show(samples_table(f"step {step}: completions", rows, width=self._screen.width))
+            self.show(samples_table(f"step {step}: completions", rows, width=self.width))
+
+    @property
+    def width(self) -> int:
+        """Number of columns that there are."""
+        return self._screen.width
 
     def show(self, table: Table) -> None:
         """Prints a table, above the bar if there is one."""

@@ -166,9 +166,9 @@ def test_interrupt_saves_at_the_next_step(signum, num_iterations, during, argv, 
 def test_interrupt_before_the_first_step(argv, whole, tmp_path, monkeypatch):
     command, evaluate = argv(tmp_path), run_loop.evaluate_run
 
-    def interrupted(*args):
+    def interrupted(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(*args)
+        return evaluate(*args, **kwargs)
 
     with monkeypatch.context() as context:
         context.setattr(run_loop, "evaluate_run", interrupted)
