@@ -204,9 +204,9 @@ def test_each_mistake_gives_one_line_before_anything_compiles(name, broken, tmp_
 
 
 def test_as_a_user_types_it(broken, tmp_path):
-    # One of them in a process of its own: exit code, one line on stderr, nothing else.
+    # One of them in a process of its own: exit code, one line on stderr, nothing else but the first line.
     done = small_run.command("train", *broken["line"][0], f"--run_dir={tmp_path}/run")
-    assert done.stdout == "" and "line 2: not valid JSON" in small_run.error_of(done)
+    assert done.stdout == "grpo-jax train: loading\n" and "line 2: not valid JSON" in small_run.error_of(done)
 
 
 def test_traceback_on_demand(monkeypatch):
