@@ -82,15 +82,17 @@ def _watch_compilations() -> None:
     # JAX records a scalar with the name of the event when it begins, and a duration when it ends.
     events = ("/jax/core/compile/jaxpr_trace_duration", "/jax/core/compile/backend_compile_duration")
 
-    def began(event: str, _value: float, **_: Any) -> None:
+    def began(event: str, value: float | int, **kwargs: str | int) -> None:
         screen = current_screen()
         if screen is not None and event in events:
             screen.begin_compilation()
 
-    def ended(event: str, seconds: float, fun_name: str = "", **_: Any) -> None:
+    def ended(event: str, duration_secs: float, **kwargs: str | int) -> None:
         screen = current_screen()
         if screen is not None and event in events:
-            screen.end_compilation(fun_name if event == events[-1] else "", seconds)
+            screen.end_compilation(
+                str(kwargs.get("fun_name", "")) if event == events[-1] else "", duration_secs
+            )
 
     jax.monitoring.register_scalar_listener(began)
     jax.monitoring.register_event_duration_secs_listener(ended)

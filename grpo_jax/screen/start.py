@@ -166,13 +166,13 @@ def catch_interrupts() -> None:
 
 def say_interrupted(text: str) -> None:
     """Prints why the command ends, the first time only."""
-    with _Command.lock:
+    with _Command.lock:  # whoever comes second waits until it is printed, since it may end the process
         if _Command.interrupted:
             return
         _Command.interrupted = True
-    if _Command.screen is not None:
-        _Command.screen.close()
-    print(text, file=sys.stderr, flush=True)
+        if _Command.screen is not None:
+            _Command.screen.close()
+        print(text, file=sys.stderr, flush=True)
 
 
 def end_process(code: int) -> None:
@@ -183,9 +183,10 @@ def end_process(code: int) -> None:
 
 
 def _interrupted(_signum: int, _frame: object) -> None:
+    # Until somebody catches it, the thread of the watch ends the process. A handler must not wait for that
+    # thread, which may need a lock that the main thread holds.
     if _Command.catches:
         raise KeyboardInterrupt
-    _heard(signal.SIGINT)
 
 
 def _heard(signum: int) -> None:
