@@ -42,17 +42,18 @@ autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "exclude-members": "replace, from_tuple, to_tuple"}
 maximum_signature_line_length = 100
 napoleon_numpy_docstring = False
-smartquotes = False  # the text is full of names in quotes
+smartquotes_action = "D"  # dashes alone: the text is full of names in quotes
 default_role = "literal"  # docstrings write `code` with one backtick, as Markdown does
 
 # Sections of a docstring that napoleon reads. Their indented text is no picture or table.
 _SECTIONS = re.compile(r"(Args|Returns|Raises|Yields|Example|Examples|Attributes):$")
-_CODE = re.compile(r"(``.+?``|`[^`]+`|https?://[^\s)>]+)", re.DOTALL)
+# Code, links and *emphasis* stay as they are.
+_MARKUP = re.compile(r"(``.+?``|`[^`]+`|https?://[^\s)>]+|(?<![\w*])\*\w[\w ]*\*(?![\w*]))", re.DOTALL)
 
 
 def _as_rst(text: str) -> str:
     """Escapes what reStructuredText would read as markup outside of code."""
-    parts = _CODE.split(text)
+    parts = _MARKUP.split(text)
     return "".join(
         part if index % 2 else re.sub(r"([*|\\])|(?<=\w)(_)(?=\W|$)", r"\\\1\2", part)
         for index, part in enumerate(parts)
