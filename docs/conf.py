@@ -37,6 +37,9 @@ html_show_sourcelink = False
 
 nb_execution_mode = "off"  # notebooks are stored as they ran; scripts/execute_notebooks.py runs them
 myst_heading_anchors = 3
+myst_enable_extensions = ["dollarmath"]  # the formulas of the notebooks
+myst_dmath_allow_space = False
+myst_dmath_allow_digits = False  # $18 is money
 
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "exclude-members": "replace, from_tuple, to_tuple"}
