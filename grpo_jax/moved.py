@@ -52,7 +52,7 @@ MOVED = {
     "reward_functions": "rewards.builtin",
     "reward_models": "rewards.classifier",
     "reward_pool": "rewards.pool",
-    "reward_sources": "rewards.sources",
+    "reward_sources": "named_objects",
     "reward_worker": "rewards.worker",
     "rotary": "policy.rotary",
     "row_files": "data.rows",

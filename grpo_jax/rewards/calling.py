@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from grpo_jax.error_places import user_frame
 from grpo_jax.rewards.awaiting import end_fork, is_async, start
 from grpo_jax.rewards.completions import Completion, completion_text
 from grpo_jax.rewards.endpoint_error import EndpointError
-from grpo_jax.rewards.error_places import user_frame
 from grpo_jax.rewards.extras import Extras, is_number, wanted_extras
 from grpo_jax.rewards.pool import WorkerError
 from grpo_jax.rewards.reward import Reward, RewardError, named, takes

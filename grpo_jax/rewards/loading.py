@@ -10,11 +10,11 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from grpo_jax.named_objects import find_function
 from grpo_jax.rewards.builtin import REWARDS, ROW_CHECKS
 from grpo_jax.rewards.extras import EXTRAS
 from grpo_jax.rewards.pool import RewardPool
 from grpo_jax.rewards.reward import Reward, RewardError, named, parameters_of
-from grpo_jax.rewards.sources import find_function
 from grpo_jax.rewards.verl import PREFIX, TRUTHS, adapt_compute_score, check_truth
 from grpo_jax.spelling import suggest
 

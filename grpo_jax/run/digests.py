@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.rewards.sources import source_file
+from grpo_jax.named_objects import source_file
 from grpo_jax.types import Example
 
 _OURS = "grpo_jax"  # an upgrade of the package is no edit of a reward

@@ -1,4 +1,4 @@
-"""Finds the function that `package.module:function` or `path/file.py:function` names.
+"""Finds the object that `package.module:name` or `path/file.py:name` names: a reward, a task, a recipe, ...
 
 Every failure is one line.
 """
@@ -14,22 +14,40 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from grpo_jax.rewards.error_places import user_frame
+from grpo_jax.error_places import user_frame
 from grpo_jax.spelling import nearest, suggest
 
 
-def find_function(spec: str, *, built_in: Sequence[str] = ()) -> tuple[str, Callable[..., Any], str]:
-    """Imports the module or file of a spec and takes the function from it.
+def find_function(
+    spec: str, *, kind: str = "reward function", built_in: Sequence[str] = ()
+) -> tuple[str, Callable[..., Any], str]:
+    """Finds an object as `find_object` does, and checks that it is a function or can be called like one.
+
+    Raises:
+        ValueError: as in `find_object`, or it is a class, or cannot be called.
+    """
+    name, function, line = find_object(spec, kind=kind, built_in=built_in)
+    if inspect.isclass(function) or not callable(function):
+        what = "class" if inspect.isclass(function) else type(function).__name__
+        advice = f"; make an object of it in the file, and name that: judge = {name}()"
+        advice = advice if inspect.isclass(function) and "__call__" in vars(function) else ""
+        raise ValueError(f"{kind} {spec!r}: `{name}` at {line} is a {what}, not a function{advice}")
+    return name, function, line
+
+
+def find_object(spec: str, *, kind: str, built_in: Sequence[str] = ()) -> tuple[str, Any, str]:
+    """Imports the module or file of a spec and takes the object from it.
 
     A file is found relative to the working directory. It may import its neighbours. It is executed once, and
     again after it was edited.
 
     Args:
-        spec: `package.module:function` or `path/file.py:function`.
+        spec: `package.module:name` or `path/file.py:name`.
+        kind: what it should be, for messages, such as `reward function`.
         built_in: names that need no colon, from which the nearest is suggested.
 
     Returns:
-        (the function's name, the function, where it comes from).
+        (the object's name, the object, where it comes from).
 
     Raises:
         ValueError: the message names the spec and its fault, with file and line if there are any.
@@ -40,24 +58,18 @@ def find_function(spec: str, *, built_in: Sequence[str] = ()) -> tuple[str, Call
         if not colon and "." in spec and not spec.endswith(".py"):
             hint = f"did you mean `{':'.join(spec.rsplit('.', 1))}`?"
         raise ValueError(
-            f"reward function {spec!r} is unknown; {hint} Your own is package.module:function or "
-            "path/file.py:function"
+            f"{kind} {spec!r} is unknown; {hint} Your own is package.module:function or path/file.py:function"
         )
-    module = _load_file(Path(where).expanduser()) if where.endswith(".py") else _import(where)
+    word = kind.partition(" ")[0]
+    module = _load_file(Path(where).expanduser(), word) if where.endswith(".py") else _import(where, word)
     lines = _definitions(module)
     if name not in vars(module):
         near = nearest(name, lines)
         hint = f"did you mean `{near}` (line {lines[near]})?" if near else "it defines "
         hint += "" if near else (", ".join(lines) or "nothing")
-        raise ValueError(f"reward function {spec!r}: {where} has no `{name}`; {hint}")
-    function = vars(module)[name]
+        raise ValueError(f"{kind} {spec!r}: {where} has no `{name}`; {hint}")
     line = f"{where}:{lines[name]}" if name in lines else where
-    if inspect.isclass(function) or not callable(function):
-        kind = "class" if inspect.isclass(function) else type(function).__name__
-        advice = f"; make an object of it in the file, and name that: judge = {name}()"
-        advice = advice if inspect.isclass(function) and "__call__" in vars(function) else ""
-        raise ValueError(f"reward function {spec!r}: `{name}` at {line} is a {kind}, not a function{advice}")
-    return name, function, line
+    return name, vars(module)[name], line
 
 
 def source_file(spec: str) -> Path | None:
@@ -77,11 +89,11 @@ def _resolved(path: Path) -> Path:
     return path.resolve() if path.is_absolute() else (Path.cwd() / path).resolve()
 
 
-def _load_file(path: Path) -> ModuleType:
+def _load_file(path: Path, word: str) -> ModuleType:
     path = _resolved(path)
     if not path.is_file():
-        raise ValueError(f"reward file {path} does not exist")
-    # There is one module per file, so that all functions used from it share the file's state.
+        raise ValueError(f"{word} file {path} does not exist")
+    # There is one module per file, so that all objects used from it share the file's state.
     digest = hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()
     name = f"grpo_jax_rewards_{path.stem}_{digest[:8]}"
     if name in sys.modules:
@@ -100,14 +112,14 @@ def _load_file(path: Path) -> ModuleType:
     return module
 
 
-def _import(name: str) -> ModuleType:
+def _import(name: str, word: str) -> ModuleType:
     importlib.invalidate_caches()  # the file may have been written a moment ago
     try:
         return importlib.import_module(name)
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and (name + ".").startswith(f"{error.name}."):
             raise ValueError(
-                f"reward module {name!r}: no module named {error.name!r}; install it, run in its directory, "
+                f"{word} module {name!r}: no module named {error.name!r}; install it, run in its directory, "
                 "or name a file as path/file.py:function"
             ) from None
         raise ValueError(_at_import(name, error)) from error

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from grpo_jax.config.run import RewardConfig
+from grpo_jax.error_places import user_frame
 from grpo_jax.rewards.calling import call_rewards
-from grpo_jax.rewards.error_places import user_frame
 from grpo_jax.rewards.loading import RewardError, load_rewards
 
 INSTALLED = Path(sysconfig.get_path("purelib")) / "some_library" / "exit_hooks.py"
