@@ -17,6 +17,8 @@ from typing import Any
 from grpo_jax.error_places import user_frame
 from grpo_jax.spelling import nearest, suggest
 
+IN_PYTHON = "python"  # stands for where an object comes from that no import can find again
+
 
 def find_function(
     spec: str, *, kind: str = "reward function", built_in: Sequence[str] = ()
@@ -54,11 +56,17 @@ def find_object(spec: str, *, kind: str, built_in: Sequence[str] = ()) -> tuple[
     """
     where, colon, name = spec.rpartition(":")
     if not colon or not where or not name:
-        hint = suggest(spec, built_in, f"built in are {', '.join(built_in)}.")
+        hint = suggest(spec, built_in, f"built in are {', '.join(built_in)}.") if built_in else ""
         if not colon and "." in spec and not spec.endswith(".py"):
             hint = f"did you mean `{':'.join(spec.rsplit('.', 1))}`?"
+        hint += " " if hint else ""
         raise ValueError(
-            f"{kind} {spec!r} is unknown; {hint} Your own is package.module:function or path/file.py:function"
+            f"{kind} {spec!r} is unknown; {hint}Your own is package.module:function or path/file.py:function"
+        )
+    if where == IN_PYTHON:
+        raise ValueError(
+            f"{kind} {spec!r} was an object of a Python program, which no file names; start it from that "
+            "program again, or use the model that the run has exported"
         )
     word = kind.partition(" ")[0]
     module = _load_file(Path(where).expanduser(), word) if where.endswith(".py") else _import(where, word)

@@ -11,14 +11,13 @@ import jax
 import numpy as np
 import yaml
 
-from grpo_jax import train
 from grpo_jax.checkpoints.manager import Checkpoints
 from grpo_jax.config.parsing import parse_record
 from grpo_jax.config.run import Config
 from grpo_jax.run import build as run_build
 from grpo_jax.run import directory as run_directory
+from grpo_jax.run import from_config, trained_model
 from grpo_jax.run import loop as run_loop
-from grpo_jax.run import trained_model
 from grpo_jax.run.diagnostics import Notices
 from grpo_jax.trackers import is_timing
 
@@ -162,7 +161,7 @@ PLACES = {  # where a run can be made to crash, and on which side of what happen
     "evaluated": (run_loop, "evaluate_run", "after"),
     "save": (Checkpoints, "save", "before"),
     "saved": (Checkpoints, "save", "after"),
-    "export": (train, "save_model", "before"),
+    "export": (from_config, "save_model", "before"),
 }
 
 

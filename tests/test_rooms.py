@@ -22,7 +22,7 @@ ROOMS = {
     "policy": ("cpu_tuning", "objective"),
     # Of the models, only the policy of a Flax model object, which `train_step` asks for when it is given one.
     "training": ("models", "objective", "policy"),
-    "config": ("objective", "spelling"),
+    "config": ("named_objects", "objective", "spelling"),
     "models": ("config", "policy", "spelling"),
     "rewards": ("config", "error_places", "models", "named_objects", "policy", "spelling"),
     "data": ("config", "models", "named_objects", "rewards", "spelling"),
@@ -34,6 +34,7 @@ ROOMS = {
         "checkpoints",
         "config",
         "data",
+        "error_text",
         "evaluation",
         "models",
         "named_objects",

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from grpo_jax.config.checks import check_ranges
+from grpo_jax.named_objects import IN_PYTHON, find_object
 from grpo_jax.objective.advantages import ADVANTAGES, AGGREGATIONS, MISSING
 from grpo_jax.objective.losses import RATIO_LEVELS, REDUCTIONS
-from grpo_jax.objective.recipes import KL_NAMES, KL_PLACEMENTS, RECIPES
+from grpo_jax.objective.recipes import KL_NAMES, KL_PLACEMENTS, RECIPES, Recipe
 from grpo_jax.objective.surrogates import SURROGATES
 
 
@@ -16,7 +17,8 @@ class AlgorithmConfig:
     """A recipe, and what is changed in it. A key that is `null` keeps the recipe's own choice.
 
     Args:
-        name: name of the recipe: {recipes}.
+        name: name of the recipe: {recipes}. A `grpo_jax.Recipe` of your own is `package.module:name` or
+            `path/file.py:name`.
         group_size: G, the number of completions that are sampled for each prompt, at least 2.
         num_iterations: mu, the number of optimizer passes over one rollout, at least 1.
         num_minibatches: number of optimizer batches that one rollout is split into. A rollout has
@@ -113,11 +115,40 @@ class AlgorithmConfig:
     max_sampling_rounds: int = 4
 
     def __post_init__(self):
-        if self.name not in RECIPES:
+        named = self.name
+        if isinstance(named, Recipe):  # from Python
+            if named == RECIPES.get(named.name):
+                object.__setattr__(self, "name", named.name)
+        elif named not in RECIPES and ":" not in named:
             raise ValueError(
-                f"algorithm.name: {self.name!r} is not a recipe; choose one of {', '.join(RECIPES)}"
+                f"algorithm.name: {named!r} is not a recipe; choose one of {', '.join(RECIPES)}, or name "
+                "your own as package.module:name or path/file.py:name"
             )
         check_ranges("algorithm.", vars(self), _RANGES)
+
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether the name stands for a recipe that a Python program gave as an object."""
+        return isinstance(self.name, str) and self.name.startswith(f"{IN_PYTHON}:")
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that `name` stands for, without what is changed in it.
+
+        Raises:
+            ValueError: the module or file has no such recipe.
+        """
+        if isinstance(self.name, Recipe):
+            return self.name
+        if self.name in RECIPES:
+            return RECIPES[self.name]
+        _, found, place = find_object(self.name, kind="recipe", built_in=tuple(RECIPES))
+        if not isinstance(found, Recipe):
+            raise ValueError(
+                f"algorithm.name: {self.name!r} at {place} is a {type(found).__name__}, and it must be a "
+                'grpo_jax.Recipe, such as grpo.replace(reduction="token")'
+            )
+        return found
 
 
 # The help text lists the recipes.

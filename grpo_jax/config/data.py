@@ -6,6 +6,7 @@ from typing import Any, Literal
 from grpo_jax.config.checks import check_ranges, require
 
 DEFAULT_TASK = "arithmetic"
+IN_MEMORY = "python:prompts"  # stands for prompts that a Python program gave as objects
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +16,8 @@ class DataConfig:
     Args:
         task: name of a task. `arithmetic`, `addition`, `countdown` and `reasoning_gym:<name>` make their own
             problems. `gsm8k` and `completion` read train_file or dataset. A train_file alone replaces the
-            default task.
+            default task. A task of your own is `package.module:name` or `path/file.py:name`, a function
+            that returns a `grpo_jax.data.Task`.
         task_arguments: keyword arguments of the task.
         train_file: a file of rows, a glob such as `parts/*.jsonl`, or a list of these. The formats are
             .jsonl, .json, .csv and .tsv (with a header), .parquet, and .txt (one row per paragraph, in the

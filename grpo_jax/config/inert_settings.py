@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from grpo_jax.config.run import Config, EvaluationConfig
 from grpo_jax.objective.kl import kl_k1
-from grpo_jax.objective.recipes import RECIPES, Recipe
+from grpo_jax.objective.recipes import Recipe
 from grpo_jax.objective.surrogates import reinforce_surrogate
 
 
@@ -99,7 +99,7 @@ def _is_given(facts: Facts, section: str, key: str) -> bool:
     if default is not None or section != "algorithm":
         return getattr(record, key) != default
     # If it is left out, the recipe's own value counts. Repeating that value is not a mistake.
-    own = RECIPES[facts.config.algorithm.name]
+    own = facts.config.algorithm.recipe
     names = ("kl_estimator", "kl_ratio_corrected") if key == "kl_estimator" else (key,)
     return any(getattr(facts.recipe, name) != getattr(own, name) for name in names)
 

@@ -70,6 +70,8 @@ class TrainingConfig:
         weight_decay: decoupled weight decay of AdamW. It acts on matrices only.
         adam_b1: decay rate of the first moment.
         adam_b2: decay rate of the second moment.
+        optimizer: an optax optimizer in place of AdamW, as `package.module:name` or `path/file.py:name`, such
+            as `optax:lion`. It is a function of the learning rate's schedule, or an optimizer.
         max_grad_norm: largest global norm of the gradient. Larger gradients are scaled down to it. 0 switches
             this off.
         seed: seed that determines the whole run.
@@ -85,6 +87,7 @@ class TrainingConfig:
     weight_decay: float = 0.0
     adam_b1: float = 0.9
     adam_b2: float = 0.99
+    optimizer: str | None = None
     max_grad_norm: float = 1.0
     seed: int = 0
 
@@ -95,6 +98,15 @@ class TrainingConfig:
             f"training.batch_size {self.batch_size} does not divide into training.num_microbatches "
             f"{self.num_microbatches} equal parts",
         )
+        for name in (
+            ("weight_decay", "adam_b1", "adam_b2", "max_grad_norm") if self.optimizer is not None else ()
+        ):
+            value = getattr(self, name)
+            require(
+                value == type(self).__dataclass_fields__[name].default,
+                f"training.{name}: {value} is for AdamW and does nothing with training.optimizer; set it "
+                "inside that optimizer",
+            )
 
 
 _TRAINING_RANGES = (
@@ -213,6 +225,9 @@ class TrackingConfig:
         completions_every: number of optimizer steps between two tables of samples, which are also written to
             completions.jsonl.
         num_completions: number of completions that are shown and written each time.
+        trackers: further trackers, each as `package.module:name` or `path/file.py:name`: an object with a
+            method `log(step, metrics)`, or a class or function without arguments that makes one. Methods
+            `log_completions(step, rows)`, `message(text)` and `close()` are called if there are any.
     """
 
     tensorboard: bool = False
@@ -221,6 +236,7 @@ class TrackingConfig:
     wandb_name: str | None = None
     completions_every: int = 50
     num_completions: int = 8
+    trackers: list[str] = field(default_factory=list)
 
     def __post_init__(self):
         check_ranges("tracking.", vars(self), _TRACKING_RANGES)
@@ -248,7 +264,8 @@ class Config:
         checkpoints: saving and resuming.
         tracking: where metrics are logged.
         run_dir: directory of the run. It holds config.yaml, run.json, metrics.jsonl, completions.jsonl,
-            checkpoints/ and hf/, with LoRA also adapter/, and best/ if best_metric is given.
+            checkpoints/ and hf/, with LoRA also adapter/, and best/ if best_metric is given. With `null`
+            nothing is written.
     """
 
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
@@ -261,7 +278,7 @@ class Config:
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
-    run_dir: str = "runs/grpo"
+    run_dir: str | None = "runs/grpo"
 
     @property
     def num_prompts(self) -> int:
@@ -289,3 +306,13 @@ class Config:
             f"algorithm.ref_sync_every: {sync} moves the reference, but with {key} that is the "
             "base model, which never moves; leave one of them out",
         )
+        needs_directory = {
+            "checkpoints.best_metric": self.checkpoints.best_metric is not None,
+            "tracking.tensorboard": self.tracking.tensorboard,
+            "tracking.wandb": self.tracking.wandb,
+        }
+        for name, given in needs_directory.items():
+            require(
+                self.run_dir is not None or not given,
+                f"{name} is given, but there is no run_dir, where it writes; give one, or leave {name} out",
+            )

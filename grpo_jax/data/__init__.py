@@ -6,8 +6,10 @@ The names below can be imported from here. Each loads its module when it is aske
 from grpo_jax.lazy_names import lazy_names
 
 _MODULES = {
+    "Example": "loading",
     "batch": "loading",
     "load_data": "loading",
+    "RowTask": "tasks",
     "Task": "tasks",
     "load_task": "tasks",
 }

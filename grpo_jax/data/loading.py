@@ -8,14 +8,15 @@ from typing import Any
 
 import grain
 
-from grpo_jax.config.data import DEFAULT_TASK, DataConfig
+from grpo_jax.config.data import DEFAULT_TASK, IN_MEMORY, DataConfig
 from grpo_jax.data.bad_rows import BadRow, settle
 from grpo_jax.data.columns import rename
 from grpo_jax.data.few_shot import note_on_few_shot
+from grpo_jax.data.given_rows import PromptRows
 from grpo_jax.data.hub import read_dataset
 from grpo_jax.data.prompts import PromptForm, complete_prompt, make_prompt_form, prompt_text, row_prompt
 from grpo_jax.data.rows import Rows, find_files, read_rows, stem
-from grpo_jax.data.tasks import ROW_TASKS, RowTask, Task, check_arguments, check_name, load_task
+from grpo_jax.data.tasks import RowTask, Task, check_arguments, find_task, load_task, make_task
 from grpo_jax.types import Example
 
 __all__ = ["Example", "Task", "batch", "load_data", "load_task"]
@@ -23,8 +24,12 @@ __all__ = ["Example", "Task", "batch", "load_data", "load_task"]
 RESERVED_COLUMNS = ("prompts", "completions")  # names of a reward function's own arguments
 
 
-def load_data(data: DataConfig) -> Task:
+def load_data(data: DataConfig, given: PromptRows | None = None) -> Task:
     """Loads the examples that the configuration names, and makes their prompts.
+
+    Args:
+        data: the section of the configuration.
+        given: rows in memory that are used instead.
 
     Returns:
         the task. A task that is made from files has no default rewards, and it has held-out examples only if
@@ -34,31 +39,36 @@ def load_data(data: DataConfig) -> Task:
         ValueError, OSError, ImportError: something in the section or in the data is wrong. The message is one
             line.
     """
-    check_name(data.task)
+    in_memory = given is not None and data.task == IN_MEMORY
+    found = _plain("prompts") if in_memory else find_task(data.task)
     form = make_prompt_form(
         prompt_template=data.prompt_template,
         system_prompt=data.system_prompt,
         few_shot=[shot | rename(shot, data.columns, strict=False) for shot in data.few_shot],
         few_shot_separator=data.few_shot_separator,
     )
-    if data.task in ROW_TASKS:
-        task = _load_rows(data, ROW_TASKS[data.task], form)
+    if isinstance(found, RowTask):
+        task = _load_rows(data, found, form, given)
+    elif given is not None:
+        raise ValueError(
+            f"data.task: {found.name} makes its own problems; leave out the prompts, or the task"
+        )
     elif data.has_source:
         if data.task != DEFAULT_TASK:
             raise ValueError(
-                f"data.task: {data.task} makes its own problems; leave out "
+                f"data.task: {found.name} makes its own problems; leave out "
                 f"data.{'train_file' if data.train_file else 'dataset'}, or the task"
             )
-        task = _load_rows(data, _plain(_name_of_source(data)), form)
+        task = _load_rows(data, _plain(_name_of_source(data)), form, None)
     else:
         for name in ("columns", "eval_fraction"):
             if getattr(data, name):
                 raise ValueError(
-                    f"data.{name} is for a train_file or dataset; {data.task} has its own prompts"
+                    f"data.{name} is for a train_file or dataset; {found.name} has its own prompts"
                 )
         if data.on_bad_row != "error":
-            raise ValueError(f"data.on_bad_row is for a train_file or dataset; {data.task} has no bad rows")
-        task = _templated(load_task(data.task, data.task_arguments), form)
+            raise ValueError(f"data.on_bad_row is for a train_file or dataset; {found.name} has no bad rows")
+        task = _templated(make_task(found, data.task_arguments), form)
     return _completed(task, form)
 
 
@@ -101,10 +111,10 @@ def _unchanged(row: dict[str, Any]) -> list[dict[str, Any]]:
     return [row]
 
 
-def _load_rows(data: DataConfig, task: RowTask, form: PromptForm) -> Task:
+def _load_rows(data: DataConfig, task: RowTask, form: PromptForm, given: PromptRows | None) -> Task:
     """Loads a task of rows, with the held-out examples that the configuration asks for."""
     check_arguments(task.name, task.make_rows, data.task_arguments)
-    if not data.has_source:
+    if given is None and not data.has_source:
         if task.hub is None:
             raise ValueError(f"data.task: {task.name} needs data.train_file or data.dataset")
         hub = task.hub
@@ -123,13 +133,20 @@ def _load_rows(data: DataConfig, task: RowTask, form: PromptForm) -> Task:
         rows = read_dataset(data.dataset, config=data.dataset_config, split=name)
         return _examples([(f"{data.dataset} [{name}]", rows)], data, task, form, what)
 
-    if data.train_file is not None:
+    def of_memory(rows: Rows | Any, name: str, what: str) -> tuple[list[Example], list[str]]:
+        return _examples([(name, rows)], data, task, form, what)
+
+    if given is not None:
+        train, notes = of_memory(given.train, "prompts", "training")
+    elif data.train_file is not None:
         train, notes = of_files(data.train_file, "training")
     else:
         train, notes = of_split(data.train_split, "training")
     evaluation: list[Example] = []
     about_evaluation: list[str] = []
-    if data.eval_file is not None:
+    if given is not None and given.evaluation is not None:
+        evaluation, about_evaluation = of_memory(given.evaluation, "eval_prompts", "evaluation")
+    elif data.eval_file is not None:
         evaluation, about_evaluation = of_files(data.eval_file, "evaluation")
     elif data.eval_split is not None:
         evaluation, about_evaluation = of_split(data.eval_split, "evaluation")

@@ -54,6 +54,8 @@ def local_directory(name: str) -> Path | None:
     packaged = name.removeprefix("packaged:")
     if packaged != name:
         return PACKAGED / packaged
+    if name.startswith("python:"):  # a model that a Python program gave as an object
+        return Path(name.removeprefix("python:"))
     path = Path(name).expanduser()
     is_path = path.is_dir() or name.startswith((".", "/", "~")) or name.count("/") > 1
     return path if is_path else None

@@ -140,7 +140,7 @@ def load_model(
     set_chat_template(tokenizer, chat_template)
     check_arguments(tokenizer, chat_template_arguments or {}, hf_model_name)
     now = start_of_run() if chat_template_date is None else read_date(chat_template_date)
-    largest = _largest_id(tokenizer, config.vocab_size, hf_model_name)
+    largest = largest_id(tokenizer, config.vocab_size, hf_model_name)
     generation_config = read_json(directory / "generation_config.json") or {}
     known = {"vocab_size": config.vocab_size, "source": hf_model_name}
     if stop is None:
@@ -193,7 +193,7 @@ def _read_raw_config(directory: Path, source: str) -> dict[str, Any]:
     return raw
 
 
-def _largest_id(tokenizer: PreTrainedTokenizerFast, vocab_size: int, source: str) -> int:
+def largest_id(tokenizer: PreTrainedTokenizerFast, vocab_size: int, source: str) -> int:
     """Returns the largest id of a tokenizer, -1 if it is empty. Raises if the model does not have it."""
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= vocab_size:

@@ -79,6 +79,11 @@ def load_tokenizer(directory: Path, source: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def is_fast(tokenizer: Any) -> bool:
+    """Says whether an object is a fast tokenizer of transformers."""
+    return isinstance(tokenizer, PreTrainedTokenizerFast)
+
+
 def _is_of_v5(config: dict[str, Any]) -> bool:
     """Says whether transformers 5 wrote the config, or it names a class that only version 5 has."""
     if "backend" in config or isinstance(config.get("extra_special_tokens"), list):

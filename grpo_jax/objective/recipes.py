@@ -286,11 +286,11 @@ _CHOICES = {
 }
 
 
-def make_recipe(name: str, **choices: Any) -> Recipe:
+def make_recipe(name: str | Recipe, **choices: Any) -> Recipe:
     """Returns the named recipe with some of its choices replaced. None keeps the recipe's own.
 
     Args:
-        name: a key of `RECIPES`.
+        name: a key of `RECIPES`, or a recipe.
         **choices: fields of `Recipe`, and keywords of the surrogate, such as `clip_range`. Fields that are
             functions go by their names (`ADVANTAGES`, `SURROGATES`, `KL_NAMES`). With `clip_range` alone
             the clip is symmetric, whatever the recipe's own upper bound is. Another surrogate than the
@@ -303,13 +303,13 @@ def make_recipe(name: str, **choices: Any) -> Recipe:
     >>> make_recipe("grpo", clip_range_high=0.28, kl_coef=0.0).clip
     {'clip_range': 0.2, 'clip_range_high': 0.28}
     """
-    if name not in RECIPES:
+    if not isinstance(name, Recipe) and name not in RECIPES:
         raise ValueError(f"recipe: {name!r}; choose one of {', '.join(RECIPES)}")
     choices = {key: value for key, value in choices.items() if value is not None}
     for key, known in _CHOICES.items():
         if key in choices and choices[key] not in known:
             raise ValueError(f"{key}: {choices[key]!r}; choose one of {', '.join(known)}")
-    recipe = RECIPES[name]
+    recipe = name if isinstance(name, Recipe) else RECIPES[name]
     if "surrogate" in choices:
         surrogate = SURROGATES[choices.pop("surrogate")]
         recipe = recipe.replace(

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from grpo_jax.named_objects import find_function
 from grpo_jax.rewards.builtin import REWARDS, ROW_CHECKS
@@ -41,7 +41,7 @@ def load_rewards(specs: "Sequence[RewardConfig]") -> tuple[Reward, ...]:
     """Loads the reward functions of a config.
 
     Args:
-        specs: function, weight and arguments of each reward. A function is a name in REWARDS,
+        specs: function, weight and arguments of each reward. A function is itself, a name in REWARDS,
             `package.module:function`, `path/file.py:function`, or `verl:` and one of the last two, for a
             compute_score of verl. A name that occurs again becomes `<name>_2`, `<name>_3` and so on. A reward
             with a timeout has processes of its own, which start with the first batch and end with
@@ -68,6 +68,8 @@ def load_rewards(specs: "Sequence[RewardConfig]") -> tuple[Reward, ...]:
 def _load(spec: "RewardConfig") -> Reward:
     weight = float(spec.weight)
     arguments = dict(spec.arguments)
+    if not isinstance(spec.function, str):  # from Python
+        return _of_object(spec.function, weight, arguments)
     if spec.function in REWARDS:
         function = REWARDS[spec.function]
         check = ROW_CHECKS.get(spec.function)
@@ -88,11 +90,29 @@ def _load(spec: "RewardConfig") -> Reward:
     )
 
 
+def _of_object(function: Any, weight: float, arguments: dict[str, Any]) -> Reward:
+    """Makes the reward of a function that is given as itself."""
+    if inspect.isclass(function) or not callable(function):
+        what = f"the class {function.__name__}" if inspect.isclass(function) else f"{function!r:.60}"
+        raise ValueError(f"rewards: {what} is no function; give f(prompts, completions, **columns)")
+    name = getattr(function, "__name__", None) or type(function).__name__
+    if isinstance(function, partial):
+        name = getattr(function.func, "__name__", name)
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    source = f"{code.co_filename}:{code.co_firstlineno}" if code else "from Python"
+    return Reward(name=name, function=function, weight=weight, arguments=arguments, source=source)
+
+
 def _make_pool(reward: Reward, spec: "RewardConfig") -> RewardPool | None:
     if spec.timeout is None:
         return None
     if reward.function is REWARDS["reward_model"]:
         raise ValueError(f"{named(reward)} computes on the device that trains; it takes no timeout")
+    if not isinstance(spec.function, str):
+        raise ValueError(
+            f"{named(reward)} is an object of this process, and a timeout needs a process of its own; name "
+            "the function as package.module:function or path/file.py:function"
+        )
     return RewardPool(
         who=named(reward),
         function=spec.function,

@@ -11,6 +11,7 @@ import optax
 from grpo_jax.config.inert_settings import check_settings, setting_notes
 from grpo_jax.config.run import Config
 from grpo_jax.data.encoded_examples import tokens_of
+from grpo_jax.data.given_rows import PromptRows
 from grpo_jax.data.held_out import note_on_overlap, sample_held_out
 from grpo_jax.data.loading import Task, load_data
 from grpo_jax.data.prompt_lengths import Fitted, fit_prompts, prompt_limit
@@ -25,6 +26,7 @@ from grpo_jax.rewards.loading import Reward
 from grpo_jax.run.effective_config import named_recipe
 from grpo_jax.run.first_look import notes_about_prompts, show_first_prompt
 from grpo_jax.run.named_rewards import check_data_columns, choose_rule, drop_bad_rows, load_named_rewards
+from grpo_jax.run.own_optimizer import takes_schedule
 from grpo_jax.run.trained_model import init_state, make_run_optimizer, make_run_schedule, prepare_model
 from grpo_jax.training.actor import Actor
 from grpo_jax.training.train_state import TrainState
@@ -78,6 +80,11 @@ class Run:
     first_prompt: tuple[str, ...] = ()
     start_adapters: Params | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def takes_schedule(self) -> bool:
+        """Whether the learning rate of the config has a part in the optimizer."""
+        return takes_schedule(self.config.training.optimizer)
 
     @property
     def prompt_length(self) -> int:
@@ -151,17 +158,18 @@ def actor_inputs(model: Model, rewards: Sequence[Reward]) -> dict[str, Any]:
     }
 
 
-def build(config: Config, *, model: Model | None = None) -> Run:
+def build(config: Config, *, model: Model | None = None, prompts: PromptRows | None = None) -> Run:
     """Loads and checks everything that a config names. It compiles nothing.
 
     Args:
         config: config of the run.
         model: a model that is used instead of the one that the config names.
+        prompts: rows that are used instead of those that the config names.
 
     Raises:
         ValueError, OSError, ImportError: something that the user gave is wrong, and the message names it.
     """
-    task = load_data(config.data)
+    task = load_data(config.data, prompts)
     notes = list(task.notes)
     rewards, eval_rewards = load_named_rewards(config, task)
     check_data_columns(task, rewards, eval_rewards)

@@ -5,11 +5,12 @@ Equal examples have equal digests in every process and on every machine, whateve
 
 import ast
 import hashlib
+import inspect
 import json
 import pickle
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,19 +81,21 @@ def _plain(value: Any) -> Any:
         return [kind]
 
 
-def digest_reward(spec: str) -> dict[str, dict[str, str]] | None:
+def digest_reward(spec: str | Callable[..., Any]) -> dict[str, dict[str, str]] | None:
     """Digests the files of a reward function: its own file, and the user's files that it imports.
 
     Modules are the user's if they lie in the directory of the file, in the working directory, or in the same
     package.
 
     Args:
-        spec: the function as in `rewards[].function`, already imported.
+        spec: the function as in `rewards[].function`, already imported, or the function itself.
 
     Returns:
         file name -> `{"bytes": ..., "code": ...}`. `code` leaves out comments and layout and holds for one
         version of Python. None for a built-in function, and for one that has no file.
     """
+    if not isinstance(spec, str):
+        spec = _named_by_file(spec)
     file = source_file(spec)
     if file is None or not file.is_file() or _is_of_python(file):
         return None
@@ -114,6 +117,12 @@ def digest_reward(spec: str) -> dict[str, dict[str, str]] | None:
                 seen.add(other)
                 waiting.append(other)
     return dict(sorted(found.items()))
+
+
+def _named_by_file(function: Callable[..., Any]) -> str:
+    """Returns what names the file of a function, or an empty text for one of a notebook or a prompt."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return f"{code.co_filename}:f" if code and code.co_filename.endswith(".py") else ""
 
 
 def same_code(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import yaml
 
 from grpo_jax.checkpoints.format import fingerprint
 from grpo_jax.checkpoints.manager import Checkpoints
+from grpo_jax.config.in_memory import plain_settings
 from grpo_jax.config.parsing import parse_record
 from grpo_jax.config.run import Config
 from grpo_jax.models.loading import Model, load_model, set_endings
@@ -35,7 +36,7 @@ _DATE = "model.chat_template_date"  # stored at the first start, and kept unless
 
 def config_dict(config: Config) -> dict[str, Any]:
     """Returns the config as plain nested dicts, with the values of its recipe that take effect."""
-    return asdict(effective_config(config))
+    return plain_settings(effective_config(config))
 
 
 def read_config(run_dir: str | Path) -> Config:

@@ -5,10 +5,10 @@ import time
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jax
 
-from grpo_jax.checkpoints.manager import Checkpoints
 from grpo_jax.data.loading import batch
 from grpo_jax.objective.kl import adapt_kl_coef
 from grpo_jax.policy.decoding import generate
@@ -30,6 +30,8 @@ from grpo_jax.training.reference import is_reference, mix_params
 
 _JIT_BOUNDARIES = (generate, completion_log_probs, train_step)
 EnterPhase = Callable[..., None]  # (phase in a word, what a log says about it) -> None
+# (step, metrics) -> True or "stop" to end the run there, None or False to go on
+OnStep = Callable[[int, dict[str, float]], Any]
 _MAX_SKIPPED = 5  # updates in a row without a finite gradient before the run stops
 
 
@@ -179,7 +181,7 @@ def one_step(
         **progress.rollout_metrics,
         **updated,
         "kl_coef": kl_coef,
-        "learning_rate": float(run.schedule(moved)),
+        **({"learning_rate": float(run.schedule(moved))} if run.takes_schedule else {}),
         "num_tokens": progress.num_tokens,
         "time/update": now - update_started,
         "step_time": now - started,
@@ -196,8 +198,10 @@ def _num_programs() -> int:
     return sum(function._cache_size() for function in _JIT_BOUNDARIES)
 
 
-def evaluate_and_keep_best(run: Run, progress: Progress, trackers: Trackers, *, first: bool) -> None:
-    """Evaluates and logs, and exports the model if it is the best so far.
+def evaluate_and_keep_best(
+    run: Run, progress: Progress, trackers: Trackers, *, first: bool
+) -> dict[str, float]:
+    """Evaluates and logs, exports the model if it is the best so far, and returns the figures.
 
     The first evaluation of a process also prints what its figures cannot tell.
     """
@@ -209,12 +213,46 @@ def evaluate_and_keep_best(run: Run, progress: Progress, trackers: Trackers, *, 
     trackers.log(progress.step, metrics)
     if text := keep_best(run, progress.step, metrics, params):
         trackers.message(text)
+    return metrics
+
+
+def _wants_stop(on_step: OnStep | None, step: int, metrics: dict[str, float]) -> bool:
+    """Calls the user's function after a step, and returns whether the run ends there.
+
+    Raises:
+        ValueError: the function returned something else than it may.
+    """
+    answer = None if on_step is None else on_step(step, dict(metrics))
+    if answer is None or isinstance(answer, bool):
+        return bool(answer)
+    if answer != "stop":
+        raise ValueError(
+            f"on_step returned {answer!r:.60}; it must return True or 'stop' to end the run, or None to go on"
+        )
+    return True
 
 
 def run_loop(
-    run: Run, progress: Progress, checkpoints: Checkpoints, trackers: Trackers, interrupts: Interrupts
-) -> None:
-    """Trains until the last step or an interrupt. The rows of a step are written before its checkpoint."""
+    run: Run,
+    progress: Progress,
+    checkpoints: Any,
+    trackers: Trackers,
+    interrupts: Interrupts,
+    on_step: OnStep | None = None,
+) -> bool:
+    """Trains until the last step or an interrupt. The rows of a step are written before its checkpoint.
+
+    Args:
+        run: the run.
+        progress: its progress, which is changed.
+        checkpoints: where checkpoints are saved.
+        trackers: where metrics go.
+        interrupts: signals to end.
+        on_step: function that is called after each step with its metrics, those of an evaluation included.
+
+    Returns:
+        whether on_step has ended the run. That step is then treated as the last one.
+    """
     config = run.config
     actor = run.actor()
     notices = Notices()
@@ -232,17 +270,25 @@ def run_loop(
         trackers.log(step, metrics)
         for text in notices.about(step, metrics, progress.silences):
             trackers.message(text)
-        if last or step % config.tracking.completions_every == 0:
+        shown = last or step % config.tracking.completions_every == 0
+        if shown:
             trackers.log_completions(step, progress.samples)
         if metrics["skipped_updates_in_a_row"] >= _MAX_SKIPPED:
             raise RuntimeError(
                 f"step {step}: loss or gradient was not finite {_MAX_SKIPPED} times in a row; nothing was "
                 f"learned from them. Look at the rewards, or lower training.learning_rate in another run_dir "
-                f"with checkpoints.resume: {config.run_dir}"
+                f"with checkpoints.resume: {config.run_dir or 'the run to go on from'}"
             )
         if last or (every and step % every == 0):
-            evaluate_and_keep_best(run, progress, trackers, first=not evaluated)
+            metrics |= evaluate_and_keep_best(run, progress, trackers, first=not evaluated)
             evaluated = True
+        if _wants_stop(on_step, step, metrics) and not last:
+            if not shown:
+                trackers.log_completions(step, progress.samples)
+            if not (every and step % every == 0):
+                evaluate_and_keep_best(run, progress, trackers, first=not evaluated)
+            save(run, checkpoints, progress)
+            return True
         if last or step % config.checkpoints.every == 0:
             trackers.enter("saving", f"step {step} in {config.run_dir}/checkpoints")
             save(run, checkpoints, progress)
@@ -250,3 +296,4 @@ def run_loop(
     if progress.step > saved:
         trackers.enter("saving", f"step {progress.step} in {config.run_dir}/checkpoints")
         save(run, checkpoints, progress)
+    return False

@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,10 @@ import huggingface_hub
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from grpo_jax.config.in_memory import label_of, plain_settings
 from grpo_jax.config.run import Config
 from grpo_jax.config.sampling import as_list
 from grpo_jax.models.directories import local_directory
-from grpo_jax.objective.recipes import RECIPES
 from grpo_jax.trackers.jsonl import LogRow
 
 _SECTIONS = ("algorithm", "model", "lora", "data", "sampling", "training", "evaluation")
@@ -50,7 +49,7 @@ def model_card(
     run = run_dir or config.run_dir
     name = Path(run).resolve().name
     algorithm = config.algorithm
-    recipe = RECIPES[algorithm.name]
+    recipe = algorithm.recipe
     results = _eval_results(config, rows, step)
     front = ModelCardData(
         base_model=_base_model(config.model.hf_model_name),
@@ -74,7 +73,9 @@ def model_card(
         "## Evaluation",
         _evaluation(rows, step),
         "## Training",
-        "Reward functions: " + (_rewards(config) or f"those of the task `{config.data.task}`") + ".",
+        "Reward functions: "
+        + (_rewards(config) or f"those of the task `{label_of(config.data.task)}`")
+        + ".",
         "Settings that differ from the defaults of grpo_jax:",
         f"```yaml\n{_settings(config)}```",
         *_stops(config),
@@ -196,7 +197,7 @@ def _number(value: Any) -> str:
 
 def _rewards(config: Config) -> str:
     # Their arguments are left out, because they may be private, such as the address of a server.
-    return ", ".join(f"`{reward.function}` (weight {reward.weight:g})" for reward in config.rewards)
+    return ", ".join(f"`{label_of(reward.function)}` (weight {reward.weight:g})" for reward in config.rewards)
 
 
 def _stops(config: Config) -> list[str]:
@@ -214,11 +215,11 @@ def _stops(config: Config) -> list[str]:
 
 
 def _settings(config: Config) -> str:
-    mine = asdict(config)
-    default = asdict(Config())
+    mine = plain_settings(config)
+    default = plain_settings(Config())
     changed = {
         section: {key: value for key, value in mine[section].items() if value != default[section][key]}
         for section in _SECTIONS
     }
-    changed["algorithm"] = {"name": config.algorithm.name} | changed["algorithm"]
+    changed["algorithm"] = {"name": label_of(config.algorithm.name)} | changed["algorithm"]
     return yaml.safe_dump({key: value for key, value in changed.items() if value}, sort_keys=False)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from grpo_jax.config.in_memory import label_of
 from grpo_jax.config.run import Config, RewardConfig
 from grpo_jax.data.bad_rows import BadRow, settle
 from grpo_jax.data.loading import Task
@@ -28,8 +29,8 @@ def load_named_rewards(config: Config, task: Task) -> tuple[tuple[Reward, ...], 
     for spec in only_logged:
         if spec.weight != 1:
             raise ValueError(
-                f"evaluation.rewards: {spec.function} has the weight {spec.weight}, but these rewards are "
-                "logged one by one and never added up; leave the weight out"
+                f"evaluation.rewards: {label_of(spec.function)} has the weight {spec.weight}, but "
+                "these rewards are logged one by one and never added up; leave the weight out"
             )
     loaded = load_rewards([*specs, *only_logged])
     return loaded[: len(specs)], loaded[len(specs) :]

@@ -106,9 +106,9 @@ def resume_candidates(config: Config) -> list[Path]:
         ValueError: resume is `never` and run_dir is in use, or resume names no run, or run_dir holds a run
             with other settings or one that continues another run.
     """
-    run_dir = Path(config.run_dir)
+    run_dir = None if config.run_dir is None else Path(config.run_dir)
     resume = config.checkpoints.resume
-    used = (run_dir / "config.yaml").exists()
+    used = run_dir is not None and (run_dir / "config.yaml").exists()
     other = Path(resume) / "checkpoints"
     if resume == "never" and used:
         raise ValueError(
@@ -154,7 +154,7 @@ def restore(run: Run, candidates: Sequence[Path]) -> Progress | None:
 def _restore_from(run: Run, directory: Path) -> Progress | None:
     """Reads the newest checkpoint of a directory. Returns None if there is none."""
     config = run.config
-    own = directory == Path(config.run_dir) / "checkpoints"
+    own = config.run_dir is not None and directory == Path(config.run_dir) / "checkpoints"
     checkpoints = Checkpoints(directory, read_only=not own)
     try:
         if checkpoints.latest_step() is None:
@@ -223,7 +223,7 @@ def _refuse_changes(checkpoints: Checkpoints, directory: Path, compare: Callable
     compare(before, checkpoint=checkpoint_name(step, directory))
 
 
-def save(run: Run, checkpoints: Checkpoints, progress: Progress) -> None:
+def save(run: Run, checkpoints: Any, progress: Progress) -> None:
     """Saves a checkpoint. Within the passes over a rollout it holds the rollout, so none is made twice."""
     inside = progress.step % run.config.updates_per_rollout != 0
     others: dict[str, Any] = {"experience": progress.experience} if inside else {}

@@ -11,6 +11,7 @@ from grpo_jax.models.loading import Model, load_model, set_endings
 from grpo_jax.models.peft import make_lora
 from grpo_jax.models.start_adapters import base_note, read_adapters, settings_of_adapter
 from grpo_jax.policy.lora import Lora, init_adapters
+from grpo_jax.run.own_optimizer import own_optimizer
 from grpo_jax.training.optimizers import make_optimizer, make_schedule
 from grpo_jax.training.train_state import TrainState, init_train_state
 from grpo_jax.types import Params
@@ -147,8 +148,14 @@ def make_run_schedule(config: Config, num_steps: int) -> optax.Schedule:
 
 
 def make_run_optimizer(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Makes the optimizer that a config names."""
+    """Makes the optimizer that a config names.
+
+    Raises:
+        ValueError: it names one that cannot be loaded, or that is no optimizer of optax.
+    """
     training = config.training
+    if training.optimizer is not None:
+        return own_optimizer(training.optimizer, schedule)
     return make_optimizer(
         schedule,
         weight_decay=training.weight_decay,

@@ -4,11 +4,14 @@ The JSONL files are the record of a run (see jsonl.py). The others are views of 
 fails, the run says so once and carries on.
 """
 
+import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from grpo_jax.config.in_memory import label_of
+from grpo_jax.named_objects import find_object
 from grpo_jax.trackers.console import ConsoleTracker, describe_error
 from grpo_jax.trackers.jsonl import JsonlTracker, LogRow, Metrics
 from grpo_jax.trackers.redaction import redact
@@ -49,6 +52,44 @@ def is_timing(name: str) -> bool:
     return name.startswith("time/") or name in ("step_time", "compilations")
 
 
+class _Own:
+    """A tracker of the user's own, of which only `log` is sure to be there."""
+
+    def __init__(self, tracker: Any):
+        self.tracker = tracker
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return getattr(self.tracker, name, _do_nothing)
+
+
+def _do_nothing(*_: Any) -> None:
+    pass
+
+
+def own_tracker(named: Any) -> Tracker:
+    """Returns the tracker that an entry of `tracking.trackers` stands for.
+
+    Args:
+        named: `package.module:name`, `path/file.py:name`, a tracker, or a class or function that makes one.
+
+    Raises:
+        ValueError: it cannot be loaded, or it is no tracker.
+    """
+    label = label_of(named)
+    found = find_object(named, kind="tracker")[1] if isinstance(named, str) else named
+    if inspect.isclass(found) or (callable(found) and not hasattr(found, "log")):
+        try:
+            found = found()
+        except Exception as error:  # whatever somebody's class raises
+            raise ValueError(f"tracking.trackers: {label} raised {describe_error(error)}") from error
+    if not callable(getattr(found, "log", None)):
+        raise ValueError(
+            f"tracking.trackers: {label} is of type {type(found).__name__}; it must have a method "
+            "log(step, metrics), or be a class or function without arguments that makes such an object"
+        )
+    return _Own(found)
+
+
 class Trackers:
     """Several trackers as one, and a context manager that closes them.
 
@@ -56,7 +97,7 @@ class Trackers:
     is printed once, in one line, and the run carries on.
 
     Args:
-        record: the JSONL tracker.
+        record: the JSONL tracker. `None` keeps no record.
         console: the tracker that prints the messages.
         others: other trackers, such as TensorBoard and W&B.
         num_completions: number of rows of a `log_completions` that are kept.
@@ -64,7 +105,7 @@ class Trackers:
 
     def __init__(
         self,
-        record: JsonlTracker,
+        record: JsonlTracker | None,
         console: ConsoleTracker,
         others: Sequence[Tracker] = (),
         *,
@@ -88,7 +129,8 @@ class Trackers:
         """Hands the metrics of a step to every tracker. Nothing happens without metrics."""
         self._step = step
         if metrics:
-            self._record.log(step, metrics)
+            if self._record is not None:
+                self._record.log(step, metrics)
             for tracker in (self._console, *self._others):
                 self._guard(tracker, tracker.log, step, metrics)
 
@@ -96,7 +138,8 @@ class Trackers:
         """Hands the first num_completions rows to every tracker."""
         rows = list(rows)[: self._num_completions]
         if rows:
-            self._record.log_completions(step, rows)
+            if self._record is not None:
+                self._record.log_completions(step, rows)
             for tracker in (self._console, *self._others):
                 self._guard(tracker, tracker.log_completions, step, rows)
 
@@ -116,10 +159,14 @@ class Trackers:
     def message(self, text: str) -> None:
         """Prints a notice without breaking the progress bar."""
         self._guard(self._console, self._console.message, text)
+        for tracker in self._others:
+            if isinstance(tracker, _Own):
+                self._guard(tracker, tracker.message, text)
 
     def close(self) -> None:
         """Closes every tracker, the console last, because the others may have something to say."""
-        self._record.close()
+        if self._record is not None:
+            self._record.close()
         for tracker in (*self._others, self._console):
             self._guard(tracker, tracker.close)
 
@@ -127,7 +174,7 @@ class Trackers:
         try:
             method(*arguments)
         except Exception as error:
-            name = type(tracker).__name__
+            name = type(getattr(tracker, "tracker", tracker)).__name__
             if name in self._failed:
                 return
             self._failed.add(name)
@@ -141,26 +188,32 @@ class Trackers:
 def make_trackers(
     tracking: "TrackingConfig",
     *,
-    run_dir: str | Path,
+    run_dir: str | Path | None,
     config: Mapping[str, Any],
     total_steps: int,
     resume_step: int | None = None,
+    own: Sequence[Tracker] = (),
+    quiet: bool = False,
 ) -> Trackers:
     """Opens the trackers that a config asks for.
 
     Args:
         tracking: the part of the config that says which ones.
-        run_dir: directory of the run.
+        run_dir: directory of the run. `None` keeps no record.
         config: the resolved config, logged without secrets.
         total_steps: number of steps of the whole run.
         resume_step: step of the checkpoint that the run continues from. Later rows of an earlier attempt are
             dropped. None means a fresh run, whose files start empty.
+        own: further trackers, from `own_tracker`.
+        quiet: whether nothing is printed.
 
     Raises:
         ImportError: an option is on whose package is missing. The message says what to install.
     """
-    console = ConsoleTracker(total_steps, resume_step, eval_every=_evaluation_pace(config))
-    others: list[Tracker] = []
+    console: Any = _Own(None)
+    if not quiet:
+        console = ConsoleTracker(total_steps, resume_step, eval_every=_evaluation_pace(config))
+    others: list[Tracker] = [*own]
     if tracking.tensorboard:
         others.append(TensorBoardTracker(run_dir, config, resume_step))
     if tracking.wandb:
@@ -175,7 +228,7 @@ def make_trackers(
             )
         )
     # This comes last, because it rewinds the files, and a missing package must not cost anybody's record.
-    record = JsonlTracker(run_dir, resume_step)
+    record = None if run_dir is None else JsonlTracker(run_dir, resume_step)
     return Trackers(record, console, others, num_completions=tracking.num_completions)
 
 

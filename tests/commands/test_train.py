@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import small_run
 
-import grpo_jax.train as train_module
 from grpo_jax.checkpoints.manager import Checkpoints
 from grpo_jax.cli import run_command
 from grpo_jax.config.parsing import parse_record
 from grpo_jax.config.run import Config
 from grpo_jax.models.directories import PACKAGED
 from grpo_jax.models.loading import load_model
+from grpo_jax.run import from_config
 from grpo_jax.run import loop as run_loop
 from grpo_jax.run.build import build
 from grpo_jax.run.planning import make_plan
@@ -164,13 +164,13 @@ def test_each_program_compiles_once(tmp_path, monkeypatch, capsys):
     plan = make_plan(build(config))
     assert plan.generate_shapes == (8, 14) and plan.num_compilations == 5
     compiled = small_run.note_compilations(monkeypatch)
-    planned = train_module.make_plan
+    planned = from_config.make_plan
 
     def before_anything_compiles(run):
         assert not set(compiled) & set(small_run.PROGRAMS)
         return planned(run)
 
-    monkeypatch.setattr(train_module, "make_plan", before_anything_compiles)
+    monkeypatch.setattr(from_config, "make_plan", before_anything_compiles)
     assert train(config) == 0
     counts = Counter(compiled)
     assert counts["train_step"] == 1 and counts["completion_log_probs"] == 2
