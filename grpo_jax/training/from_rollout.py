@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Float, Real
+from jaxtyping import Float, Shaped
 
 from grpo_jax.objective.recipes import Recipe
 from grpo_jax.training.experience import add_up_rewards, make_experience
 from grpo_jax.types import Experience, Judged, Rollout
 
-Values = Real[ArrayLike, "N G"] | Sequence[Sequence[float]]
+Values = Shaped[ArrayLike, "N G"] | Sequence[Sequence[float]]
 
 _SCORED = "grpo_jax.completion_log_probs(policy, {}, rollout)"
 
