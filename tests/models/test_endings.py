@@ -114,7 +114,7 @@ def test_wrong_types_in_a_file_are_one_line(tmp_path, wrong):
     with pytest.raises(ValueError) as error:
         parse_record(Config, ["--config", file], command="test", description="")
     wanted = "sampling.eos_token_ids: expected ids or texts of tokens, such as [2, </s>]. Got value: "
-    assert str(error.value) == f"{wanted}{wrong}"
+    assert str(error.value) == f"{file}, line 2: {wanted}{wrong}"
 
 
 @pytest.mark.parametrize(

@@ -280,7 +280,7 @@ def test_wrong_types_in_a_file_are_one_line(tmp_path, wrong):
     with pytest.raises(ValueError) as error:
         small_run.config(tmp_path, config=file)
     wanted = "sampling.stop: expected a text or a list of texts, such as [</answer>]. Got value: "
-    assert str(error.value) == f"{wanted}{wrong}"
+    assert str(error.value) == f"{file}, line 2: {wanted}{wrong}"
 
 
 def test_an_option_that_would_do_nothing_is_refused():

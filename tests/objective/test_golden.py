@@ -56,6 +56,7 @@ TABLES = (
 PROOFS = {
     "adapt_kl_coef": "test_kl.py",
     "bounded_exp": "test_kl.py",
+    "check_shapes": "test_surrogates.py",
     "clip_keywords": "test_surrogates.py",
     "effective_weights": "test_advantages.py",
     "group_stds": "test_advantages.py",

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from grpo_jax.objective.surrogates import (
     SURROGATES,
+    check_shapes,
     cispo_surrogate,
     clip_keywords,
     clipped_surrogate,
@@ -211,3 +212,15 @@ def test_with_mask_gives_the_mask_to_those_that_name_it():
     log_ratios = jnp.array([[0.5, -0.3]])
     result = with_mask(partial, mask)(log_ratios, None, jnp.ones((1, 1)))
     np.testing.assert_allclose(result, -np.exp(0.1), rtol=1e-6)  # the second token is not in the mean
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+def test_a_shape_that_differs_is_named_with_its_argument():
+    rows = np.zeros((2, 3))
+    check_shapes(log_probs=rows, old_log_probs=None, mask=rows)
+    with pytest.raises(
+        AssertionError, match=r"\(2, 4\) but expected \(2, 3\).*\[mask \[B,T\], the shape of log_probs"
+    ):
+        check_shapes(log_probs=rows, mask=np.zeros((2, 4)))
+    with pytest.raises(AssertionError, match=r"log_probs \[B,T\]"):
+        check_shapes(log_probs=np.zeros(3), mask=rows)
