@@ -107,6 +107,7 @@ def _load_file(path: Path, word: str) -> ModuleType:
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None  # the name of the file ends in .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     sys.path.insert(0, str(path.parent))
@@ -137,7 +138,8 @@ def _at_import(module: Path | str, error: BaseException) -> str:
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}: {type(error).__name__}: {error.msg}"
     frame = user_frame(error, str(module))
-    return f"{frame.filename}:{frame.lineno}: importing it raised {error!r}"
+    place = str(module) if frame is None else f"{frame.filename}:{frame.lineno}"
+    return f"{place}: importing it raised {error!r}"
 
 
 def _definitions(module: ModuleType) -> dict[str, int]:

@@ -6,6 +6,7 @@ becomes. The rooms `objective`, `policy` and `training` never see these records.
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from grpo_jax.config.algorithm import AlgorithmConfig
@@ -279,6 +280,12 @@ class Config:
     checkpoints: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     run_dir: str | None = "runs/grpo"
+
+    @property
+    def directory(self) -> Path:
+        """The directory of the run, of which there is one wherever anything is written."""
+        assert self.run_dir is not None
+        return Path(self.run_dir)
 
     @property
     def num_prompts(self) -> int:

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from grpo_jax.config.run import Config, EvaluationConfig
 from grpo_jax.run.build import Run
 from grpo_jax.run.digests import digest_examples, digest_reward, same_code
@@ -132,7 +134,7 @@ def record_schedule(run: Run, state: TrainState, step: int) -> dict[str, Any]:
 
 def _moved(state: TrainState, step: int) -> int:
     """Returns the number of updates that moved something. The schedule counts these."""
-    return step - int(state.skipped) - int(state.idle)
+    return step - int(np.asarray(state.skipped)) - int(np.asarray(state.idle))
 
 
 def compare_schedules(run: Run, before: Mapping[str, Any], state: TrainState, step: int) -> str | None:

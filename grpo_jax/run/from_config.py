@@ -208,7 +208,7 @@ def _result(
 def _open_checkpoints(config: Config, *, fresh: bool) -> Checkpoints | _NoCheckpoints:
     if config.run_dir is None:
         return _NoCheckpoints()
-    directory = Path(config.run_dir) / "checkpoints"
+    directory = config.directory / "checkpoints"
     if fresh:
         # A run that was killed before its first checkpoint starts again, and its model may have changed.
         shutil.rmtree(directory / "reference", ignore_errors=True)
@@ -218,9 +218,9 @@ def _open_checkpoints(config: Config, *, fresh: bool) -> Checkpoints | _NoCheckp
 
 def _measures_as_before(config: Config, progress: Progress) -> bool:
     """Says whether evaluations of a continued run can be compared with those before."""
-    if not (Path(config.run_dir) / "config.yaml").exists():
+    if not (config.directory / "config.yaml").exists():
         return True
-    return progress.comparable and same_evaluation(config, read_config(config.run_dir))
+    return progress.comparable and same_evaluation(config, read_config(config.directory))
 
 
 def _export(run: Run, progress: Progress, say: Callable[..., None]) -> None:
@@ -229,11 +229,11 @@ def _export(run: Run, progress: Progress, say: Callable[..., None]) -> None:
     if not can_be_exported(run.model):
         say("note: the model is none of transformers, so it is in the checkpoints alone")
         return
-    target = Path(config.run_dir) / "hf"
+    target = config.directory / "hf"
     save_model(run.model, progress.policy_params, target)
     write_card(config, target, step=progress.step)
     say(f"saved {target}, a directory that transformers opens")
     if run.lora is not None:
-        target = Path(config.run_dir) / "adapter"
+        target = config.directory / "adapter"
         save_adapters(run.model, run.lora, progress.state.params, target)
         say(f"saved {target}, a directory that peft opens")

@@ -202,7 +202,7 @@ def _with_object(holder: Any, path: Path, value: Any) -> Any:
     if not path:
         return value
     first, *rest = path
-    if isinstance(holder, list):
+    if isinstance(first, int):  # of a list
         return [*holder[:first], _with_object(holder[first], tuple(rest), value), *holder[first + 1 :]]
     return replace(holder, **{first: _with_object(getattr(holder, first), tuple(rest), value)})
 

@@ -29,7 +29,7 @@ def write_card(config: Config, directory: str | Path, *, step: int, run_dir: str
         step: number of optimizer steps so far.
         run_dir: the directory in which the run is now. `None` means the one that its config names.
     """
-    rows = _read_rows(Path(run_dir or config.run_dir) / "metrics.jsonl")
+    rows = _read_rows(Path(run_dir or config.directory) / "metrics.jsonl")
     card = model_card(config, rows, step=step, directory=str(directory), run_dir=run_dir)
     (Path(directory) / "README.md").write_text(card, encoding="utf-8")
 
@@ -46,7 +46,7 @@ def model_card(
         directory: directory of the exported model.
         run_dir: the directory in which the run is now. `None` means the one that its config names.
     """
-    run = run_dir or config.run_dir
+    run = run_dir or str(config.directory)
     name = Path(run).resolve().name
     algorithm = config.algorithm
     recipe = algorithm.recipe
@@ -65,7 +65,7 @@ def model_card(
     if config.model.revision is not None:
         source += f" at revision `{config.model.revision}`"
     updates = "update" if step == 1 else "updates"
-    moved = "" if Path(run) == Path(config.run_dir) else f" --run_dir {run}"
+    moved = "" if Path(run) == config.directory else f" --run_dir {run}"
     parts = [
         f"# {name}",
         f"{source}, trained for {step} {updates} with grpo_jax: recipe `{recipe.name}` ({recipe.paper}), "

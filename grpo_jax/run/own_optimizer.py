@@ -1,7 +1,6 @@
 """An optimizer of the user's own, which a config names or a Python program gives."""
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import optax
@@ -48,7 +47,7 @@ def takes_schedule(named: Any) -> bool:
 def is_optimizer(value: Any) -> bool:
     """Says whether a value is an optimizer of optax: it has functions `init` and `update`."""
     functions = (getattr(value, name, None) for name in ("init", "update"))
-    return not inspect.isclass(value) and all(isinstance(f, Callable) for f in functions)
+    return not inspect.isclass(value) and all(map(callable, functions))
 
 
 def _find(named: Any) -> Any:

@@ -214,9 +214,9 @@ def make_trackers(
     if not quiet:
         console = ConsoleTracker(total_steps, resume_step, eval_every=_evaluation_pace(config))
     others: list[Tracker] = [*own]
-    if tracking.tensorboard:
+    if run_dir is not None and tracking.tensorboard:
         others.append(TensorBoardTracker(run_dir, config, resume_step))
-    if tracking.wandb:
+    if run_dir is not None and tracking.wandb:
         others.append(
             WandbTracker(
                 run_dir,

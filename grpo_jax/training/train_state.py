@@ -29,7 +29,7 @@ class TrainState(train_state.TrainState):
     """
 
     # flax says an int or a jax Array, and a FrozenDict. A restored state has NumPy arrays, and any pytree.
-    step: Int[ArrayLike, ""]
+    step: Int[ArrayLike, ""]  # type: ignore[assignment]
     params: Params
     policy: Policy
     # Numbers of updates, int32: skipped since the start because something was not finite, the same since the
