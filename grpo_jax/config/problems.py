@@ -10,6 +10,7 @@ from grpo_jax.config.files import Entry, config_name, key_lines
 from grpo_jax.config.other_words import is_foreign, say_unknown
 from grpo_jax.config.trl_fields import TRL_FIELDS
 
+_REQUIRED = "the following arguments are required"
 _LOOKS_LIKE_TRL = 3  # unknown keys of a file that are fields of TRL
 
 
@@ -74,8 +75,6 @@ def find_problems(argv: Sequence[str], reader: Reader) -> tuple[list[str], str |
     good: list[Piece] = []
     wrong_sections: set[str] = set()
     of_trl: dict[str, int] = {}  # file -> number of keys that are fields of TRL
-    # What the parser says to no arguments at all, such as that one is required, is no problem of a setting.
-    unrelated = set(_complaints(reader.parse, ()))
     for piece in _pieces(argv, reader):
         if isinstance(piece, tuple) and not isinstance(piece, Piece):
             key, place, line = piece
@@ -85,7 +84,7 @@ def find_problems(argv: Sequence[str], reader: Reader) -> tuple[list[str], str |
             found.append(_at(place, line))
             wrong_sections.add(_section(key, reader))
             continue
-        complaints = [line for line in _complaints(reader.parse, piece.options) if line not in unrelated]
+        complaints = _complaints(reader.parse, piece.options)
         found += [_at(piece.place, line) for line in complaints]
         if complaints:
             wrong_sections.add(_section(piece.key, reader))
@@ -97,7 +96,7 @@ def find_problems(argv: Sequence[str], reader: Reader) -> tuple[list[str], str |
         make = reader.build if section else reader.finish
         for line in _complaints(make, options):
             key = "".join(re.findall(r"\A[\w.]*", line))
-            if line not in unrelated and (section not in wrong_sections or "; it must be " in line):
+            if section not in wrong_sections or "; it must be " in line:
                 found.append(_at(places.get(key, ""), line))
     files = [file for file, count in of_trl.items() if count >= _LOOKS_LIKE_TRL and reader.from_trl]
     hint = "{0} looks like a config of `trl grpo`: --from_trl {0} translates it"
@@ -105,10 +104,11 @@ def find_problems(argv: Sequence[str], reader: Reader) -> tuple[list[str], str |
 
 
 def _complaints(make: Callable[[Sequence[str]], Any], options: Sequence[str]) -> Sequence[str]:
+    """Returns what is wrong with some of the settings. That others are missing is no problem of these."""
     try:
         make(options)
     except ValueError as error:
-        return problem_lines(error)
+        return [line for line in problem_lines(error) if not line.startswith(_REQUIRED)]
     return ()
 
 

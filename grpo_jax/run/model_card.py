@@ -128,7 +128,10 @@ def _license(config: Config) -> dict[str, Any]:
             return {}
         file = Path(cached)
     try:
-        data = ModelCard.load(file, ignore_metadata_errors=True).data.to_dict()
+        text = file.read_text(encoding="utf-8")
+        if not text.startswith("---"):  # huggingface_hub would warn that there is no front matter
+            return {}
+        data = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
     except (OSError, ValueError, yaml.YAMLError):  # no card, or one that is not as the hub wants it
         return {}
     return {key: data[key] for key in ("license", "license_name", "license_link") if data.get(key)}

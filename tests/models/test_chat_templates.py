@@ -116,10 +116,10 @@ def test_a_run_keeps_the_date_of_its_first_start(argv, day, tmp_path, capsys):
     assert read_config(tmp_path / "cut").model.chat_template_date == "2026-11-28T09:30:00"
     capsys.readouterr()
     assert score([*argv("cut", 4), "--num_prompts=1", "--num_samples=2", "--json=true"]) == 0
-    assert "of 2026-11-28" in capsys.readouterr().out
+    assert "it is 2026-11-28" in capsys.readouterr().out
     day("2027-01-01")
     assert train.main(argv("cut", 4)) == 0
-    assert "of 2026-11-28" in capsys.readouterr().out
+    assert "it is 2026-11-28" in capsys.readouterr().out
     for name in ("metrics", "completions"):
         assert small_run.rows(tmp_path / "cut", name) == small_run.rows(tmp_path / "whole", name)
     # Whoever uses the run renders as it did, and a run that goes on elsewhere as well.

@@ -186,13 +186,17 @@ def test_prompts_too_long(tmp_path, model):
 def test_default_rewards_bring_their_arguments(tmp_path, model, monkeypatch):
     task = load_task("addition")
     monkeypatch.setattr(
-        parts_module, "load_data", lambda data: dataclasses.replace(task, train=[Example("1+1=")] * 4)
+        parts_module,
+        "load_data",
+        lambda data, prompts=None: dataclasses.replace(task, train=[Example("1+1=")] * 4),
     )
     with pytest.raises(ValueError, match="needs `answer`"):
         build(small_run.config(tmp_path), model=model)
     examples = [Example("1+1=", {"answer": "2"})] * 4
     monkeypatch.setattr(
-        parts_module, "load_data", lambda data: dataclasses.replace(task, train=examples, evaluation=[])
+        parts_module,
+        "load_data",
+        lambda data, prompts=None: dataclasses.replace(task, train=examples, evaluation=[]),
     )
     (reward,) = build(small_run.config(tmp_path), model=model).rewards
     assert (reward.name, reward.arguments) == ("numeric_answer", {"which": "first"})
