@@ -38,6 +38,17 @@ def effective_config(config: Config) -> Config:
     return replace(config, algorithm=replace(config.algorithm, **filled))
 
 
+def recipe_settings(config: Config) -> dict[str, Any]:
+    """Returns the settings of the section `algorithm` that the recipe of a config has by itself."""
+    choices = {field.name for field in fields(Recipe)} | CLIP_KEYWORDS
+    own = {
+        field.name: field.default for field in fields(config.algorithm) if field.name in choices - {"name"}
+    }
+    unchanged = replace(config, algorithm=replace(config.algorithm, **own))
+    algorithm = vars(effective_config(unchanged).algorithm)
+    return {key: algorithm[key] for key in own}
+
+
 def _values(recipe: Recipe, max_new_tokens: int) -> dict[str, Any]:
     """Returns what a recipe is made of, under the names of the config."""
     estimators = {function: name for name, function in KL_ESTIMATORS.items()}

@@ -14,6 +14,7 @@ from grpo_jax.config.in_memory import label_of, plain_settings
 from grpo_jax.config.run import Config
 from grpo_jax.config.sampling import as_list
 from grpo_jax.models.directories import local_directory
+from grpo_jax.run.effective_config import effective_config, recipe_settings
 from grpo_jax.trackers.jsonl import LogRow
 
 _SECTIONS = ("algorithm", "model", "lora", "data", "sampling", "training", "evaluation")
@@ -218,8 +219,10 @@ def _stops(config: Config) -> list[str]:
 
 
 def _settings(config: Config) -> str:
-    mine = plain_settings(config)
+    # config.yaml holds the recipe's own values, and a config that was given may leave them to the recipe.
+    mine = plain_settings(effective_config(config))
     default = plain_settings(Config())
+    default["algorithm"] |= recipe_settings(config)
     changed = {
         section: {key: value for key, value in mine[section].items() if value != default[section][key]}
         for section in _SECTIONS
