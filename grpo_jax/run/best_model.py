@@ -19,6 +19,7 @@ from grpo_jax.evaluation.outcomes import Outcome
 from grpo_jax.models.loading import save_model
 from grpo_jax.run.build import Run
 from grpo_jax.run.evaluation import summarize_run
+from grpo_jax.run.whole_files import write_whole
 from grpo_jax.types import Params
 
 _SLOTS = ("best.0", "best.1")
@@ -147,10 +148,7 @@ def _export(run: Run, params: Params, entry: dict[str, Any]) -> None:
 
 
 def _write_entry(directory: Path, entry: dict[str, Any]) -> None:
-    """Writes best.json in one move: a kill leaves the old one or the new one."""
-    unfinished = directory / "best.json.unfinished"
-    unfinished.write_text(json.dumps(entry) + "\n")
-    os.replace(unfinished, directory / "best.json")
+    write_whole(directory / "best.json", json.dumps(entry) + "\n")
 
 
 def outdate_best(run_dir: str | Path) -> None:

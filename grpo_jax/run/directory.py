@@ -1,6 +1,5 @@
 """The directory of a run: its config, what may differ when it is continued, the model of a checkpoint."""
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from grpo_jax.policy.lora import Lora
 from grpo_jax.run.effective_config import effective_config
 from grpo_jax.run.run_record import start_record
 from grpo_jax.run.trained_model import build_model
+from grpo_jax.run.whole_files import write_whole
 from grpo_jax.training.train_state import TrainState, policy_params
 from grpo_jax.types import Params
 
@@ -63,9 +63,7 @@ def write_config(config: Config) -> None:
     directory = Path(config.run_dir)
     directory.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(config_dict(config), sort_keys=False)
-    unfinished = directory / "config.yaml.unfinished"
-    unfinished.write_text("# the resolved configuration of this run\n" + text)
-    os.replace(unfinished, directory / "config.yaml")  # a kill leaves the old one or the new one
+    write_whole(directory / "config.yaml", "# the resolved configuration of this run\n" + text)
     start_record(directory)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from grpo_jax.error_text import one_line
+from grpo_jax.run.whole_files import write_whole
 from grpo_jax.trackers.redaction import redact, redact_command
 from grpo_jax.version import __version__
 
@@ -80,9 +81,7 @@ class RunRecord:
             self._write()
 
     def _write(self) -> None:
-        unfinished = self._path.with_name(f"{FILE}.unfinished")
-        unfinished.write_text(json.dumps(self._content, indent=1) + "\n", encoding="utf-8")
-        os.replace(unfinished, self._path)  # a kill leaves the old one or the new one
+        write_whole(self._path, json.dumps(self._content, indent=1) + "\n")
 
 
 _current: contextvars.ContextVar[RunRecord | None] = contextvars.ContextVar("run record", default=None)
