@@ -37,33 +37,6 @@ class Sampled:
         return np.array([len(ids) for ids in self.ids])
 
 
-def sample_texts(
-    model: Model,
-    params: Params,
-    examples: Sequence[Example],
-    *,
-    group_size: int,
-    prompt_length: int,
-    max_new_tokens: int,
-    batch_size: int,
-    seed: int,
-    sampling: Mapping[str, float],
-) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Samples as `sample_completions` does, and returns (texts [B], lengths [B], finished [B] bool)."""
-    sampled = sample_completions(
-        model,
-        params,
-        examples,
-        group_size=group_size,
-        prompt_length=prompt_length,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        seed=seed,
-        sampling=sampling,
-    )
-    return sampled.texts, sampled.lengths, sampled.finished
-
-
 def sample_completions(
     model: Model,
     params: Params,

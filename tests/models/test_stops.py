@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from grpo_jax import train
 from grpo_jax.config.run import SamplingConfig
-from grpo_jax.evaluation.outcomes import sample_texts
+from grpo_jax.evaluation.outcomes import sample_completions
 from grpo_jax.models.endings import describe_endings, end_arguments, stop_notes
 from grpo_jax.models.loading import decode, load_model, pad_prompts, save_model, set_endings
 from grpo_jax.models.stops import MATCH, Stops, make_stops, stop_table
@@ -237,12 +237,12 @@ def test_samples_of_the_packaged_model(included):
     model = load_model("packaged:arithmetic", stop=["9", "6"], include_stop=included)
     greedy = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     examples = [Example(prompt=prompt, columns={}) for prompt in ("12+34=", "11+11=", "45+44=")]
-    texts, lengths, finished = sample_texts(
+    sampled = sample_completions(
         model, model.params, examples, group_size=1, prompt_length=6, max_new_tokens=5, batch_size=4, seed=0,
         sampling=greedy,
     )  # fmt: skip
-    assert texts == (["46", "22", "89"] if included else ["4", "22", "8"])
-    assert lengths.tolist() == [2, 3, 2] and finished.all()
+    assert sampled.texts == (["46", "22", "89"] if included else ["4", "22", "8"])
+    assert sampled.lengths.tolist() == [2, 3, 2] and sampled.finished.all()
 
 
 def test_decoded_rows_that_ended_otherwise_are_left_alone():
