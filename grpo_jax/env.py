@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax.screen.start import clear
-from grpo_jax.version import __version__
+from grpo_jax.version import __version__, version_of
 
 # Only what selects code or devices is shown, never a token, a key or an address.
 VARIABLES = re.compile(
@@ -44,14 +44,6 @@ def requirements() -> dict[str, list[str]]:
         if name != "grpo-jax":
             found.setdefault(extra or "", []).append(name)
     return found
-
-
-def version_of(distribution: str) -> str | None:
-    """Returns the version of a distribution that is installed, else None."""
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _machine() -> dict[str, Any]:

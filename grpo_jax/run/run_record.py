@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import jax
 from grpo_jax.error_text import one_line
 from grpo_jax.run.whole_files import write_whole
 from grpo_jax.trackers.redaction import redact, redact_command
-from grpo_jax.version import __version__
+from grpo_jax.version import __version__, version_of
 
 FILE = "run.json"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy")
@@ -135,13 +134,8 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {"python": platform.python_version(), "grpo_jax": __version__}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    return versions
+    ours = {"python": platform.python_version(), "grpo_jax": __version__}
+    return ours | {package: version_of(package) for package in _PACKAGES}
 
 
 def _commit(directory: Path) -> str | None:
